@@ -1,0 +1,247 @@
+"""Puts the LoRA layers of a PEFT model on the fixed-rank manifold, and keeps what they save a plain LoRA adapter."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from qriemann.adapters.layer import FixedRankVariant, lora_factors
+from qriemann.errors import InputError
+from qriemann.geometry.parameter import FixedRankParameter
+from qriemann.geometry.point import FixedRankPoint, point_from_factors, random_orthonormal
+
+logger = logging.getLogger(__name__)
+
+Start = Literal["zero", "offset"]
+
+
+def attach(
+    model: nn.Module, *, start: Start = "zero", alpha: float = 1.0, seed: int | None = None
+) -> list[FixedRankParameter]:
+    """Makes every LoRA layer of the active adapter a point U S V^T with float32 orthonormal factors, in place.
+
+    Call it when no more casting is to come: under TRL it runs when the trainer creates its optimizer. Layers that are on
+    the manifold already are left alone. An adapter that holds something keeps it: X = B A is adopted, and `start` is for
+    adapters that are still zero.
+
+    Args:
+        model: a PEFT model with a LoRA adapter on linear layers, 4-bit or not.
+        start: "zero": S = 0. "offset": random orthonormal bases, S = alpha I, and the same point subtracted as a frozen
+            offset, so that the model's function is unchanged while the manifold is nearly flat around the start; the
+            saved adapter has rank 2 r.
+        alpha: the scale of S for "offset", > 0.
+        seed: of the random bases; None takes one from torch's global generator.
+
+    Returns:
+        The points, in the model's order.
+
+    Raises:
+        InputError: no LoRA layer, or one that cannot be trained this way (it is named); nothing is changed then.
+    """
+    if start not in get_args(Start):
+        raise InputError(f"start must be one of {', '.join(map(repr, get_args(Start)))}, got {start!r}")
+    if start == "offset" and not 0 < alpha < math.inf:
+        raise InputError(f"alpha must be a finite number > 0, got {alpha!r}; for S = 0 use start='zero'")
+    layers = _lora_layers(model)
+    if start == "offset":
+        _check_all_or_none_hold_something(layers)
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    generator = torch.Generator().manual_seed(seed)
+    points = [_attach_layer(name, layer, adapter, start, alpha, generator) for name, layer, adapter in layers]
+    # Imported late: base.py is about bitsandbytes, which a model need not use.
+    from qriemann.adapters.base import protect_quantized_weights
+
+    protect_quantized_weights(model)
+    _describe_saved_rank(model, points)
+    _report_low_precision(model)
+    return points
+
+
+def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer, str]]:
+    """Every (name, layer, adapter) to put on the manifold, all checked before any is changed."""
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        adapter = _active_adapter(name, module)
+        if adapter is None:
+            continue
+        _check_layer(name, module, adapter)
+        found.append((name, module, adapter))
+    if not found:
+        raise InputError(
+            "model must be a PEFT model with a LoRA adapter on at least one linear layer, got none; "
+            "call peft.get_peft_model(model, LoraConfig(target_modules='all-linear')) first"
+        )
+    return found
+
+
+def _active_adapter(name: str, module: BaseTunerLayer) -> str | None:
+    """The one active adapter of a layer that has it, None for a layer without trainable adapters."""
+    if not isinstance(module, LoraLayer):
+        trainable = any(p.requires_grad for p in module.parameters(recurse=True))
+        # Trainable tokens are tuner layers of another kind: AdamW trains them as it does any other parameter.
+        if trainable and type(module).__name__ != "TrainableTokensLayer":
+            raise InputError(f"{name} is a {type(module).__name__}; only LoRA adapters are on the fixed-rank manifold")
+        return None
+    present = [a for a in module.active_adapters if a in {**module.lora_A, **module.lora_embedding_A}]
+    if len(present) > 1:
+        raise InputError(f"one adapter must be active, got {present} on {name}; call model.set_adapter(name)")
+    return present[0] if present else None
+
+
+def _check_layer(name: str, module: LoraLayer, adapter: str) -> None:
+    variant = module.lora_variant.get(adapter)
+    if variant is not None and not isinstance(variant, FixedRankVariant):
+        kind = type(variant).__name__.removesuffix("LinearVariant").removesuffix("Variant")
+        raise InputError(f"{name} uses {kind}, which is not a point of the fixed-rank manifold; use plain LoRA")
+    kind = type(module).__name__
+    if adapter not in module.lora_A or not (isinstance(module, Linear) or kind in ("Linear4bit", "Linear8bitLt")):
+        raise InputError(
+            f"{name} is a LoRA {kind} layer; only linear layers are on the fixed-rank manifold: "
+            "leave it out of target_modules"
+        )
+    rank, (rows, columns) = module.r[adapter], (module.out_features, module.in_features)
+    if rank > min(rows, columns):
+        raise InputError(
+            f"rank must be at most min(out_features, in_features) of every layer, got r={rank} for {name} "
+            f"({rows} x {columns}); lower r, or set rank_pattern for this layer"
+        )
+    for factor in (module.lora_A[adapter].weight, module.lora_B[adapter].weight):
+        if factor.is_meta or not factor.isfinite().all():
+            raise InputError(f"the adapter of {name} must hold finite numbers; it was not loaded, or it is broken")
+
+
+def _check_all_or_none_hold_something(layers: list[tuple[str, LoraLayer, str]]) -> None:
+    """An offset doubles the rank that is saved, which one config can say only of all layers."""
+    empty = [name for name, layer, adapter in layers if not layer.lora_B[adapter].weight.detach().any()]
+    if empty and len(empty) < len(layers):
+        raise InputError(
+            f"start='offset' needs an adapter that is zero in every layer or in none, got {len(empty)} zero layers of "
+            f"{len(layers)} ({empty[0]}, ...); use start='zero'"
+        )
+
+
+def _attach_layer(
+    name: str, module: LoraLayer, adapter: str, start: Start, alpha: float, generator: torch.Generator
+) -> FixedRankParameter:
+    variant = module.lora_variant.get(adapter)
+    if isinstance(variant, FixedRankVariant):
+        # A copied model has copied factors, and a parameter's attributes are not copied with it.
+        variant.point.mark_factors()
+        return variant.point
+    u, v_transposed = module.lora_B[adapter].weight, module.lora_A[adapter].weight
+    rank = u.shape[1]
+    pending = module.__dict__.pop("_fixed_rank_loaded", {}).pop(adapter, None)
+    offset = None
+    if pending is not None:
+        current, frozen = ((b, a) for b, a in pending)
+        point = point_from_factors(*current, generator)
+        offset = _move(point_from_factors(*frozen, generator), u.device)
+    elif u.detach().any():
+        point = point_from_factors(u.detach(), v_transposed.detach(), generator)
+    elif start == "offset":
+        point = FixedRankPoint(
+            random_orthonormal(module.out_features, rank, generator),
+            alpha * torch.eye(rank),
+            random_orthonormal(module.in_features, rank, generator),
+        )
+        offset = _move(point, u.device)
+    else:
+        point = point_from_factors(u.detach(), v_transposed.detach(), generator)
+    record = FixedRankParameter(
+        name, u, v_transposed, torch.zeros(rank, rank, dtype=torch.float32, device=u.device), offset
+    )
+    record.assign(_move(point, u.device))
+    module.lora_variant[adapter] = FixedRankVariant(record)
+    # PEFT would keep a float32 copy of the input of every layer alive for float32 factors.
+    module.cast_input_dtype_enabled = False
+    module.register_state_dict_post_hook(_fold_core)
+    return record
+
+
+def _move(point: FixedRankPoint, device: torch.device) -> FixedRankPoint:
+    return FixedRankPoint(*(part.to(device, torch.float32).clone() for part in point))
+
+
+def _fold_core(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    """Whatever saves the layer, at any moment, finds plain LoRA factors: B = U S and A = V^T, offset appended."""
+    for adapter, variant in module.lora_variant.items():
+        key_b, key_a = (f"{prefix}lora_{factor}.{adapter}.weight" for factor in "BA")
+        if not isinstance(variant, FixedRankVariant) or key_b not in state_dict:
+            continue
+        b, a = lora_factors(variant.point)
+        if variant.point.offset is not None and module.use_rslora[adapter]:
+            # The saved r and lora_alpha are doubled; alpha / sqrt(r) grows by sqrt(2) where alpha / r stays.
+            b = b / math.sqrt(2)
+        state_dict[key_b], state_dict[key_a] = b.contiguous(), a.contiguous()
+
+
+def _describe_saved_rank(model: nn.Module, points: list[FixedRankParameter]) -> None:
+    """Doubles r and lora_alpha in the config that PEFT saves, where the saved factors have twice the rank."""
+    if not isinstance(model, PeftModel) or getattr(model, "_qriemann_saved_rank_doubled", False):
+        return
+    with_offset = [point.offset is not None for point in points]
+    if not any(with_offset):
+        return
+    config = model.peft_config[model.active_adapter]
+    config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+    config.rank_pattern = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {key: 2 * alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    model._qriemann_saved_rank_doubled = True
+
+
+def _report_low_precision(model: nn.Module) -> None:
+    low = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not hasattr(parameter, "fixed_rank") and parameter.dtype != torch.float32
+    ]
+    if low:
+        logger.warning(
+            "%d trainable tensors outside the adapters (%s, ...) are trained by AdamW in %s, as the trainer left them",
+            len(low),
+            low[0],
+            model.get_parameter(low[0]).dtype,
+        )
+
+
+def accept_offset_checkpoints(model: nn.Module) -> None:
+    """Lets a not yet attached model load an adapter saved with an offset (rank 2 r into layers of rank r).
+
+    The trainer loads a checkpoint's adapter before it creates the optimizer. The two halves are kept aside until `attach`
+    turns them into the point and its offset.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not hasattr(module, "_fixed_rank_loaded"):
+            module._fixed_rank_loaded = {}
+            module.register_load_state_dict_pre_hook(_split_saved_offset)
+
+
+def _split_saved_offset(module: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    for adapter, rank in module.r.items():
+        key_b, key_a = (f"{prefix}lora_{factor}.{adapter}.weight" for factor in "BA")
+        if key_b not in state_dict or state_dict[key_b].shape[1] != 2 * rank:
+            continue
+        b, a = state_dict[key_b].float(), state_dict[key_a].float()
+        if module.use_rslora[adapter]:
+            b = b * math.sqrt(2)
+        variant = module.lora_variant.get(adapter)
+        current, frozen = (b[:, :rank], a[:rank]), (-b[:, rank:], a[rank:])
+        if isinstance(variant, FixedRankVariant):
+            generator = torch.Generator().manual_seed(0)
+            device = variant.point.u.device
+            variant.point.assign(_move(point_from_factors(*current, generator), device))
+            variant.point.offset = _move(point_from_factors(*frozen, generator), device)
+        else:
+            module._fixed_rank_loaded[adapter] = (current, frozen)
+        # What is left for PEFT to load has the shapes it expects.
+        module_b, module_a = module.lora_B[adapter].weight, module.lora_A[adapter].weight
+        state_dict[key_b], state_dict[key_a] = module_b.detach().clone(), module_a.detach().clone()

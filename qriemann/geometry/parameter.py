@@ -1,0 +1,84 @@
+"""What makes two trainable tensors one point: the record that adapters attach and optimizers find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qriemann.geometry.point import FixedRankPoint
+
+
+class FixedRankParameter:
+    """One adapter's point X = U S V^T, held by two `nn.Parameter`s and a core.
+
+    `u` is (m, r) and `v_transposed` is (r, n), so that they can be the `lora_B.weight` and `lora_A.weight` of a PEFT
+    layer. Their `.grad` are the blocks G V and (G^T U)^T, not the partial derivatives (which would be G V S^T and
+    S^T U^T G): nobody ever divides by S.
+
+    Attributes:
+        name: the layer's qualified name, for messages.
+        u: U.
+        v_transposed: V^T.
+        s: the core S, float32, on the same device. Replaced in place by optimizers.
+        offset: the frozen point that the layer subtracts, or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        u: nn.Parameter,
+        v_transposed: nn.Parameter,
+        s: Float[Tensor, "r r"],
+        offset: FixedRankPoint | None = None,
+    ) -> None:
+        self.name, self.u, self.v_transposed, self.s, self.offset = name, u, v_transposed, s, offset
+        self.mark_factors()
+
+    def mark_factors(self) -> None:
+        """Makes this record the one that optimizers find on the factors."""
+        self.u.fixed_rank = self  # type: ignore[attr-defined]
+        self.v_transposed.fixed_rank = self  # type: ignore[attr-defined]
+
+    def follow_device(self) -> None:
+        """Moves core and offset to where the factors are; they are no module's buffers, so `model.to` leaves them."""
+        device = self.u.device
+        if self.s.device != device:
+            self.s = self.s.to(device)
+            if self.offset is not None:
+                self.offset = FixedRankPoint(*(part.to(device) for part in self.offset))
+
+    @property
+    def rank(self) -> int:
+        return self.s.shape[0]
+
+    def point(self) -> FixedRankPoint:
+        """The current point; views of the live tensors."""
+        return FixedRankPoint(self.u.data, self.s, self.v_transposed.data.mT)
+
+    def assign(self, point: FixedRankPoint) -> None:
+        """Moves to `point`, as float32; U and V keep their parameters' identity."""
+        self.u.data = point.u.float().contiguous()
+        # Stored so that V itself is contiguous: the optimizer works on V, and gradients arrive in its layout.
+        self.v_transposed.data = point.v.float().contiguous().mT
+        self.s.copy_(point.s)
+
+
+def fixed_rank_parameters(parameters: Iterable[Tensor]) -> list[FixedRankParameter]:
+    """The points that `parameters` belong to, each once, in the order of first appearance."""
+    found = (getattr(parameter, "fixed_rank", None) for parameter in parameters)
+    return list(dict.fromkeys(record for record in found if record is not None))
+
+
+def orthonormality_drift(points: Iterable[FixedRankParameter]) -> float:
+    """max |U^T U - I| and |V^T V - I| over all entries of all points. Reads the result on the host."""
+    worst = 0.0
+    for record in points:
+        for basis in (record.u.data, record.v_transposed.data.mT):
+            error = basis.double().mT @ basis.double() - torch.eye(
+                record.rank, dtype=torch.float64, device=basis.device
+            )
+            worst = max(worst, error.abs().max().item())
+    return worst

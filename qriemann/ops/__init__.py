@@ -1,0 +1,18 @@
+"""The three operations of a fixed-rank optimizer step, each on a whole batch of layers at once: gram, core, apply.
+
+Notation, for one layer (see qriemann.geometry for the manifold): the point is X = U S V^T with U (m, r), V (n, r)
+orthonormal. A tangent vector M is held as its *blocks* (M V, M^T U), of shapes (m, r) and (n, r): the gradient arrives in
+this form from the layer's backward, and so does the momentum live between steps. A *side* is one of the two tall factors
+with its blocks; z = [U, N] (or [U, N, D]) holds the columns that every new tall matrix of the step is a combination of.
+
+    gram   z -> z^T z                              one tall pass, (3r or 2r)^2 numbers a side come out
+    core   the small matrices of both sides -> coefficients t and the new S
+    apply  z, t -> U+, N+                          the second tall pass
+"""
+
+from qriemann.ops.apply import apply, orthonormality_error
+from qriemann.ops.core import CoreResult, core
+from qriemann.ops.gram import gram
+from qriemann.ops.polar import POLAR_RTOL, polar
+
+__all__ = ["POLAR_RTOL", "CoreResult", "apply", "core", "gram", "orthonormality_error", "polar"]

@@ -1,0 +1,70 @@
+"""The polar factor of small matrices: matrix products first, LAPACK for what they did not settle."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Singular values under this fraction of the largest are noise: the core matrix comes from float32 Gram matrices, which
+# resolve about sqrt(2^-24) = 2.4e-4 of the largest direction. They are left at zero, never blown up to one.
+POLAR_RTOL = 1e-3
+
+
+def _newton_schulz_coefficients(lower: float, tol: float) -> list[tuple[float, float]]:
+    """Coefficients (a, b) of the cubics a x + b x^3 that take [lower, 1] to within `tol` of 1 in the fewest steps.
+
+    Each cubic c x (3 alpha^2 - x^2) is the minimax one for the interval [l, u] the step before left; with u = 1 its
+    maximum lies at alpha^2 = (1 + l + l^2)/3 and it takes both ends to c (l + l^2), so c balances the two errors about 1.
+    Closed form of the optimal odd cubics of [Chen & Chow 2014; Amsel et al., arXiv 2505.16932, Section 3].
+    """
+    coefficients = []
+    while 1 - lower > tol:
+        alpha_squared = (1 + lower + lower**2) / 3
+        at_ends, at_alpha = lower + lower**2, 2 * alpha_squared**1.5
+        # Divided by its maximum, so that the next interval ends at 1 again.
+        coefficients.append((3 * alpha_squared / at_alpha, -1 / at_alpha))
+        lower = at_ends / at_alpha
+    return coefficients
+
+
+# 11 steps. The lower end leaves room for the norm estimate below, which may exceed the largest singular value by up to
+# rank^(1/4).
+_COEFFICIENTS = _newton_schulz_coefficients(lower=POLAR_RTOL, tol=1e-9)
+
+
+def polar(k: Float[Tensor, "b p p"], *, rtol: float = POLAR_RTOL, exact: bool = True) -> Float[Tensor, "b p p"]:
+    """The orthogonal polar factor of each matrix: its singular values set to one, those under the cut-off to zero.
+
+    Newton-Schulz with minimax coefficients settles every matrix whose non-zero singular values lie above the cut-off.
+    The others keep a singular value strictly between 0 and 1; with `exact` they are recomputed by an SVD, without it
+    they stay as they are (the band that the polynomial leaves: monotone, at most 1).
+
+    Args:
+        k: square matrices; all zero is allowed and gives zero.
+        rtol: singular values below rtol times the largest count as zero.
+        exact: finish unsettled matrices by LAPACK. Reads a flag on the host, so it must be False under CUDA graphs.
+    """
+    # (trace (K^T K)^2)^(1/4) bounds the largest singular value from above, within a factor rank^(1/4).
+    norm = (k.mT @ k).square().sum((-2, -1), keepdim=True).sqrt().sqrt()
+    x = k / torch.where(norm > 0, norm, 1)
+    for a, b in _COEFFICIENTS:
+        x = torch.baddbmm(x, x, x.mT @ x, beta=a, alpha=b)
+    if not exact:
+        return x
+    unsettled = torch.baddbmm(x, x, x.mT @ x, alpha=-1).square().sum((-2, -1)) > _settled_tolerance(k.dtype)
+    rows = unsettled.nonzero().flatten()
+    if rows.numel():
+        x[rows] = _polar_by_svd(k[rows], rtol)
+    return x
+
+
+def _settled_tolerance(dtype: torch.dtype) -> float:
+    """Bound on ||O - O O^T O||_F^2; a direction left at 1e-6 by the polynomial contributes 1e-12."""
+    return 1e-12 if dtype == torch.float64 else 1e-9
+
+
+def _polar_by_svd(k: Float[Tensor, "b p p"], rtol: float) -> Float[Tensor, "b p p"]:
+    left, sigma, right = torch.linalg.svd(k)
+    keep = (sigma > rtol * sigma[..., :1]).to(k.dtype)
+    return (left * keep[..., None, :]) @ right

@@ -1,0 +1,250 @@
+"""One step of the optimizer against a dense float64 computation of the same step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qriemann.geometry import FixedRankParameter, FixedRankPoint, random_orthonormal
+from qriemann.ops import POLAR_RTOL
+from qriemann.optim import Riemannion
+from tests.dense import DenseRiemannion, low_rank_factors, polar, tangent_projection
+
+# Float32 factors hold X to 6e-8 sqrt(r) relative; a step adds two tall products.
+STEP_RTOL = 1e-5
+
+
+class Adapter:
+    """One trainable point with a loss in X."""
+
+    def __init__(self, m: int, n: int, rank: int, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        u, v = (random_orthonormal(t, rank, self.generator) for t in (m, n))
+        self.record = FixedRankParameter("layer", nn.Parameter(u), nn.Parameter(v.mT), torch.zeros(rank, rank))
+        self.shape = (m, n)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.record.u, self.record.v_transposed]
+
+    def start_at(self, s: Tensor) -> None:
+        self.record.assign(FixedRankPoint(self.record.u.data, s, self.record.v_transposed.data.mT))
+
+    @property
+    def x(self) -> Tensor:
+        return self.record.point().dense()
+
+    def set_gradient(self, g: Tensor) -> None:
+        """Leaves the blocks as the layer's backward does, from the dense gradient."""
+        point = self.record.point()
+        self.record.u.grad = (g.double() @ point.v.double()).float()
+        self.record.v_transposed.grad = (g.double().mT @ point.u.double()).float().mT
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm().clamp_min(1e-300)).item()
+
+
+def follow(adapter: Adapter, gradients, steps: int = 50, lr: float = 0.01, momentum: float = 0.9, **options) -> float:
+    """The worst relative distance to the dense trajectory over the steps; every value is checked to be finite."""
+    dense = DenseRiemannion(adapter.x, adapter.record.u.data, adapter.record.v_transposed.data.mT, POLAR_RTOL)
+    optimizer = Riemannion(adapter.parameters, lr=lr, momentum=momentum, **options)
+    dense_options = {k: v for k, v in options.items() if k != "weight_decay"}
+    worst = 0.0
+    for _ in range(steps):
+        g = gradients(adapter)
+        adapter.set_gradient(g)
+        optimizer.step()
+        dense.step(g, lr, momentum, options.get("weight_decay", 0.0), **dense_options)
+        assert all(p.isfinite().all() for p in adapter.parameters)
+        worst = max(worst, relative(adapter.x, dense.x))
+    assert optimizer.orthonormality_drift() < 1e-5
+    return worst
+
+
+def noisy_quadratic(scale: float = 1.0):
+    """Gradients X - target + noise of full rank, well conditioned: nothing lies near the cut-off.
+
+    The target leans on the starting bases. Without that the first step from S = 0 keeps r of 2 r directions whose singular
+    values nearly tie, and rounding is divided by their gap; `test_a_near_tie_is_cut_at_the_best_distance` is about those.
+    """
+
+    def gradients(adapter: Adapter) -> Tensor:
+        if not hasattr(adapter, "target"):
+            u, s, v = adapter.record.point()
+            spectrum = torch.linspace(2, 1, s.shape[0], dtype=torch.float64)
+            adapter.target = adapter.randn(*adapter.shape) + 5 * u.double() @ torch.diag(spectrum) @ v.double().mT
+        return scale * (adapter.x - adapter.target + adapter.randn(*adapter.shape))
+
+    return gradients
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(30, 20, 4), (20, 30, 3), (33, 17, 1), (24, 8, 8), (12, 12, 12)])
+def test_fifty_steps_from_zero_follow_the_dense_computation(m, n, rank):
+    assert follow(Adapter(m, n, rank), noisy_quadratic()) < STEP_RTOL
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(30, 20, 4), (97, 65, 16), (33, 17, 1), (24, 8, 8), (12, 12, 12)])
+def test_fifty_steps_from_a_random_point_follow_the_dense_computation(m, n, rank):
+    adapter = Adapter(m, n, rank)
+    adapter.start_at(adapter.randn(rank, rank).float() + 3 * torch.eye(rank))
+    assert follow(adapter, noisy_quadratic()) < STEP_RTOL
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_the_step_does_not_depend_on_the_gradients_scale(scale):
+    assert follow(Adapter(30, 20, 4), noisy_quadratic(scale)) < STEP_RTOL
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_a_zero_gradient_moves_nothing(start):
+    adapter = Adapter(30, 20, 4)
+    adapter.start_at(start * torch.eye(4))
+    before = adapter.x
+    follow(adapter, lambda a: torch.zeros(a.shape), steps=3)
+    torch.testing.assert_close(adapter.x, before, rtol=1e-6, atol=0)
+
+
+def test_weight_decay_shrinks_the_point_when_the_gradient_is_zero():
+    adapter = Adapter(30, 20, 4)
+    adapter.start_at(torch.eye(4))
+    before = adapter.x
+    follow(adapter, lambda a: torch.zeros(a.shape), steps=10, lr=0.1, weight_decay=0.5)
+    torch.testing.assert_close(adapter.x, before * 0.95**10, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_rank_one_gradients_are_followed(start, scale):
+    # Seed 2: no momentum of its 50 steps has a singular value under 4.7e-3 of the largest, so none crosses the cut-off.
+    adapter = Adapter(30, 20, 4, seed=2)
+    adapter.start_at(start * torch.diag(torch.tensor([1.0, 0.8, 0.6, 0.4])))
+    assert follow(adapter, lambda a: scale * a.randn(30, 1) @ a.randn(20, 1).mT) < STEP_RTOL
+
+
+def test_one_and_the_same_rank_one_gradient_keeps_the_manifold():
+    # The second singular value of the momentum sinks through the cut-off, where no two computations agree on its polar.
+    adapter = Adapter(30, 20, 4)
+    g = adapter.randn(30, 1) @ adapter.randn(20, 1).mT
+    follow(adapter, lambda a: g, steps=300)
+    left, right = low_rank_factors(-g, 1)
+    assert (left.mT @ adapter.x @ right).item() > 0.9 * 0.01 * 300  # it went along -G at lr a step
+
+
+def test_gradients_in_the_span_of_the_point_invent_no_directions():
+    # U and V are singular vectors of G: A and B are exactly zero, where `eigh` raised and QR invented columns.
+    adapter = Adapter(30, 20, 4)
+    point = adapter.record.point()
+    g = point.u.double() @ torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)) @ point.v.double().mT
+    assert follow(adapter, lambda a: g) < STEP_RTOL
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"nesterov": True},
+        {"tangent_iterations": 3},
+        {"momentum_form": "orthogonalized"},
+        {"nesterov": True, "momentum_form": "orthogonalized", "tangent_iterations": 2},
+        {"weight_decay": 0.1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_every_option_follows_the_dense_computation(options, start):
+    adapter = Adapter(30, 20, 4)
+    adapter.start_at(start * torch.diag(torch.tensor([1.2, 1.0, 0.9, 0.8])))
+    assert follow(adapter, noisy_quadratic(), **options) < STEP_RTOL
+
+
+def test_a_near_tie_is_cut_at_the_best_distance():
+    adapter = Adapter(300, 200, 16)
+    dense = DenseRiemannion(adapter.x, adapter.record.u.data, adapter.record.v_transposed.data.mT, POLAR_RTOL)
+    g = adapter.randn(300, 200)
+    optimizer = Riemannion(adapter.parameters, lr=1.0)
+    adapter.set_gradient(g)
+    optimizer.step()
+    y = -tangent_projection(polar(tangent_projection(g, dense.u, dense.v), POLAR_RTOL), dense.u, dense.v)
+    sigma = torch.linalg.svdvals(y)
+    assert sigma[15] / sigma[16] < 1.01  # near enough to a tie that no basis is right to 1e-5
+    best = sigma[16:].norm()
+    assert (adapter.x - y).norm() < (1 + 1e-6) * best
+
+
+def test_two_factorizations_of_one_point_follow_the_same_trajectory():
+    first, second = Adapter(40, 28, 6), Adapter(40, 28, 6)
+    s = first.randn(6, 6).float() + 2 * torch.eye(6)
+    q, p = (torch.linalg.qr(first.randn(6, 6))[0] for _ in range(2))
+    point = first.record.point()
+    first.start_at(s)
+    second.record.assign(FixedRankPoint(point.u.double() @ q, q.mT @ s.double() @ p, point.v.double() @ p))
+    optimizers = [Riemannion(a.parameters, lr=0.02, momentum=0.9) for a in (first, second)]
+    target, noise = first.randn(40, 28), torch.Generator().manual_seed(7)
+    for _ in range(50):
+        e = torch.randn(40, 28, generator=noise, dtype=torch.float64)
+        for adapter, optimizer in zip((first, second), optimizers, strict=True):
+            adapter.set_gradient(adapter.x - target + e)
+            optimizer.step()
+    assert relative(first.x, second.x) < 1e-4
+
+
+def test_a_batch_of_layers_steps_as_each_layer_alone():
+    shapes = [(30, 20, 4), (20, 30, 4), (30, 20, 4), (16, 16, 4)]
+    alone, together = ([Adapter(*shape, seed=i) for i, shape in enumerate(shapes)] for _ in range(2))
+    optimizers = [Riemannion(a.parameters, lr=0.02) for a in alone]
+    joint = Riemannion([p for a in together for p in a.parameters], lr=0.02)
+    for _ in range(5):
+        for a, b in zip(alone, together, strict=True):
+            g = a.randn(*a.shape)
+            a.set_gradient(g)
+            b.set_gradient(g)
+        for optimizer in optimizers:
+            optimizer.step()
+        joint.step()
+    for a, b in zip(alone, together, strict=True):
+        assert relative(b.x, a.x) < STEP_RTOL
+
+
+def test_a_layer_without_gradient_keeps_its_point_and_momentum_to_the_bit():
+    moving, resting = Adapter(30, 20, 4, seed=1), Adapter(30, 20, 4, seed=2)
+    optimizer = Riemannion([*moving.parameters, *resting.parameters], lr=0.02)
+    for adapter in (moving, resting):
+        adapter.set_gradient(adapter.randn(30, 20))
+    optimizer.step()
+    before = [t.clone() for p in resting.parameters for t in (p.data, optimizer.state[p]["momentum"])]
+    moving_before = moving.x
+    for p in resting.parameters:
+        p.grad = None
+    optimizer.step()
+    after = [t for p in resting.parameters for t in (p.data, optimizer.state[p]["momentum"])]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert relative(moving.x, moving_before) > 1e-3
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_nonfinite_gradient_leaves_its_layer_alone_and_is_counted(poison):
+    good, bad = Adapter(30, 20, 4, seed=1), Adapter(30, 20, 4, seed=2)
+    optimizer = Riemannion([*good.parameters, *bad.parameters], lr=0.02)
+    for adapter in (good, bad):
+        adapter.set_gradient(adapter.randn(30, 20))
+    optimizer.step()
+    before = [t.clone() for p in bad.parameters for t in (p.data, optimizer.state[p]["momentum"])]
+    bad.record.u.grad[3, 1] = poison
+    optimizer.step()
+    after = [t for p in bad.parameters for t in (p.data, optimizer.state[p]["momentum"])]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert optimizer.skipped_updates == 1
+    assert good.x.isfinite().all()
+
+
+def test_the_same_inputs_give_the_same_bits():
+    def run() -> Tensor:
+        adapter = Adapter(65, 33, 8)
+        follow(adapter, noisy_quadratic(), steps=10)
+        return torch.cat([p.data.flatten() for p in adapter.parameters])
+
+    assert torch.equal(run(), run())
