@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,33 +21,35 @@ def orthonormality_error(u: Float[Tensor, "k t r"]) -> Float[Tensor, "k r r"]:
 
 
 def apply(
-    z: Float[Tensor, "k t p"],
+    blocks: Sequence[Float[Tensor, "k t r"]],
     coefficients: Float[Tensor, "k p q"],
-    u: Float[Tensor, "k t r"],
     momentum: Float[Tensor, "k t r"],
+    scratch: Float[Tensor, "k t r"],
 ) -> Float[Tensor, "k r r"]:
-    """Writes U+ = z t_1 into `u` and N+ = z t_2 into `momentum`, [t_1, t_2] the coefficients.
+    """Overwrites U = blocks[0] with [U, N, D] t_1 and `momentum` with [U, N, D] t_2, [t_1, t_2] the coefficients.
 
-    A factor that has drifted from orthonormality is corrected in place, U <- U (I + E)^(-1/2) with E = U^T U - I to
-    second order.
+    A factor that has drifted from orthonormality is corrected, U <- U (I + E)^(-1/2) with E = U^T U - I to second order.
 
     Args:
-        z: the sides of one tall dimension t; must not share memory with the outputs.
-        coefficients: from `core`, q = 2 r.
-        u: overwritten.
-        momentum: overwritten.
+        blocks: U, N and, where the direction differs from the momentum, D; the sides of one height t.
+        coefficients: from `core`, (k, p r, 2 r) for p blocks.
+        momentum: no block's memory.
+        scratch: no block's memory; its contents are lost.
 
     Returns:
         (I + E)^(1/2), to second order: the factor that S takes on this side so that X stays as it was.
 
-    Cost: 2 p q t + 2 r^2 t flops; one read of z, one write and one read of U+, one write of N+.
+    Cost: 4 p r^2 t + 2 r^2 t flops.
     """
-    rank = u.shape[-1]
-    torch.bmm(z, coefficients[..., :rank], out=u)
-    torch.bmm(z, coefficients[..., rank:], out=momentum)
+    rank = momentum.shape[-1]
+    for out, columns in ((momentum, slice(rank, None)), (scratch, slice(0, rank))):
+        torch.bmm(blocks[0], coefficients[:, :rank, columns], out=out)
+        for index, block in enumerate(blocks[1:], start=1):
+            out.baddbmm_(block, coefficients[:, index * rank : (index + 1) * rank, columns])
+    u = blocks[0].copy_(scratch)
     error = orthonormality_error(u)
-    drifted = (error.abs().amax((-2, -1)) > _CORRECT_ABOVE).nonzero().flatten()
     compensation = torch.eye(rank, dtype=u.dtype, device=u.device).repeat(u.shape[0], 1, 1)
+    drifted = (error.abs().amax((-2, -1)) > _CORRECT_ABOVE).nonzero().flatten()
     if drifted.numel():
         e = error[drifted]
         e_squared = e @ e

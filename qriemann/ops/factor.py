@@ -1,4 +1,4 @@
-"""Orthonormalization through small matrices: Cholesky where it is safe, pivoting where it is not."""
+"""Orthonormal factors of tall matrices from their Gram matrices alone: Cholesky, with pivoting where it is unsafe."""
 
 from __future__ import annotations
 
@@ -64,15 +64,3 @@ def _pivoted(gram: Float[Tensor, "b r r"]) -> tuple[Float[Tensor, "b r r"], Floa
         rest[rows, pivot] = 0
         rest[rows, :, pivot] = 0
     return r_factor, r_inverse
-
-
-def orthonormalize(y: Float[Tensor, "b p r"]) -> Float[Tensor, "b p r"]:
-    """An orthonormal basis of each column space, by Cholesky QR twice; the columns must be independent.
-
-    Scaling the columns first and repeating takes it to rounding for condition numbers up to 1e7 in float64.
-    """
-    for _ in range(2):
-        y = y / y.square().sum(-2, keepdim=True).sqrt()
-        lower, _ = torch.linalg.cholesky_ex(y.mT @ y)
-        y = torch.linalg.solve_triangular(lower, y.mT, upper=False).mT
-    return y

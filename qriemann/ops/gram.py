@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
-def gram(z: Float[Tensor, "k t p"], rank: int) -> Float[Tensor, "k p q"]:
-    """z^T [N, D], the inner products of all columns with those behind the first `rank`.
+def gram(blocks: Sequence[Float[Tensor, "k t r"]]) -> Float[Tensor, "k p q"]:
+    """[U, N, D]^T [N, D]: the inner products of all columns with those of N (and D).
 
     The columns of U among themselves are left out: `apply` keeps them orthonormal to float32 rounding.
 
     Args:
-        z: the sides of one tall dimension t, columns [U, N] or [U, N, D], p = 2 r or 3 r.
-        rank: r.
+        blocks: U, N and, where the direction differs from the momentum, D; the sides of one height t.
 
     Returns:
-        (k, p, p - r), in z's dtype. TF32 must be off: a Gram matrix squares the condition number.
+        (k, p r, (p - 1) r) for p blocks, in their dtype. TF32 must be off: a Gram matrix squares the condition number.
 
-    Cost: 2 p (p - r) t flops and one read of z a side.
+    Cost: 2 p (p - 1) r^2 t flops and one read of each block a side.
     """
-    return z.mT @ z[..., rank:]
+    columns = [torch.cat([left.mT @ right for left in blocks], -2) for right in blocks[1:]]
+    return columns[0] if len(columns) == 1 else torch.cat(columns, -1)

@@ -28,17 +28,20 @@ def _newton_schulz_coefficients(lower: float, tol: float) -> list[tuple[float, f
     return coefficients
 
 
+# Bound on ||O - O O^T O||_F^2 for settled matrices. A singular value left at v adds v^2 while float32 adds (3e-7)^2 p.
+_SETTLED = 1e-10
+
 # 11 steps. The lower end leaves room for the norm estimate below, which may exceed the largest singular value by up to
 # rank^(1/4).
-_COEFFICIENTS = _newton_schulz_coefficients(lower=POLAR_RTOL, tol=1e-9)
+_COEFFICIENTS = _newton_schulz_coefficients(lower=POLAR_RTOL, tol=1e-7)
 
 
 def polar(k: Float[Tensor, "b p p"], *, rtol: float = POLAR_RTOL, exact: bool = True) -> Float[Tensor, "b p p"]:
     """The orthogonal polar factor of each matrix: its singular values set to one, those under the cut-off to zero.
 
-    Newton-Schulz with minimax coefficients settles every matrix whose non-zero singular values lie above the cut-off.
-    The others keep a singular value strictly between 0 and 1; with `exact` they are recomputed by an SVD, without it
-    they stay as they are (the band that the polynomial leaves: monotone, at most 1).
+    Newton-Schulz with minimax coefficients, in float32 whatever k's dtype, settles every matrix whose non-zero singular
+    values lie above the cut-off. The others keep a singular value strictly between 0 and 1; with `exact` they are
+    recomputed by an SVD, without it they stay as they are (the band that the polynomial leaves: monotone, at most 1).
 
     Args:
         k: square matrices; all zero is allowed and gives zero.
@@ -47,21 +50,18 @@ def polar(k: Float[Tensor, "b p p"], *, rtol: float = POLAR_RTOL, exact: bool = 
     """
     # (trace (K^T K)^2)^(1/4) bounds the largest singular value from above, within a factor rank^(1/4).
     norm = (k.mT @ k).square().sum((-2, -1), keepdim=True).sqrt().sqrt()
-    x = k / torch.where(norm > 0, norm, 1)
+    x = (k / torch.where(norm > 0, norm, 1)).float()
     for a, b in _COEFFICIENTS:
         x = torch.baddbmm(x, x, x.mT @ x, beta=a, alpha=b)
-    if not exact:
-        return x
-    unsettled = torch.baddbmm(x, x, x.mT @ x, alpha=-1).square().sum((-2, -1)) > _settled_tolerance(k.dtype)
-    rows = unsettled.nonzero().flatten()
-    if rows.numel():
+    x = x.to(k.dtype)
+    # One plain step in k's dtype squares what float32 left of the distance to orthogonality.
+    x_cubed = x @ (x.mT @ x)
+    if exact:
+        rows = ((x - x_cubed).square().sum((-2, -1)) > _SETTLED).nonzero().flatten()
+    x = 1.5 * x - 0.5 * x_cubed
+    if exact and rows.numel():
         x[rows] = _polar_by_svd(k[rows], rtol)
     return x
-
-
-def _settled_tolerance(dtype: torch.dtype) -> float:
-    """Bound on ||O - O O^T O||_F^2; a direction left at 1e-6 by the polynomial contributes 1e-12."""
-    return 1e-12 if dtype == torch.float64 else 1e-9
 
 
 def _polar_by_svd(k: Float[Tensor, "b p p"], rtol: float) -> Float[Tensor, "b p p"]:
