@@ -1,4 +1,7 @@
-"""The step itself, on r x r and 2r x 2r matrices only: project, direction, retract and transport."""
+"""The step itself, on r x r and 2r x 2r matrices only: project, direction, retract and transport.
+
+Both sides go through the same products, stacked: index 0 is the U of every layer, index 1 the V.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,18 @@ class CoreResult(NamedTuple):
     """What a step needs beside the tall columns.
 
     Attributes:
-        t_u: (b, p, 2r), [U+, N_U+] = z_u t_u.
-        t_v: (b, p, 2r), [V+, N_V+] = z_v t_v.
+        coefficients: (2, b, p r, 2 r): [U+, N+] = [U, N, D] t on side 0, likewise for V on side 1.
         s: (b, r, r), the new S.
         moved: (b,), the active layers with finite Gram matrices.
     """
 
-    t_u: Float[Tensor, "b p q"]
-    t_v: Float[Tensor, "b p q"]
+    coefficients: Float[Tensor, "2 b p q"]
     s: Float[Tensor, "b r r"]
     moved: Bool[Tensor, " b"]
 
 
 def core(
-    gram_u: Float[Tensor, "b p q"],
-    gram_v: Float[Tensor, "b p q"],
+    gram: Float[Tensor, "2 b p q"],
     s: Float[Tensor, "b r r"],
     lr: Float[Tensor, " b"],
     weight_decay: Float[Tensor, " b"],
@@ -45,9 +45,8 @@ def core(
     """Coefficients of the new factors and of the transported momentum. [R25, Algorithm 4; DESIGN: one Riemannion step]
 
     Args:
-        gram_u: `gram` of z_u = [U, N] or [U, N, D]: N = M V are the momentum's blocks, D the direction's where it differs
-            (Nesterov).
-        gram_v: likewise, N = M^T U.
+        gram: from `ops.gram`, on side 0 of [U, N] or [U, N, D] with the momentum's blocks N = M V and the direction's
+            D where it differs (Nesterov); on side 1 of V with N = M^T U.
         s: the core S of the point.
         lr: spectral norm of the step of X, a layer.
         weight_decay: decoupled, on X, a layer.
@@ -55,89 +54,58 @@ def core(
         tangent_iterations: rounds of polar and projection; 1 is Riemannion, 3 to 5 LoRA-TSD's direction.
         momentum_form: what the transported momentum is: the raw one, or the direction (the paper's Algorithm 4, line 6).
 
-    Returns:
-        Coefficients and S in the dtype of `s`; computed in float64.
+    Differences of Gram matrices and the retraction are taken in float64, the rest in the dtype of `s`.
     """
-    rank, dtype = s.shape[-1], s.dtype
-    active = active & gram_u.isfinite().all(-1).all(-1) & gram_v.isfinite().all(-1).all(-1)
-    keep = active[:, None, None]
-    gram_u, gram_v = torch.where(keep, gram_u.double(), 0), torch.where(keep, gram_v.double(), 0)
-    s_old, lr, weight_decay = s.double(), lr.double()[:, None, None], weight_decay.double()[:, None, None]
+    rank = s.shape[-1]
+    moved = active & gram.abs().amax((-2, -1)).isfinite().all(0)
+    all_moved = bool(moved.all())
+    if not all_moved:
+        gram = torch.where(moved[:, None, None], gram, 0)
 
-    # Project. On side U: N = U C + A with U^T A = 0; on side V: N = V C^T + B. Both measure C.
-    u, v = _Side(gram_u, rank), _Side(gram_v, rank)
-    r_a, r_a_inverse = factor_gram(u.normal_direction, u.length)
-    r_b, r_b_inverse = factor_gram(v.normal_direction, v.length)
+    # Project: N = U C + A on side 0, N = V C^T + B on side 1, with A^T A = N^T N - C^T C.
+    core_direction, squared = gram[:, :, :rank, -rank:], gram[:, :, -rank:, -rank:].double()
+    normal = squared - core_direction.double().mT @ core_direction.double()
+    # The rounding of the difference is relative to what it was taken from.
+    r_factor, r_inverse = factor_gram(normal, squared.diagonal(dim1=-2, dim2=-1).sqrt())
+    r_inverse = r_inverse.to(s.dtype)
 
-    # Direction: D = [U Q_A] K [V Q_B]^T.
-    k = s_old.new_zeros(s.shape[0], 2 * rank, 2 * rank)
-    k[:, :rank, :rank] = (u.core_direction + v.core_direction.mT) / 2
-    k[:, :rank, rank:] = r_b.mT
-    k[:, rank:, :rank] = r_a
+    # Direction: D = [U Q_A] K [V Q_B]^T. Both sides measure C.
+    k = s.new_zeros(s.shape[0], 2 * rank, 2 * rank)
+    k[:, :rank, :rank] = (core_direction[0] + core_direction[1].mT) / 2
+    k[:, :rank, rank:] = r_factor[1].mT
+    k[:, rank:, :rank] = r_factor[0]
     for _ in range(tangent_iterations):
         k = polar(k)
         k[:, rank:, rank:] = 0
 
     # Retract. Without its first r rows y is -lr O_A, of norm at most lr: so is sigma_{r+1}(y).
-    y = -lr * k
-    y[:, :rank, :rank] += (1 - lr * weight_decay) * s_old
-    p, s_new, w = truncate(y, lr[:, 0, 0].abs())
-    p_1, p_2, w_1, w_2 = p[:, :rank], p[:, rank:], w[:, :rank], w[:, rank:]
+    lr, weight_decay = lr.double(), weight_decay.double()
+    y = k.double() * -lr[:, None, None]
+    y[:, :rank, :rank] += (1 - lr * weight_decay)[:, None, None] * s
+    bases, s_new = truncate(y, lr)
+    bases = bases.to(s.dtype)
+    first, second = bases[:, :, :rank], bases[:, :, rank:]
 
-    # Transport: the blocks of M = N V^T + U B^T at the new point are M V+ = N W_1 + U (B^T V+) and, likewise, M^T U+.
+    t = s.new_zeros(2, s.shape[0], gram.shape[-2], 2 * rank)
+    # U+ = U P_1 + Q_A P_2, with Q_A = (D - U C) R^-1.
+    of_direction = r_inverse @ second
+    t[:, :, :rank, :rank] = first - core_direction @ of_direction
+    t[:, :, -rank:, :rank] = of_direction
+    # Transport: at the new point M = N V^T + U B^T has the blocks M V+ = N W_1 + U (B^T V+) and, likewise, M^T U+.
     if momentum_form == "raw":
-        core_momentum = (u.core_momentum + v.core_momentum.mT) / 2
-        n_u = (core_momentum - u.core_momentum) @ w_1 + v.normal_cross @ r_b_inverse @ w_2, w_1
-        n_v = (core_momentum.mT - v.core_momentum) @ p_1 + u.normal_cross @ r_a_inverse @ p_2, p_1
+        cross = gram[:, :, rank : 2 * rank, -rank:] - gram[:, :, :rank, :rank].mT @ core_direction
+        t[:, :, :rank, rank:] = (cross @ of_direction).flip(0)
+        t[:, :, rank : 2 * rank, rank:] = first.flip(0)
     else:
-        o_c, o_b, o_a = k[:, :rank, :rank], k[:, :rank, rank:], k[:, rank:, :rank]
-        from_a, from_b = r_a_inverse @ o_a @ w_1, r_b_inverse @ o_b.mT @ p_1
-        n_u = o_c @ w_1 + o_b @ w_2 - u.core_direction @ from_a, from_a
-        n_v = o_c.mT @ p_1 + o_a.mT @ p_2 - v.core_direction @ from_b, from_b
-    t_u = u.coefficients(p_1, r_a_inverse @ p_2, *n_u, of_direction=momentum_form != "raw")
-    t_v = v.coefficients(w_1, r_b_inverse @ w_2, *n_v, of_direction=momentum_form != "raw")
+        o_core = torch.stack([k[:, :rank, :rank], k[:, :rank, :rank].mT])
+        o_normal = torch.stack([k[:, rank:, :rank], k[:, :rank, rank:].mT])
+        carried = r_inverse @ o_normal @ first.flip(0)
+        t[:, :, :rank, rank:] = o_core @ first.flip(0) + (o_normal.mT @ second).flip(0) - core_direction @ carried
+        t[:, :, -rank:, rank:] = carried
 
-    unmoved = torch.eye(gram_u.shape[-2], 2 * rank, dtype=torch.float64, device=s.device)
-    return CoreResult(
-        torch.where(keep, t_u, unmoved).to(dtype),
-        torch.where(keep, t_v, unmoved).to(dtype),
-        torch.where(keep, s_new, s_old).to(dtype),
-        active,
-    )
-
-
-class _Side:
-    """The parts of one side's Gram matrix z^T [N, D]; D = N where z has no third block.
-
-    Attributes:
-        core_momentum, core_direction: U^T N, U^T D.
-        normal_direction, normal_cross: A_D^T A_D and A_N^T A_D of the normal parts A = N - U (U^T N).
-        length: column norms of D, which the rounding of `normal_direction` is relative to.
-    """
-
-    def __init__(self, gram: Float[Tensor, "b p q"], rank: int) -> None:
-        self.columns, self.rank = gram.shape[-2], rank
-        self.core_momentum, self.core_direction = gram[:, :rank, :rank], gram[:, :rank, -rank:]
-        direction_squared = gram[:, -rank:, -rank:]
-        self.length = direction_squared.diagonal(dim1=-2, dim2=-1).sqrt()
-        self.normal_direction = direction_squared - self.core_direction.mT @ self.core_direction
-        self.normal_cross = gram[:, rank : 2 * rank, -rank:] - self.core_momentum.mT @ self.core_direction
-
-    def coefficients(
-        self,
-        p_1: Float[Tensor, "b r r"],
-        q_2: Float[Tensor, "b r r"],
-        n_1: Float[Tensor, "b r r"],
-        n_2: Float[Tensor, "b r r"],
-        *,
-        of_direction: bool,
-    ) -> Float[Tensor, "b p q"]:
-        """t with U+ = U p_1 + A_D q_2 and N+ = U n_1 + (N or D) n_2."""
-        rank = self.rank
-        t = p_1.new_zeros(p_1.shape[0], self.columns, 2 * rank)
-        t[:, :rank, :rank] = p_1 - self.core_direction @ q_2
-        t[:, -rank:, :rank] = q_2
-        t[:, :rank, rank:] = n_1
-        source = slice(self.columns - rank, None) if of_direction else slice(rank, 2 * rank)
-        t[:, source, rank:] = n_2
-        return t
+    s_new = s_new.to(s.dtype)
+    if not all_moved:
+        keep = moved[:, None, None]
+        t = torch.where(keep, t, torch.eye(gram.shape[-2], 2 * rank, dtype=s.dtype, device=s.device))
+        s_new = torch.where(keep, s_new, s)
+    return CoreResult(t, s_new, moved)

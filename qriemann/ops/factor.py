@@ -12,15 +12,15 @@ PIVOT_TOL = 2.5e-5
 
 
 def factor_gram(
-    gram: Float[Tensor, "b r r"], scale: Float[Tensor, "b r"]
-) -> tuple[Float[Tensor, "b r r"], Float[Tensor, "b r r"]]:
+    gram: Float[Tensor, "*b r r"], scale: Float[Tensor, "*b r"]
+) -> tuple[Float[Tensor, "*b r r"], Float[Tensor, "*b r r"]]:
     """R and its inverse with A = Q R, Q = A R^-1 orthonormal, from A^T A alone.
 
     Directions of A that are noise (see PIVOT_TOL) get a zero column of Q and a zero row of R: null directions are
     dropped, never invented.
 
     Args:
-        gram: A^T A, as float64. May be indefinite by rounding.
+        gram: A^T A. May be indefinite by rounding.
         scale: lengths that the noise of each column is relative to (the column before it was projected).
 
     Returns:
@@ -36,13 +36,12 @@ def factor_gram(
     lower = torch.where(unsafe[..., None, None], eye, lower)
     r_factor = lower.mT.contiguous()
     r_inverse = torch.linalg.solve_triangular(lower, eye, upper=False).mT.contiguous()
-    rows = unsafe.nonzero().flatten()
-    if rows.numel():
-        r_factor[rows], r_inverse[rows] = _pivoted(scaled[rows])
+    if unsafe.any():
+        r_factor[unsafe], r_inverse[unsafe] = _pivoted(scaled[unsafe])
     return r_factor * scale[..., None, :], r_inverse / scale[..., :, None]
 
 
-def _pivoted(gram: Float[Tensor, "b r r"]) -> tuple[Float[Tensor, "b r r"], Float[Tensor, "b r r"]]:
+def _pivoted(gram: Float[Tensor, "*b r r"]) -> tuple[Float[Tensor, "*b r r"], Float[Tensor, "*b r r"]]:
     """Cholesky with diagonal pivoting that stops at PIVOT_TOL; cannot fail, whatever the input."""
     batch, rank, _ = gram.shape
     rows = torch.arange(batch, device=gram.device)

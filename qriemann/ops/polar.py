@@ -11,8 +11,8 @@ from torch import Tensor
 POLAR_RTOL = 1e-3
 
 
-def _newton_schulz_coefficients(lower: float, tol: float) -> list[tuple[float, float]]:
-    """Coefficients (a, b) of the cubics a x + b x^3 that take [lower, 1] to within `tol` of 1 in the fewest steps.
+def _newton_schulz_coefficients(lower: float, tol: float) -> list[tuple[float, float, float]]:
+    """(l, a, b): the cubics a x + b x^3 that take [lower, 1] to within `tol` of 1 in the fewest steps, each from [l, 1].
 
     Each cubic c x (3 alpha^2 - x^2) is the minimax one for the interval [l, u] the step before left; with u = 1 its
     maximum lies at alpha^2 = (1 + l + l^2)/3 and it takes both ends to c (l + l^2), so c balances the two errors about 1.
@@ -23,13 +23,16 @@ def _newton_schulz_coefficients(lower: float, tol: float) -> list[tuple[float, f
         alpha_squared = (1 + lower + lower**2) / 3
         at_ends, at_alpha = lower + lower**2, 2 * alpha_squared**1.5
         # Divided by its maximum, so that the next interval ends at 1 again.
-        coefficients.append((3 * alpha_squared / at_alpha, -1 / at_alpha))
+        coefficients.append((lower, 3 * alpha_squared / at_alpha, -1 / at_alpha))
         lower = at_ends / at_alpha
     return coefficients
 
 
 # Bound on ||O - O O^T O||_F^2 for settled matrices. A singular value left at v adds v^2 while float32 adds (3e-7)^2 p.
 _SETTLED = 1e-10
+
+# While a wanted singular value is small, float32 would blur its direction by 6e-8 / l; later it costs half as much.
+_FLOAT32_ABOVE = 0.2
 
 # 11 steps. The lower end leaves room for the norm estimate below, which may exceed the largest singular value by up to
 # rank^(1/4).
@@ -39,29 +42,31 @@ _COEFFICIENTS = _newton_schulz_coefficients(lower=POLAR_RTOL, tol=1e-7)
 def polar(k: Float[Tensor, "b p p"], *, rtol: float = POLAR_RTOL, exact: bool = True) -> Float[Tensor, "b p p"]:
     """The orthogonal polar factor of each matrix: its singular values set to one, those under the cut-off to zero.
 
-    Newton-Schulz with minimax coefficients, in float32 whatever k's dtype, settles every matrix whose non-zero singular
-    values lie above the cut-off. The others keep a singular value strictly between 0 and 1; with `exact` they are
-    recomputed by an SVD, without it they stay as they are (the band that the polynomial leaves: monotone, at most 1).
+    Newton-Schulz with minimax coefficients settles every matrix whose non-zero singular values lie above the cut-off. The
+    others keep a singular value strictly between 0 and 1; with `exact` they are recomputed by an SVD, without it they stay
+    as they are (the band that the polynomial leaves: monotone, at most 1).
 
     Args:
         k: square matrices; all zero is allowed and gives zero.
         rtol: singular values below rtol times the largest count as zero.
         exact: finish unsettled matrices by LAPACK. Reads a flag on the host, so it must be False under CUDA graphs.
     """
+    dtype = k.dtype
+    # Scaled, so that no power of an entry leaves float32's range.
+    largest = k.abs().amax((-2, -1), keepdim=True)
+    k = (k / torch.where(largest > 0, largest, 1)).double()
     # (trace (K^T K)^2)^(1/4) bounds the largest singular value from above, within a factor rank^(1/4).
     norm = (k.mT @ k).square().sum((-2, -1), keepdim=True).sqrt().sqrt()
-    x = (k / torch.where(norm > 0, norm, 1)).float()
-    for a, b in _COEFFICIENTS:
+    x = k / torch.where(norm > 0, norm, 1)
+    for lower, a, b in _COEFFICIENTS:
+        if lower > _FLOAT32_ABOVE:
+            x = x.float()
         x = torch.baddbmm(x, x, x.mT @ x, beta=a, alpha=b)
-    x = x.to(k.dtype)
-    # One plain step in k's dtype squares what float32 left of the distance to orthogonality.
-    x_cubed = x @ (x.mT @ x)
     if exact:
-        rows = ((x - x_cubed).square().sum((-2, -1)) > _SETTLED).nonzero().flatten()
-    x = 1.5 * x - 0.5 * x_cubed
-    if exact and rows.numel():
-        x[rows] = _polar_by_svd(k[rows], rtol)
-    return x
+        unsettled = torch.baddbmm(x, x, x.mT @ x, alpha=-1).square().sum((-2, -1)) > _SETTLED
+        if unsettled.any():
+            x[unsettled] = _polar_by_svd(k[unsettled], rtol).to(x.dtype)
+    return x.to(dtype)
 
 
 def _polar_by_svd(k: Float[Tensor, "b p p"], rtol: float) -> Float[Tensor, "b p p"]:

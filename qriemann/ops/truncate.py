@@ -6,17 +6,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Relative to the norm of y. Where y has rank below r (a cold start with a rank-deficient gradient), this much of the old
-# factors fills the missing directions; a QR would invent columns that exist in neither basis.
-_FILL = 1e-6
+# Singular values under this fraction of the norm count as missing: a cold start with a gradient of low rank. Float32 leaves
+# about 1e-6 where the exact y has zeros.
+_MISSING = 1e-5
 # How far U and V may be from the dominant subspaces, relative to y: what float32 factors can hold.
 _CONVERGED = 1e-7
 
 
 def truncate(
     y: Float[Tensor, "b p p"], perturbation: Float[Tensor, " b"]
-) -> tuple[Float[Tensor, "b p r"], Float[Tensor, "b r r"], Float[Tensor, "b p r"]]:
-    """P, S, W with P S W^T the best rank-r approximation of y, P and W orthonormal.
+) -> tuple[Float[Tensor, "2 b p r"], Float[Tensor, "b r r"]]:
+    """(P, W) stacked and S, with P S W^T the best rank-r approximation of y, P and W orthonormal.
 
     Three half-rounds of subspace iteration from the old factors. With rho = perturbation / sigma_r(y) they leave an error
     of rho^5: on a flat stretch of the manifold that is exact. A certificate decides whether it was; what is not certified
@@ -38,7 +38,7 @@ def truncate(
     rows = (~((residual <= _CONVERGED * norm) & (smallest > perturbation))).nonzero().flatten()
     if rows.numel():
         p[rows], s[rows], w[rows] = _by_svd(y[rows], torch.where(norm > 0, norm, 1)[rows])
-    return p, s, w
+    return torch.stack([p, w]), s
 
 
 def _orthonormalize(y: Float[Tensor, "b p r"]) -> tuple[Float[Tensor, "b p r"], Float[Tensor, "b r r"]]:
@@ -62,8 +62,25 @@ def _by_svd(
     y: Float[Tensor, "b p p"], norm: Float[Tensor, " b"]
 ) -> tuple[Float[Tensor, "b p r"], Float[Tensor, "b r r"], Float[Tensor, "b p r"]]:
     rank = y.shape[-1] // 2
-    filled = y.clone()
-    filled[:, :rank, :rank].diagonal(dim1=-2, dim2=-1).add_(_FILL * norm[:, None])
-    left, _, right = torch.linalg.svd(filled)
-    p, w = left[..., :rank], right[..., :rank, :].mT
+    p, sigma, w = _leading(y, rank)
+    missing = sigma <= _MISSING * norm[:, None]
+    rows = missing.any(-1).nonzero().flatten()
+    if rows.numel():
+        # The old factors fill the missing directions. A QR, or the null vectors of this SVD, would invent columns that
+        # exist in neither basis.
+        kept = (~missing[rows]).to(y.dtype)[:, None]
+        p_kept, w_kept = p[rows] * kept, w[rows] * kept
+        filling = torch.zeros_like(y[rows])
+        filling[:, :rank, :rank] = torch.eye(rank, dtype=y.dtype, device=y.device)
+        filling = filling - p_kept @ (p_kept.mT @ filling)
+        filling = filling - (filling @ w_kept) @ w_kept.mT
+        # Columns of the kept part first (singular value 2), those of the filling next (at most 1).
+        p[rows], _, w[rows] = _leading(2 * p_kept @ w_kept.mT + filling, rank)
     return p, p.mT @ y @ w, w
+
+
+def _leading(
+    y: Float[Tensor, "b p p"], rank: int
+) -> tuple[Float[Tensor, "b p r"], Float[Tensor, "b r"], Float[Tensor, "b p r"]]:
+    left, sigma, right = torch.linalg.svd(y)
+    return left[..., :rank], sigma[..., :rank], right[..., :rank, :].mT.clone()

@@ -114,8 +114,7 @@ class FactorBatch:
 
         grams = torch.cat([ops.gram(height_blocks) for height_blocks in blocks])[self._position]
         result = ops.core(
-            grams[:layers],
-            grams[layers:],
+            grams.unflatten(0, (2, layers)),
             self.s,
             lr,
             weight_decay,
@@ -125,7 +124,7 @@ class FactorBatch:
         )
         self._undo_nonfinite(blocks, active & ~result.moved)
 
-        coefficients = torch.cat([result.t_u, result.t_v])[self._order].split([len(h.sides) for h in self._heights])
+        coefficients = result.coefficients.flatten(0, 1)[self._order].split([len(h.sides) for h in self._heights])
         compensation = torch.cat(
             [
                 ops.apply(height_blocks, t, height.momentum, self._workspace(height, "new"))
