@@ -1,0 +1,355 @@
+"""Token ids and labels for a stock `SFTTrainer`, from the row formats that people have.
+
+`SFTTrainer` takes a dataset that already has `input_ids` and `labels` as it is (it still truncates and packs), so the mask is
+decided here, on every row, before anything is written. A row that cannot be trained on is an error that names it, never a row
+that silently contributes nothing.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from qriemann.errors import InputError
+from qriemann.training.sources import Source
+from qriemann.training.tokens import AssistantTokenizer, Message, RowError
+
+IGNORED = -100
+_SHOWN_ROWS = 3
+_ACCEPTED = (
+    "messages (role, content), prompt and completion, conversations (from, value), instruction and output (Alpaca), "
+    "text, or input_ids and labels"
+)
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+
+
+@dataclass
+class TokenizedData:
+    """What the trainer trains on.
+
+    Attributes:
+        train, held_out: `input_ids` and `labels`, -100 where a token is not trained.
+        row_format: the columns that were recognized.
+        notices: one line for everything that a person should know about their rows.
+    """
+
+    train: Dataset
+    held_out: Dataset | None
+    row_format: str
+    notices: list[str] = field(default_factory=list)
+
+
+def prepare(
+    train: Source,
+    held_out: Source | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    loss_on: str = "assistant",
+    text_field: str = "text",
+    max_length: int | None = None,
+    eval_size: float = 0.0,
+    seed: int = 0,
+    num_proc: int | None = None,
+    max_held_out: int | None = None,
+) -> TokenizedData:
+    """Tokens and labels of the training rows and the held-out ones.
+
+    Args:
+        train: rows in any accepted format.
+        held_out: likewise; None to take `eval_size` of the training rows.
+        tokenizer: with a chat template, if the rows are conversations.
+        loss_on: "assistant" or "all" tokens.
+        text_field: the column of plain texts.
+        max_length: in tokens; rows with nothing to train before it are dropped, with a notice. None for no limit.
+        eval_size: the share (below 1) or the number of training rows to hold out; 0 for none.
+        seed: of the choice of held-out rows.
+        num_proc: processes that tokenize.
+        max_held_out: upper bound of the rows that a share `eval_size` holds out.
+
+    Raises:
+        InputError: for rows without usable columns, an empty turn, a row with no trained token, a template that does not fit.
+    """
+    notices: list[str] = []
+    row_format = recognize(train, text_field)
+    tokens = _tokenize(train, tokenizer, loss_on, text_field, max_length, num_proc, notices)
+    if held_out is not None:
+        kept = _tokenize(held_out, tokenizer, loss_on, text_field, max_length, num_proc, notices)
+        return TokenizedData(tokens, kept, row_format, notices)
+    count = round(eval_size * len(tokens)) if eval_size < 1 else int(eval_size)
+    count = max(count, 1) if eval_size > 0 else 0
+    count = min(count, max_held_out) if max_held_out is not None and eval_size < 1 else count
+    if count == 0:
+        return TokenizedData(tokens, None, row_format, notices)
+    if count >= len(tokens):
+        raise InputError(
+            f"eval_size must leave at least one of the {len(tokens)} rows of {train.name} to train on, got {eval_size:g}; "
+            "lower it, or set eval_size: 0"
+        )
+    parts = tokens.train_test_split(test_size=count, seed=seed)
+    notices.append(f"{count} of {len(tokens)} rows of {train.name} are held out (eval_size {eval_size:g})")
+    return TokenizedData(parts["train"], parts["test"], row_format, notices)
+
+
+def recognize(source: Source, text_field: str = "text") -> str:
+    """The name of the row format, from the columns.
+
+    Raises:
+        InputError: naming the columns found and those accepted.
+    """
+    columns = set(source.rows.column_names)
+    # Alpaca comes before text: its copies on the Hub carry the rendered prompt in a text column as well.
+    for name, needed in (
+        ("input_ids", {"input_ids", "labels"}),
+        ("messages", {"messages"}),
+        ("prompt-completion", {"prompt", "completion"}),
+        ("conversations", {"conversations"}),
+        ("alpaca", {"instruction", "output"}),
+        ("text", {text_field}),
+    ):
+        if needed <= columns:
+            return name
+    raise InputError(
+        f"{source.name} must have usable columns, got {', '.join(sorted(columns)) or 'none'}; accepted are {_ACCEPTED}"
+    )
+
+
+def fingerprint(*datasets: Dataset | None) -> str:
+    """SHA-256 over the token ids and labels of the datasets, in order, whatever file they came from."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        digest.update(b"dataset")
+        if dataset is None:
+            continue
+        for batch in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
+            for name in ("input_ids", "labels"):
+                for chunk in batch.column(name).chunks:
+                    digest.update(chunk.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+                    digest.update(chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def trained_token_count(dataset: Dataset) -> int:
+    """Number of tokens with a label."""
+    return sum(int((np.asarray(labels) != IGNORED).sum()) for labels in _label_rows(dataset))
+
+
+def _label_rows(dataset: Dataset) -> Iterator[np.ndarray]:
+    for batch in dataset.select_columns(["labels"]).with_format("numpy").iter(batch_size=1000):
+        yield from batch["labels"]
+
+
+def _tokenize(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    loss_on: str,
+    text_field: str,
+    max_length: int | None,
+    num_proc: int | None,
+    notices: list[str],
+) -> Dataset:
+    row_format = recognize(source, text_field)
+    if row_format == "input_ids":
+        examples = source.rows.select_columns(["input_ids", "labels"]).add_column("problem", [""] * len(source.rows))
+        examples = examples.add_column("straddles", [False] * len(source.rows))
+    else:
+        chat = row_format in ("messages", "conversations") or (
+            row_format == "prompt-completion" and not isinstance(source.rows[0]["prompt"], str)
+        )
+        if chat and not tokenizer.chat_template:
+            raise InputError(
+                f"{source.name} holds conversations and must have a chat template, got a tokenizer without one; name a "
+                "template or a model that has one with chat_template_path"
+            )
+        if row_format == "text" and loss_on == "assistant":
+            notices.append(f"{source.name} has texts without roles: every token is trained")
+        examples = source.rows.map(
+            _example,
+            fn_kwargs={"convert": _row_converter(row_format, tokenizer, loss_on, text_field)},
+            remove_columns=source.rows.column_names,
+            num_proc=num_proc,
+            load_from_cache_file=False,
+            desc=f"Tokenizing {source.name}",
+        )
+    _raise_first_problem(source, examples)
+    straddling = sum(examples["straddles"])
+    if straddling:
+        notices.append(
+            f"{straddling} of {len(examples)} rows of {source.name} start a turn inside a token of the prompt; that token is "
+            "trained"
+        )
+    return _drop_untrained(source, examples.select_columns(["input_ids", "labels"]), max_length, notices)
+
+
+def _drop_untrained(source: Source, examples: Dataset, max_length: int | None, notices: list[str]) -> Dataset:
+    """The rows with a trained token; raises if a row never had one, gives notice of those that truncation leaves bare."""
+    bare, cut, truncated = [], [], 0
+    for index, labels in enumerate(_label_rows(examples)):
+        # The first label is never predicted: nothing comes before it.
+        (trained,) = np.nonzero(labels[1:] != IGNORED)
+        if trained.size == 0:
+            bare.append(index)
+        elif max_length is not None and trained[0] + 1 >= max_length:
+            cut.append(index)
+        truncated += max_length is not None and len(labels) > max_length
+    if bare:
+        raise InputError(
+            f"every row of {source.name} must have a token to train on, got {len(bare)} of {len(examples)} rows with every "
+            f"token masked: {_rows(bare)}; remove them, or set loss_on: all"
+        )
+    if len(cut) == len(examples):
+        raise InputError(
+            f"{source.name} must have tokens to train on within max_length {max_length}, got every token masked in all "
+            f"{len(cut)} rows; raise max_length"
+        )
+    if truncated:
+        notices.append(f"{truncated} of {len(examples)} rows of {source.name} are cut at max_length {max_length}")
+    if not cut:
+        return examples
+    notices.append(
+        f"{len(cut)} of {len(examples)} rows of {source.name} have no trained token within max_length {max_length} and are "
+        f"left out: {_rows(cut)}"
+    )
+    dropped = set(cut)
+    return examples.select([index for index in range(len(examples)) if index not in dropped])
+
+
+def _raise_first_problem(source: Source, examples: Dataset) -> None:
+    problems = [(index, problem) for index, problem in enumerate(examples["problem"]) if problem]
+    if not problems:
+        return
+    first = problems[0][1]
+    rule, remedy = json.loads(first)
+    same = [index for index, problem in problems if problem == first]
+    raise InputError(f"every row of {source.name} must have {rule}, got {_rows(same)}; {remedy}")
+
+
+def _rows(indices: Iterable[int]) -> str:
+    """ "row 3" or "rows 3, 4, 9 and 20 more", counted from 1 as an editor counts lines."""
+    numbers = [index + 1 for index in indices]
+    shown = ", ".join(map(str, numbers[:_SHOWN_ROWS]))
+    more = f" and {len(numbers) - _SHOWN_ROWS} more" if len(numbers) > _SHOWN_ROWS else ""
+    return f"row{'s' if len(numbers) > 1 else ''} {shown}{more}"
+
+
+def _example(
+    row: dict[str, Any], convert: Callable[[dict[str, Any]], tuple[list[int], list[bool], bool]]
+) -> dict[str, Any]:
+    try:
+        ids, mask, straddles = convert(row)
+    except RowError as error:
+        return {"input_ids": [0], "labels": [0], "problem": json.dumps(error.args), "straddles": False}
+    labels = [token if trained else IGNORED for token, trained in zip(ids, mask, strict=True)]
+    return {"input_ids": ids, "labels": labels, "problem": "", "straddles": straddles}
+
+
+def _row_converter(
+    row_format: str, tokenizer: PreTrainedTokenizerBase, loss_on: str, text_field: str
+) -> Callable[[dict[str, Any]], tuple[list[int], list[bool], bool]]:
+    encoder = AssistantTokenizer(tokenizer)
+
+    def conversation(row: dict[str, Any], messages: list[Message], first_trained: int = 0) -> Any:
+        tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) and row["tools"] else row.get("tools")
+        options = {"tools": tools or None, "template_kwargs": row.get("chat_template_kwargs")}
+        if loss_on == "all":
+            return encoder.whole_conversation(messages, **options)
+        return encoder.conversation(messages, first_trained=first_trained, **options)
+
+    def convert(row: dict[str, Any]) -> tuple[list[int], list[bool], bool]:
+        if row_format in ("messages", "conversations"):
+            return conversation(row, _messages(row[row_format]))
+        if row_format == "alpaca":
+            question, answer = _alpaca(row)
+            if tokenizer.chat_template:
+                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                return conversation(row, turns)
+            return _plain(encoder, question + "\n\n", answer, loss_on)
+        if row_format == "prompt-completion":
+            if not isinstance(row["prompt"], list):
+                return _plain(encoder, _string(row, "prompt"), _string(row, "completion"), loss_on)
+            prompt = _messages(row["prompt"])
+            return conversation(row, prompt + _messages(row["completion"]), first_trained=len(prompt))
+        text = _string(row, text_field)
+        if not text.strip():
+            raise RowError("some text", "remove the empty rows")
+        return encoder.text(text)
+
+    return convert
+
+
+def _plain(
+    encoder: AssistantTokenizer, prompt: str, completion: str, loss_on: str
+) -> tuple[list[int], list[bool], bool]:
+    if not completion.strip():
+        raise RowError("an assistant turn that is not empty (the completion is)", "fill it or remove the row")
+    ids, mask, straddles = encoder.completion(prompt, completion)
+    return (ids, [True] * len(ids), False) if loss_on == "all" else (ids, mask, straddles)
+
+
+def _alpaca(row: dict[str, Any]) -> tuple[str, str]:
+    question, context, answer = (_string(row, key) for key in ("instruction", "input", "output"))
+    if not answer.strip():
+        raise RowError("an assistant turn that is not empty (the output is)", "fill it or remove the row")
+    return (f"{question.strip()}\n\n{context.strip()}" if context.strip() else question.strip()), answer
+
+
+def _string(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    # A CSV column of numbers is read as numbers.
+    if isinstance(value, int | float):
+        return str(value)
+    if not isinstance(value, str | None):
+        raise RowError(f"a string in {key}", f"write a string instead of a {type(value).__name__}")
+    return value or ""
+
+
+def _messages(turns: Any) -> list[Message]:
+    """role and content of every turn, from TRL's or ShareGPT's keys; keys that other rows brought along are left out."""
+    if not isinstance(turns, list) or not turns:
+        raise RowError("a list of turns that is not empty", "fill it or remove the row")
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict):
+            raise RowError(
+                f"turns with a role and a content (turn {number} is a {type(turn).__name__})", "rewrite that turn"
+            )
+        message = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value")}
+        written = turn.get("role") or turn.get("from")
+        role = _ROLES.get(str(written).lower())
+        if role is None:
+            raise RowError(
+                f"roles among {', '.join(sorted(_ROLES))} (turn {number} has {written!r})", "rename that role"
+            )
+        content = _content(turn)
+        if role == "assistant" and not content.strip() and not turn.get("tool_calls"):
+            raise RowError("no empty assistant turn", "fill the turn or remove the row")
+        messages.append({**message, "role": role, "content": content})
+    return messages
+
+
+def _content(turn: dict[str, Any]) -> str:
+    """The text of a turn; the text parts of a list of parts, joined."""
+    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+    if isinstance(content, list):
+        kinds = {part.get("type", "text") for part in content if isinstance(part, dict)}
+        if kinds - {"text"}:
+            raise RowError(f"turns of text (a part is {', '.join(sorted(kinds - {'text'}))})", "remove the row")
+        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return _string({"content": content}, "content")

@@ -1,0 +1,160 @@
+"""What a run leaves beside its adapter: `metrics.jsonl` (one line a log event), `run.json` and `loss.png`.
+
+Every file is replaced in one move, so a reader or a crash never sees half of one; only `metrics.jsonl` grows line by line.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qriemann
+
+METRICS, RUN, PLOT = "metrics.jsonl", "run.json", "loss.png"
+# The files that say a folder holds a run, and that `overwrite` removes; anything else in the folder is left alone.
+_RUN_FILES = (RUN, METRICS, PLOT, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
+
+
+def run_files(folder: Path) -> list[Path]:
+    """The records, adapter files and checkpoints of a run in this folder."""
+    if not folder.is_dir():
+        return []
+    checkpoints = [path for path in folder.iterdir() if path.is_dir() and _CHECKPOINT.fullmatch(path.name)]
+    return [folder / name for name in _RUN_FILES if (folder / name).exists()] + sorted(checkpoints)
+
+
+def remove_run(folder: Path) -> None:
+    """Removes what `run_files` lists."""
+    for path in run_files(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replaces the file by the content; numbers that JSON has no word for become strings."""
+    _replace(
+        path, lambda partial: partial.write_text(json.dumps(_finite(dict(content)), indent=2) + "\n", encoding="utf-8")
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in the file; an empty one if a file of that name is not ours."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
+    """Adds one JSON line to `metrics.jsonl`."""
+    with (folder / METRICS).open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(_finite(dict(record))) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl`; a last line that a crash left unfinished is skipped."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def rewind_metrics(folder: Path, step: int) -> None:
+    """Keeps the records up to a step: a resumed run repeats the steps after its checkpoint and logs them again."""
+    kept = [record for record in read_metrics(folder) if record["step"] <= step and "train_runtime" not in record]
+    _replace(folder / METRICS, lambda partial: partial.write_text("".join(json.dumps(r) + "\n" for r in kept)))
+
+
+def curve(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of every record that has a finite value under the key."""
+    pairs = [(record["step"], record.get(key)) for record in records]
+    return [(step, float(value)) for step, value in pairs if isinstance(value, int | float) and math.isfinite(value)]
+
+
+def plot_losses(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Draws training and held-out loss over the steps."""
+    # Figure alone draws with Agg; pyplot would choose a backend for the whole process.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for key, label, marker in (("loss", "training", ""), ("eval_loss", "held out", "o")):
+        points = curve(records, key)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=marker or None, markersize=4, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.grid(visible=True, alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+    _replace(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and device, for `run.json`."""
+    versions = {"qriemann": qriemann.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.processor() or platform.machine())
+    return {
+        "versions": versions,
+        "device": {
+            "type": device.type,
+            "name": name,
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+        },
+    }
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory of this process in GiB: allocated by torch on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if platform.system() == "Darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

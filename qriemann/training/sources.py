@@ -1,0 +1,189 @@
+"""Rows as they come: a local file or a Hub dataset, found, read and split, before anybody looks at their columns.
+
+`datasets` reads the files. What is added is the sentence that a person needs when it cannot: which line of the file is
+broken, which splits there are, that the Hub was not reached.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from qriemann.errors import InputError
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_HELD_OUT_SPLITS = ("test", "validation", "eval")
+_SHOWN_ERRORS = 3
+
+
+@dataclass
+class Source:
+    """One split, with the words that name it in a message."""
+
+    rows: Dataset
+    name: str
+
+
+def load_sources(
+    name: str,
+    *,
+    config: str | None = None,
+    train_split: str = "train",
+    test_split: str | None = None,
+    eval_name: str | None = None,
+) -> tuple[Source, Source | None]:
+    """The training rows, and the held-out rows where the dataset or a second one brings them.
+
+    Args:
+        name: a Hub id, a local file or a local folder.
+        config: the configuration of a Hub dataset.
+        train_split: the split to train on; a file is one split, called train.
+        test_split: the split to hold out; None takes test, validation or eval where one exists.
+        eval_name: a second dataset or file to hold out, instead of a split.
+
+    Raises:
+        InputError: if it does not exist, cannot be reached or read, lacks the split, or the split is empty.
+    """
+    splits = _load(name, config)
+    train = _pick(splits, train_split, name, key="dataset_train_split")
+    if eval_name is not None:
+        held_out_splits = _load(eval_name, config)
+        # A file is one split, whatever it is for.
+        fallback = test_split or next((split for split in _HELD_OUT_SPLITS if split in held_out_splits), "train")
+        return train, _pick(held_out_splits, fallback, eval_name, key="dataset_test_split")
+    wanted = test_split or next((split for split in _HELD_OUT_SPLITS if split in splits), None)
+    if wanted is None or wanted == train_split:
+        return train, None
+    return train, _pick(splits, wanted, name, key="dataset_test_split")
+
+
+def _pick(splits: DatasetDict, split: str, name: str, *, key: str) -> Source:
+    if split not in splits:
+        raise InputError(f"{key} must be a split of {name}, got {split!r}; its splits are {', '.join(splits)}")
+    rows = splits[split]
+    if len(rows) == 0:
+        raise InputError(f"split {split!r} of {name} must hold at least one row, got an empty split; check the dataset")
+    return Source(rows, f"{name} ({split})")
+
+
+def _load(name: str, config: str | None) -> DatasetDict:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return DatasetDict(train=_read_file(path))
+    if path.is_dir():
+        return _read_folder(path)
+    if path.suffix.lower() in _BUILDERS or name.startswith((".", "/", "~")):
+        raise InputError(
+            f"dataset_name must be an existing file or a Hub id, got {name!r}, which is no file; check the path"
+        )
+    return _load_from_hub(name, config)
+
+
+def _read_folder(path: Path) -> DatasetDict:
+    try:
+        saved = (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
+        loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))
+    except Exception as error:
+        raise InputError(
+            f"dataset_name must be a folder that datasets can load, got {path}: {_first_line(error)}"
+        ) from error
+    return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+
+
+def _load_from_hub(name: str, config: str | None) -> DatasetDict:
+    try:
+        return load_dataset(name, name=config)
+    except DatasetNotFoundError as error:
+        raise InputError(
+            f"dataset_name must be a local file or a dataset on the Hub, got {name!r}, which is neither; check the name, or "
+            "log in with `hf auth login` if it is private"
+        ) from error
+    # Anything from a DNS failure through an HTTP error to a loading script that is refused ends here; none of them is a bug
+    # of this project, and all of them are about the name.
+    except Exception as error:
+        raise InputError(
+            f"dataset_name must be a dataset that can be reached and read, got {name!r}: {_first_line(error)}; check the "
+            "name, dataset_config and the connection, or name a local file"
+        ) from error
+
+
+def _read_file(path: Path) -> Dataset:
+    suffix = path.suffix.lower()
+    if suffix not in _BUILDERS:
+        raise InputError(f"a dataset file must end in {', '.join(_BUILDERS)}, got {path}; convert it to one of them")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} must hold at least one row, got an empty file; check the dataset")
+    options: dict[str, Any] = {}
+    if suffix == ".jsonl":
+        _check_json_lines(path)
+    elif suffix == ".json":
+        options = _check_json(path)
+    try:
+        return load_dataset(_BUILDERS[suffix], data_files=str(path), split="train", **options)
+    except Exception as error:
+        # DatasetGenerationError only says that something went wrong; its cause says what.
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        raise InputError(
+            f"{path} must hold rows of one shape, got: {_first_line(reason)}; give every row the same keys and types"
+        ) from error
+
+
+def _check_json_lines(path: Path) -> None:
+    problems: list[str] = []
+    count = rows = 0
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            rows += 1
+            problem = _problem_of(line, json.loads)
+            if problem:
+                count += 1
+                if len(problems) < _SHOWN_ERRORS:
+                    problems.append(f"line {number} ({problem})")
+    if count:
+        more = f" and {count - len(problems)} more" if count > len(problems) else ""
+        raise InputError(f"every line of {path} must be one JSON object, got {', '.join(problems)}{more}; correct them")
+    if rows == 0:
+        raise InputError(f"{path} must hold at least one row, got only blank lines; check the dataset")
+
+
+def _problem_of(line: str, parse: Callable[[str], Any]) -> str | None:
+    try:
+        value = parse(line)
+    except json.JSONDecodeError as error:
+        return f"{error.msg} at column {error.colno}"
+    return None if isinstance(value, dict) else f"a {type(value).__name__}"
+
+
+def _check_json(path: Path) -> dict[str, Any]:
+    """The options that `datasets` needs for this layout: a list of objects, one list inside an object, or JSON lines."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if _problem_of(next((line for line in text.splitlines() if line.strip()), ""), json.loads) is None:
+            _check_json_lines(path)
+            return {}
+        raise InputError(
+            f"{path} must be valid JSON, got line {error.lineno}, column {error.colno}: {error.msg}; correct it"
+        ) from error
+    lists = [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
+    options = {"field": lists[0]} if len(lists) == 1 else {}
+    rows = content[lists[0]] if options else content
+    if isinstance(rows, dict) and not lists:
+        return {}  # One JSON line.
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path} must be a list of JSON objects, got {type(rows).__name__}; write [{{...}}, {{...}}]")
+    if not rows:
+        raise InputError(f"{path} must hold at least one row, got an empty list; check the dataset")
+    return options
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

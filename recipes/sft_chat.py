@@ -1,0 +1,24 @@
+"""Fine-tunes a chat model on a dataset of conversations: `python recipes/sft_chat.py --config recipes/sft_chat.yaml`.
+
+The same function as `qriemann train FILE.yaml`. Any key of the file can be overridden: `--learning_rate 0.005`.
+"""
+
+import sys
+
+from qriemann.cli import run_training
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status of the run: 0, or 2 for something in the settings to mend."""
+    if "--config" not in arguments:
+        return run_training(None, arguments)
+    position = arguments.index("--config")
+    path = arguments[position + 1 : position + 2]
+    if not path:
+        print("sft_chat: --config must be followed by a YAML file, got none", file=sys.stderr)
+        return 2
+    return run_training(path[0], arguments[:position] + arguments[position + 2 :])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""What a person sees and what stays on disk."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from qriemann.training import records
+from qriemann.training.display import LiveView, PlainView, draw_curve, draw_sparkline, make_view
+
+RECORD = {
+    "step": 3,
+    "loss": 1.25,
+    "learning_rate": 5e-3,
+    "tokens_per_s": 310.4,
+    "peak_gib": 1.5,
+    "orthonormality_drift": 3e-7,
+    "eta_s": 65,
+}
+
+
+def dots(lines):
+    """(column, row) of every braille dot, rows counted from the top."""
+    offsets = {
+        0x01: (0, 0),
+        0x02: (0, 1),
+        0x04: (0, 2),
+        0x40: (0, 3),
+        0x08: (1, 0),
+        0x10: (1, 1),
+        0x20: (1, 2),
+        0x80: (1, 3),
+    }
+    return {
+        (2 * x + dx, 4 * y + dy)
+        for y, line in enumerate(lines)
+        for x, symbol in enumerate(line)
+        for bit, (dx, dy) in offsets.items()
+        if (ord(symbol) - 0x2800) & bit
+    }
+
+
+def test_a_falling_curve_goes_from_the_top_left_to_the_bottom_right_without_a_gap():
+    drawn = dots(draw_curve([7, 5, 3, 0], width=10, height=2))
+    assert {(0, 0), (3, 7)} <= drawn
+    assert {row for _, row in drawn} == set(range(8))
+
+
+def test_a_long_curve_keeps_its_ends_and_fits_the_width():
+    lines = draw_curve([100.0 - step for step in range(1000)], width=20, height=3)
+    assert {len(line) for line in lines} == {20}
+    assert {(0, 0), (39, 11)} <= dots(lines)
+
+
+def test_a_flat_curve_is_drawn():
+    assert dots(draw_curve([2.0, 2.0], width=4, height=1)) == {(0, 3), (1, 3)}
+    assert draw_sparkline([2.0, 2.0]) == "▁▁"
+
+
+def test_where_there_is_no_terminal_a_log_event_is_one_line():
+    out = io.StringIO()
+    view = make_view("auto", Console(file=out, width=40))
+    assert type(view) is PlainView
+    view.start(first_step=0, total_steps=9)
+    view.log(RECORD)
+    (line,) = out.getvalue().splitlines()
+    for part in ("step 3/9", "loss 1.2500", "lr 5.00e-03", "tokens/s 310", "1.50 GiB", "3.0e-07", "eta 01:05"):
+        assert part in line
+
+
+def test_the_live_view_shows_every_number_and_leaves_the_terminal_as_it_was():
+    out = io.StringIO()
+    view = LiveView(Console(file=out, width=120, force_terminal=True, color_system=None))
+    view.start(first_step=0, total_steps=9)
+    view.log({"step": 0, "eval_loss": 2.5})
+    for step in range(1, 4):
+        view.step(step)
+        view.log({**RECORD, "step": step, "loss": 2.0 - step / 4})
+    view.stop()
+    shown = out.getvalue()
+    for part in ("3/9", "2.5000", "1.2500", "5.00e-03", "310", "1.50 GiB", "3.0e-07", "left"):
+        assert part in shown
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # The cursor was hidden and shown again.
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
+    path = tmp_path / "run.json"
+    records.write_json(path, {"a": 1, "loss": float("nan")})
+    with pytest.raises(TypeError):
+        records.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1, "loss": "nan"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_resumed_run_forgets_the_records_after_its_checkpoint(tmp_path):
+    for step in (1, 2, 3):
+        records.append_metrics(tmp_path, {"step": step, "loss": 1.0})
+    with (tmp_path / records.METRICS).open("a") as lines:
+        lines.write('{"step": 4, "lo')
+    records.rewind_metrics(tmp_path, 2)
+    assert [record["step"] for record in records.read_metrics(tmp_path)] == [1, 2]
+
+
+def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
+    for name in ("run.json", "adapter_config.json", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    records.remove_run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-best", "notes.txt"]

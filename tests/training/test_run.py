@@ -1,0 +1,249 @@
+"""A whole run through a stock SFTTrainer, its records, and what the command line says when it cannot start."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from qriemann import cli
+from qriemann.training.config import config_from_values
+from qriemann.training.data import prepare
+from qriemann.training.run import train
+from qriemann.training.sources import Source
+from tests.training.conftest import chat_rows, make_tokenizer
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def settings(tmp_path, model_folder, write_rows):
+    return {
+        "model_name_or_path": str(model_folder),
+        "quantize": "none",
+        "dataset_name": str(write_rows(chat_rows(24))),
+        "output_dir": str(tmp_path / "out"),
+        "lora_r": 4,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "save_steps": 2,
+        "display": "plain",
+        "hub_token": "hf_sesame",
+    }
+
+
+def run_cli(tmp_path, settings, *arguments):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return cli.main(["train", str(path), *arguments])
+
+
+def test_plain_trl_builds_the_same_labels_for_prompt_and_completion(model_folder, tokenizer, tmp_path):
+    rows = Dataset.from_list([{"prompt": f"say {n}: ", "completion": f"{n}"} for n in range(3)])
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model_folder),
+        processing_class=tokenizer,
+        args=SFTConfig(output_dir=str(tmp_path), bf16=False, activation_checkpointing=False, report_to="none"),
+        train_dataset=rows,
+    )
+    ours = prepare(Source(rows, "rows"), None, tokenizer).train
+    assert ours["input_ids"][:] == trainer.train_dataset["input_ids"][:]
+    assert ours["labels"][:] == trainer.train_dataset["labels"][:]
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_run_leaves_an_adapter_whose_loss_under_plain_peft_is_the_reported_one(
+    tmp_path, settings, quantize, model_folder, capsys
+):
+    assert run_cli(tmp_path, settings, "--quantize", quantize, "--eval_size", "4") == 0
+    out = tmp_path / "out"
+    run = json.loads((out / "run.json").read_text())
+    assert run["status"] == "finished"
+    assert run["result"]["steps"] == 4
+    assert run["result"]["eval_loss"] < run["result"]["eval_loss_before"]
+    assert run["result"]["orthonormality_drift"] < 1e-5
+    assert run["data"]["held_out_rows"] == 4
+    assert "sesame" not in (out / "run.json").read_text()
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in metrics if "loss" in record] == [1, 2, 3, 4]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "step 4/4" in printed
+    assert "4 of 24 rows" in printed
+    if quantize == "none":
+        assert run["result"]["eval_loss"] == pytest.approx(held_out_loss(out, model_folder, run), rel=1e-4)
+
+
+def held_out_loss(adapter, model_folder, run):
+    """Mean loss a trained token over the held-out rows, computed row by row with PEFT alone."""
+    config = config_from_values({"output_dir": "unused", "eval_size": 4})
+    source = Source(Dataset.from_list(chat_rows(24)), "rows")
+    rows = prepare(source, None, make_tokenizer(), eval_size=4, seed=config.sft.seed).held_out
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter).eval()
+    total = count = 0
+    for row in rows:
+        labels = torch.tensor(row["labels"])[1:]
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        count += int((labels != -100).sum())
+    return total / count
+
+
+class InterruptAfter(TrainerCallback):
+    """Ctrl-C in the step after the given one."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_and_resumed_run_ends_in_the_adapter_of_an_uninterrupted_one(tmp_path, settings):
+    assert run_cli(tmp_path, settings) == 0
+    whole = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    broken = {**settings, "output_dir": str(tmp_path / "broken")}
+    with pytest.raises(KeyboardInterrupt):
+        train(config_from_values(broken), callbacks=[InterruptAfter(3)])
+    run = json.loads((tmp_path / "broken" / "run.json").read_text())
+    assert run["status"] == "interrupted"
+    assert run_cli(tmp_path, broken, "--resume") == 0
+    resumed = load_file(tmp_path / "broken" / "adapter_model.safetensors")
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    lines = (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()
+    assert [r["step"] for r in map(json.loads, lines) if "loss" in r] == [1, 2, 3, 4]
+
+
+def test_a_resumed_run_refuses_other_rows(tmp_path, settings, write_rows, capsys):
+    assert run_cli(tmp_path, settings) == 0
+    other = {**settings, "dataset_name": str(write_rows(chat_rows(23), "other.jsonl"))}
+    before = snapshot(tmp_path / "out")
+    assert run_cli(tmp_path, other, "--resume") == 2
+    assert "rows that the run started with" in capsys.readouterr().err
+    assert snapshot(tmp_path / "out") == before
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_with_a_run_is_kept_unless_overwriting_is_asked_for(tmp_path, settings, capsys):
+    out = tmp_path / "out"
+    assert run_cli(tmp_path, settings, "--max_steps", "2") == 0
+    before = snapshot(out)
+    capsys.readouterr()
+    assert run_cli(tmp_path, settings) == 2
+    error = capsys.readouterr().err
+    assert "--resume" in error
+    assert "--overwrite" in error
+    assert len(error.splitlines()) == 1
+    assert run_cli(tmp_path, settings, "--overwrite", "--lora_r", "99") == 2
+    assert snapshot(out) == before
+    assert run_cli(tmp_path, settings, "--overwrite", "--max_steps", "1") == 0
+    assert not (out / "checkpoint-2").exists()
+    assert json.loads((out / "run.json").read_text())["result"]["steps"] == 1
+
+
+def test_rows_and_a_model_can_be_passed_from_python(settings, model_folder, tokenizer):
+    given = {key: value for key, value in settings.items() if key not in ("model_name_or_path", "dataset_name")}
+    rows = Dataset.from_list(chat_rows(8))
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    config = config_from_values({**given, "max_steps": 1, "display": "none"})
+    result = train(config, model=model, tokenizer=tokenizer, train_dataset=rows, eval_dataset=rows)
+    assert result.eval_loss < result.eval_loss_before
+    assert (result.output_dir / "adapter_config.json").exists()
+
+
+BAD_INPUT = {
+    "a model that does not exist": ({"model_name_or_path": "./no/such/model"}, ["./no/such/model"]),
+    "no model": ({"model_name_or_path": None}, ["model_name_or_path"]),
+    "a dataset that does not exist": ({"dataset_name": "./no/such.jsonl"}, ["dataset_name", "./no/such.jsonl"]),
+    "target modules that match nothing": (
+        {"lora_target_modules": ["q_prj"]},
+        ["lora_target_modules", "'q_prj'", "q_proj", "down_proj", "all-linear"],
+    ),
+    "a rank above a layer": ({"lora_r": 33}, ["model.layers.0.self_attn.q_proj", "32", "33"]),
+    "a rank pattern above a layer": ({"rank_pattern": {"v_proj": 40}}, ["v_proj", "40"]),
+    "a rank pattern for no layer": ({"rank_pattern": {"w_proj": 4}}, ["rank_pattern", "'w_proj'", "q_proj"]),
+    "modules to save that do not exist": ({"modules_to_save": ["heads"]}, ["lora_modules_to_save", "'heads'"]),
+    "a negative learning rate": ({"learning_rate": -1.0}, ["lr", "-1.0"]),
+    "a momentum of one": ({"momentum": 1.0}, ["momentum", "1.0"]),
+    "a negative weight decay": ({"weight_decay": -0.1}, ["weight_decay", "-0.1"]),
+    "an unknown method": ({"method": "riemanion"}, ["method", "riemannion"]),
+    "an unknown option of the method": ({"method_kwargs": {"momentun": 0.5}}, ["momentun", "momentum"]),
+    "an unknown key": ({"max_step": 3}, ["'max_step'", "'max_steps'"]),
+    "a checkpoint that does not exist": ({"resume": "nowhere/checkpoint-1"}, ["resume", "nowhere/checkpoint-1"]),
+    "nothing to resume": ({"resume": True}, ["resume", "none"]),
+    "an evaluation without rows": ({"eval_strategy": "steps", "eval_size": 0}, ["eval_strategy", "eval_size"]),
+    "settings that TRL refuses": ({"padding_free": True}, ["padding_free"]),
+    "a template that does not exist": ({"chat_template_path": "no.jinja"}, ["chat_template_path", "no.jinja"]),
+}
+
+
+@pytest.mark.parametrize(("change", "parts"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_one_line_with_status_2_and_writes_nothing(tmp_path, settings, change, parts, capsys):
+    assert run_cli(tmp_path, {**settings, **change}) == 2
+    error = capsys.readouterr().err.strip()
+    # Upstream may have said something on the way; ours is the last line.
+    line = error.splitlines()[-1]
+    assert line.startswith("qriemann: ")
+    for part in parts:
+        assert part in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "part"),
+    [
+        ([{"a": "b"}], "usable columns"),
+        ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}], "row 1"),
+        ([{"messages": [{"role": "user", "content": "a"}]}], "every token masked"),
+        ([], "at least one row"),
+    ],
+)
+def test_bad_rows_are_one_line_with_status_2_and_write_nothing(tmp_path, settings, rows, part, write_rows, capsys):
+    assert run_cli(tmp_path, {**settings, "dataset_name": str(write_rows(rows, "bad.jsonl"))}) == 2
+    assert part in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named_with_its_pip_install(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "qriemann.training.config")
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert cli.main(["train", "run.yaml"]) == 2
+    assert "pip install trl" in capsys.readouterr().err
+
+
+def test_a_traceback_is_shown_with_debug_alone(tmp_path, settings):
+    with pytest.raises(ValueError, match="max_step"):
+        run_cli(tmp_path, {**settings, "max_step": 3}, "--debug")
+
+
+def test_the_recipe_script_ends_with_status_2_and_one_line(tmp_path, settings):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**settings, "dataset_name": "nobody/nothing"}))
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "recipes" / "sft_chat.py"), "--config", str(path), "--max_steps", "1"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "nobody/nothing" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
