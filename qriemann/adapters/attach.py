@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from typing import Any, Literal, get_args
@@ -10,7 +11,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from qriemann.adapters.layer import FixedRankVariant, lora_factors
 from qriemann.errors import InputError
@@ -52,13 +53,13 @@ def attach(
     layers = _lora_layers(model)
     if start == "offset":
         _check_all_or_none_hold_something(layers)
-    seed = int(torch.randint(2**62, ())) if seed is None else seed
-    generator = torch.Generator().manual_seed(seed)
-    points = [_attach_layer(name, layer, adapter, start, alpha, generator) for name, layer, adapter in layers]
     # Imported late: base.py is about bitsandbytes, which a model need not use.
     from qriemann.adapters.base import protect_quantized_weights
 
     protect_quantized_weights(model)
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    generator = torch.Generator().manual_seed(seed)
+    points = [_attach_layer(name, layer, adapter, start, alpha, generator) for name, layer, adapter in layers]
     _describe_saved_rank(model, points)
     _report_low_precision(model)
     return points
@@ -139,7 +140,8 @@ def _attach_layer(
         return variant.point
     u, v_transposed = module.lora_B[adapter].weight, module.lora_A[adapter].weight
     rank = u.shape[1]
-    pending = module.__dict__.pop("_fixed_rank_loaded", {}).pop(adapter, None)
+    _take_saved_factors_on_load(module)
+    pending = module._fixed_rank_loaded.pop(adapter, None)
     offset = None
     if pending is not None:
         current, frozen = ((b, a) for b, a in pending)
@@ -191,7 +193,8 @@ def _describe_saved_rank(model: nn.Module, points: list[FixedRankParameter]) -> 
     with_offset = [point.offset is not None for point in points]
     if not any(with_offset):
         return
-    config = model.peft_config[model.active_adapter]
+    # A copy, because the user's own LoraConfig may make more models, and other adapters may share it (DPO's reference).
+    config = model.peft_config[model.active_adapter] = copy.deepcopy(model.peft_config[model.active_adapter])
     config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
     config.rank_pattern = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
     config.alpha_pattern = {key: 2 * alpha for key, alpha in (config.alpha_pattern or {}).items()}
@@ -220,26 +223,42 @@ def accept_offset_checkpoints(model: nn.Module) -> None:
     turns them into the point and its offset.
     """
     for module in model.modules():
-        if isinstance(module, LoraLayer) and not hasattr(module, "_fixed_rank_loaded"):
-            module._fixed_rank_loaded = {}
-            module.register_load_state_dict_pre_hook(_split_saved_offset)
+        if isinstance(module, LoraLayer):
+            _take_saved_factors_on_load(module)
 
 
-def _split_saved_offset(module: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+def _take_saved_factors_on_load(module: LoraLayer) -> None:
+    if not hasattr(module, "_fixed_rank_loaded"):
+        module._fixed_rank_loaded = {}
+        module.register_load_state_dict_pre_hook(_take_saved_factors)
+
+
+def _take_saved_factors(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """The counterpart of `_fold_core`: plain factors that are loaded become the point, and its offset if they have one."""
     for adapter, rank in module.r.items():
         key_b, key_a = (f"{prefix}lora_{factor}.{adapter}.weight" for factor in "BA")
-        if key_b not in state_dict or state_dict[key_b].shape[1] != 2 * rank:
+        if key_b not in state_dict or key_a not in state_dict:
             continue
-        b, a = state_dict[key_b].float(), state_dict[key_a].float()
-        if module.use_rslora[adapter]:
-            b = b * math.sqrt(2)
         variant = module.lora_variant.get(adapter)
+        attached = isinstance(variant, FixedRankVariant)
+        b, a = state_dict[key_b].float(), state_dict[key_a].float()
+        with_offset = b.shape[1] == 2 * rank
+        if attached and b.shape[1] != (rank if variant.point.offset is None else 2 * rank):
+            raise InputError(
+                f"an adapter must be loaded into one with the same start, got rank {b.shape[1]} for {prefix[:-1]}, which "
+                f"has rank {rank} and {'no' if variant.point.offset is None else 'an'} offset; load it into a fresh model"
+            )
+        if not attached and not with_offset:
+            continue
+        if with_offset and module.use_rslora[adapter]:
+            b = b * math.sqrt(2)
         current, frozen = (b[:, :rank], a[:rank]), (-b[:, rank:], a[rank:])
-        if isinstance(variant, FixedRankVariant):
+        if attached:
             generator = torch.Generator().manual_seed(0)
             device = variant.point.u.device
             variant.point.assign(_move(point_from_factors(*current, generator), device))
-            variant.point.offset = _move(point_from_factors(*frozen, generator), device)
+            if with_offset:
+                variant.point.offset = _move(point_from_factors(*frozen, generator), device)
         else:
             module._fixed_rank_loaded[adapter] = (current, frozen)
         # What is left for PEFT to load has the shapes it expects.

@@ -105,6 +105,12 @@ class Riemannion(torch.optim.Optimizer):
             by_batch[point.u.device, point.rank, *_batch_options(group).values()].append(point)
         self._batches = [FactorBatch(points) for points in by_batch.values()]
         for batch in self._batches:
+            self._rebind(batch)
+
+    def _rebind(self, batch: FactorBatch) -> None:
+        """Takes up replaced factors; `state` follows, or it would hold the momentum of before and keep its memory alive."""
+        batch.rebind()
+        if self.state[batch.parameters[0]].get("momentum") is not batch.momentum[0]:
             for parameter, block in zip(batch.parameters, batch.momentum, strict=True):
                 self.state[parameter]["momentum"] = block
 
@@ -129,6 +135,7 @@ class Riemannion(torch.optim.Optimizer):
         if closure is not None:
             raise InputError("closure must be None: Riemannion evaluates no loss; call backward() before step()")
         for batch in self._batches:
+            self._rebind(batch)
             options = [self.param_groups[self._group_of[id(point.u)]] for point in batch.points]
             batch.step(
                 *(self._vector(batch, options, key) for key in ("lr", "weight_decay", "momentum")),
@@ -192,9 +199,7 @@ class Riemannion(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in torch; each factor's entry also holds the factor, and U's the core and the offset."""
         for batch in self._batches:
-            batch.rebind()
-            for parameter, block in zip(batch.parameters, batch.momentum, strict=True):
-                self.state[parameter]["momentum"] = block
+            self._rebind(batch)
         packed = super().state_dict()
         index_of = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         # Copies, because the live tensors are views: torch.save would write the whole buffer once for each.

@@ -1,0 +1,349 @@
+"""Putting an adapter on the manifold changes no function, loses nothing, and refuses what it cannot do by name."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from qriemann import InputError, Riemannion, attach
+from qriemann.geometry.parameter import orthonormality_drift
+from tests.models import (
+    fill_lora,
+    move_points,
+    next_token_loss,
+    relative,
+    tiny_llama,
+    token_batch,
+    variants,
+    with_lora,
+)
+
+# U, S and V are rounded to float32 once each.
+ADOPTION_RTOL = 1e-6
+# s X x and s X_0 x cancel, each with a float32 error of some 1e-7 of |X x|; alpha = 1 makes X as large as it gets.
+OFFSET_START_RTOL = 1e-5
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(token_batch()).logits
+
+
+def test_a_zero_start_leaves_the_function_as_it_is_to_the_bit():
+    model = with_lora(tiny_llama(bias=True))
+    expected = logits(model)
+    attach(model, start="zero")
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 9}}], ids=str)
+def test_an_offset_start_leaves_the_function_as_it_is(alpha, options):
+    model = with_lora(tiny_llama(), **options)
+    expected = logits(model)
+    points = attach(model, start="offset", alpha=alpha, seed=0)
+    assert relative(logits(model), expected) < OFFSET_START_RTOL
+    for point in points:
+        assert torch.equal(point.s, alpha * torch.eye(point.rank))
+        assert relative(point.offset.dense(), point.point().dense()) == 0
+
+
+def test_the_offset_does_not_move_with_the_point():
+    model = with_lora(tiny_llama())
+    points = attach(model, start="offset", seed=0)
+    before = [point.offset.dense() for point in points]
+    next_token_loss(model, token_batch()).backward()
+    Riemannion(model, lr=0.1).step()
+    for point, frozen in zip(points, before, strict=True):
+        assert relative(point.offset.dense(), frozen) == 0
+        assert relative(point.point().dense(), frozen) > 1e-3
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_factor_becomes_float32_and_orthonormal(start, dtype):
+    model = with_lora(tiny_llama())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)  # as SFTTrainer does for a 4-bit model
+    points = attach(model, start=start)
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+    assert orthonormality_drift(points) < 1e-6
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_that_holds_something_is_adopted_exactly(start, dtype):
+    model = with_lora(tiny_llama(), r=5)
+    fill_lora(model)
+    expected = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_variant"):
+            b, a = (getattr(module, f"lora_{f}")["default"].weight for f in "BA")
+            if name.endswith("k_proj"):
+                b.data[:, 2] = b.data[:, 0]  # rank 4
+            if name.endswith("v_proj"):
+                b.data[:, 1:] = 0  # rank 1
+            a.data, b.data = a.data.to(dtype), b.data.to(dtype)
+            expected[name] = b.detach().double() @ a.detach().double()
+    points = attach(model, start=start)
+    assert orthonormality_drift(points) < 1e-6
+    for name, (_, point) in variants(model).items():
+        assert point.offset is None
+        assert relative(point.point().dense(), expected[name]) < ADOPTION_RTOL, name
+
+
+def test_a_layer_that_is_zero_next_to_layers_that_are_not_is_adopted_too():
+    model = with_lora(tiny_llama())
+    fill_lora(model)
+    silent = "base_model.model.model.layers.0.mlp.up_proj"
+    model.get_submodule(silent).lora_B["default"].weight.data.zero_()
+    attach(model)
+    assert not variants(model)[silent][1].s.any()
+
+
+def test_the_same_seed_gives_the_same_bases_and_leaves_torchs_own_generator_alone():
+    models = [with_lora(tiny_llama()) for _ in range(3)]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    same, again, other = (attach(m, start="offset", seed=s) for m, s in zip(models, (7, 7, 8), strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(
+        torch.equal(a.u, b.u) and torch.equal(a.v_transposed, b.v_transposed) for a, b in zip(same, again, strict=True)
+    )
+    assert relative(other[0].u, same[0].u) > 0.5
+
+
+def test_without_a_seed_torchs_generator_decides():
+    models = [with_lora(tiny_llama()) for _ in range(2)]
+    points = []
+    for model in models:
+        torch.manual_seed(5)
+        points.append(attach(model, start="offset"))
+    assert all(torch.equal(a.u, b.u) for a, b in zip(*points, strict=True))
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+def test_attaching_twice_changes_nothing(start):
+    model = with_lora(tiny_llama())
+    first = attach(model, start=start, seed=0)
+    move_points(first)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    config = model.peft_config["default"].to_dict()
+    expected = logits(model)
+    assert attach(model, start="offset", alpha=3.0, seed=9) == first
+    assert torch.equal(logits(model), expected)
+    assert model.peft_config["default"].to_dict() == config
+    after = model.state_dict()
+    assert state.keys() == after.keys()
+    assert all(torch.equal(state[key], after[key]) for key in state)
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+def test_the_config_says_the_rank_that_is_saved_and_the_users_own_is_not_touched(start):
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", rank_pattern={"q_proj": 7}, alpha_pattern={"v_proj": 5}
+    )
+    before = copy.deepcopy(config.to_dict())
+    model = get_peft_model(tiny_llama(), config)
+    resolved = copy.deepcopy(config.to_dict())  # PEFT resolves target_modules in place
+    attach(model, start=start)
+    factor = 2 if start == "offset" else 1
+    saved = model.peft_config["default"]
+    assert (saved.r, saved.lora_alpha) == (4 * factor, 8 * factor)
+    assert (saved.rank_pattern, saved.alpha_pattern) == ({"q_proj": 7 * factor}, {"v_proj": 5 * factor})
+    assert config.to_dict() == resolved
+    assert (config.r, config.rank_pattern) == (before["r"], before["rank_pattern"])
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_deep_copy_trains_as_the_original_does_and_apart_from_it(start, trained):
+    original = with_lora(tiny_llama())
+    attach(original, start=start, seed=0)
+    if trained:  # the factors are views of the optimizer's buffers then
+        next_token_loss(original, token_batch()).backward()
+        Riemannion(original, lr=0.05).step()
+        original.zero_grad()
+    twin = copy.deepcopy(original)
+    expected = logits(original)
+    assert torch.equal(logits(twin), expected)
+
+    def train(model: PeftModel) -> Riemannion:
+        optimizer = Riemannion(model, lr=0.05)
+        for seed in range(3):
+            optimizer.zero_grad()
+            next_token_loss(model, token_batch(seed)).backward()
+            optimizer.step()
+        return optimizer
+
+    optimizer = train(twin)
+    assert torch.equal(logits(original), expected)
+    assert relative(logits(twin), expected) > 1e-3
+    assert optimizer.orthonormality_drift() < 1e-5
+    assert {id(point) for point in optimizer.points} == {id(point) for _, point in variants(twin).values()}
+    train(original)
+    # The same numbers through the same operations.
+    assert torch.equal(logits(original), logits(twin))
+
+
+def test_moving_the_model_moves_what_is_no_modules_buffer():
+    model = with_lora(tiny_llama())
+    points = attach(model, start="offset", seed=0)
+    move_points(points)
+    expected = logits(model)
+    optimizer = Riemannion(model, lr=0.05)
+    assert torch.equal(logits(model.to("cpu")), expected)
+    # A new storage for every parameter, as a move to a device and back makes it.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    next_token_loss(model, token_batch()).backward()
+    before = [point.point().dense() for point in points]
+    optimizer.step()
+    for point, dense in zip(points, before, strict=True):
+        assert 1e-4 < relative(point.point().dense(), dense) < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("start", ["zero", "offset"])
+def test_a_model_moved_to_the_gpu_computes_and_trains_there(start):
+    model = with_lora(tiny_llama())
+    points = attach(model, start=start, seed=0)
+    move_points(points)
+    expected = logits(model)
+    model.to("cuda")
+    ids = token_batch().cuda()
+    with torch.no_grad():
+        assert relative(model(ids).logits.cpu(), expected) < 1e-4  # other kernels, TF32 off by default
+    next_token_loss(model, ids).backward()
+    optimizer = Riemannion(model, lr=0.05)
+    optimizer.step()
+    assert optimizer.orthonormality_drift() < 1e-5
+    assert {t.device.type for p in points for t in p.point()} == {"cuda"}
+
+
+def test_a_models_own_state_dict_restores_its_function_on_a_fresh_model():
+    # What torch saves are plain LoRA factors, so they go into a model that is not attached.
+    model = with_lora(tiny_llama())
+    move_points(attach(model))
+    fresh = with_lora(tiny_llama(), seed=9)
+    fresh.load_state_dict(model.state_dict())
+    assert relative(logits(fresh), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+def test_loading_into_an_attached_model_restores_the_saved_point(start):
+    # What a trainer's load_best_model_at_end does.
+    model = with_lora(tiny_llama())
+    points = attach(model, start=start, seed=0)
+    move_points(points)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    expected, dense = logits(model), [point.point().dense() for point in points]
+    move_points(points, seed=77)
+    assert relative(logits(model), expected) > 1e-2
+    model.load_state_dict(state)
+    for point, saved in zip(points, dense, strict=True):
+        assert relative(point.point().dense(), saved) < ADOPTION_RTOL
+    assert relative(logits(model), expected) < 1e-5
+    assert orthonormality_drift(points) < 1e-6
+
+
+# Refusals.
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 6)
+        self.conv = nn.Conv1d(6, 6, 3, padding=1)
+        self.wide = nn.Linear(6, 40)
+        self.narrow = nn.Linear(40, 3)
+
+    def forward(self, ids):
+        return self.narrow(self.wide(self.conv(self.embed(ids).mT).mT))
+
+
+def net(**options) -> PeftModel:
+    torch.manual_seed(0)
+    return get_peft_model(Net(), LoraConfig(**{"r": 2, **options}))
+
+
+def two_active() -> PeftModel:
+    model = net(target_modules=["wide"])
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["wide"]))
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+def broken(value: float) -> PeftModel:
+    model = net(target_modules=["wide", "narrow"])
+    model.base_model.model.narrow.lora_A["default"].weight.data[0, 1] = value
+    return model
+
+
+def half_filled() -> PeftModel:
+    model = net(target_modules=["wide", "narrow"])
+    nn.init.normal_(model.base_model.model.wide.lora_B["default"].weight)
+    return model
+
+
+def another_tuner() -> PeftModel:
+    from peft import IA3Config
+
+    return get_peft_model(Net(), IA3Config(target_modules=["wide"], feedforward_modules=["wide"]))
+
+
+REFUSED = {
+    "DoRA": (lambda: net(target_modules=["wide", "narrow"], use_dora=True), {}, r"base_model\.model\.wide.*Dora"),
+    "a conv layer": (lambda: net(target_modules=["wide", "conv"]), {}, r"model\.conv.*Conv1d.*target_modules"),
+    "an embedding": (lambda: net(target_modules=["wide", "embed"]), {}, r"model\.embed.*Embedding.*target_modules"),
+    "two active adapters": (two_active, {}, r"\['default', 'second'\].*model\.wide.*set_adapter"),
+    "a rank above min(m, n)": (
+        lambda: net(r=4, target_modules=["wide", "narrow"]),
+        {},
+        r"r=4 for base_model\.model\.narrow \(3 x 40\).*rank_pattern",
+    ),
+    "no PEFT model": (Net, {}, "at least one linear layer, got none.*get_peft_model"),
+    "no LoRA": (another_tuner, {}, "IA3|Linear.*only LoRA"),
+    "a misspelt start": (lambda: net(target_modules=["wide"]), {"start": "ofset"}, "'zero', 'offset', got 'ofset'"),
+    "alpha 0": (lambda: net(target_modules=["wide"]), {"start": "offset", "alpha": 0.0}, "alpha.*> 0, got 0.0"),
+    "alpha infinite": (lambda: net(target_modules=["wide"]), {"start": "offset", "alpha": float("inf")}, "alpha.*inf"),
+    "alpha NaN": (lambda: net(target_modules=["wide"]), {"start": "offset", "alpha": float("nan")}, "alpha.*nan"),
+    "NaN factors": (lambda: broken(float("nan")), {}, r"model\.narrow must hold finite"),
+    "infinite factors": (lambda: broken(float("inf")), {}, r"model\.narrow must hold finite"),
+    "an offset for half of the layers": (half_filled, {"start": "offset"}, r"1 zero layers of 2 .*model\.narrow"),
+}
+
+
+@pytest.mark.parametrize(("build", "options", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_trained_is_refused_by_name_and_left_as_it_was(build, options, message):
+    model = build()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    registered = {
+        name: dict(module.lora_variant) for name, module in model.named_modules() if hasattr(module, "lora_variant")
+    }
+    with pytest.raises(InputError, match=message):
+        attach(model, **options)
+    after = model.state_dict()
+    assert state.keys() == after.keys()
+    assert all(torch.allclose(state[key], after[key], rtol=0, atol=0, equal_nan=True) for key in state)
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_variant"):
+            assert module.lora_variant == registered[name]
+            assert module.cast_input_dtype_enabled
+    assert not any(hasattr(parameter, "fixed_rank") for parameter in model.parameters())
+
+
+def test_an_inactive_second_adapter_is_left_alone():
+    model = net(target_modules=["wide"])
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["wide"]))
+    before = model.base_model.model.wide.lora_A["second"].weight.detach().clone()
+    (point,) = attach(model)
+    assert point.u is model.base_model.model.wide.lora_B["default"].weight
+    assert torch.equal(model.base_model.model.wide.lora_A["second"].weight, before)
+    assert list(model.base_model.model.wide.lora_variant) == ["default"]

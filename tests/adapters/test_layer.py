@@ -1,0 +1,358 @@
+"""The layer's output, tangent blocks and input gradient against autograd on a dense Delta W in float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qriemann import attach
+from qriemann.geometry import FixedRankParameter
+from tests.models import (
+    assert_blocks_match,
+    dense_gradients,
+    fill_lora,
+    move_points,
+    next_token_loss,
+    relative,
+    tiny_llama,
+    token_batch,
+    variants,
+    with_lora,
+)
+
+# A chain of two to three float32 products of some 100 terms: 6e-8 sqrt(100) a product, with room for a network's depth.
+FLOAT32_RTOL = 1e-5
+# Unit roundoff 2^-9 on x V, on U, on the loss' gradient and on the result: four roundings, each at most 2^-9.
+BFLOAT16_RTOL = 2**-7
+
+TOKENS, ROWS, COLUMNS, RANK = (2, 5), 30, 20, 4
+
+
+class One(nn.Module):
+    """A model that is one linear layer."""
+
+    def __init__(self, *, bias: bool = False, kind: str = "linear") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = Conv1D(ROWS, COLUMNS) if kind == "conv1d" else nn.Linear(COLUMNS, ROWS, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Case:
+    """One layer on the manifold at a random point, and the dense computation of the same."""
+
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, start: str = "zero", base: dict | None = None, **options
+    ) -> None:
+        settings = {"r": RANK, "lora_alpha": 6, "target_modules": ["layer"], **options}
+        self.model: PeftModel = get_peft_model(One(**(base or {})).to(dtype), LoraConfig(**settings))
+        (self.point,) = attach(self.model, start=start, seed=3)
+        move_points([self.point])
+        self.module = self.model.base_model.model.layer
+        if settings.get("lora_bias"):
+            nn.init.normal_(self.module.lora_B["default"].bias)
+        rank, alpha = settings["r"], settings["lora_alpha"]
+        self.scaling = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(*TOKENS, COLUMNS, generator=generator).to(dtype).requires_grad_()
+        self.c = torch.randn(*TOKENS, ROWS, generator=generator).to(dtype)
+        self.mask = torch.ones_like(self.x)
+
+    def drop(self, p: float, seed: int) -> None:
+        """Draws the mask that the layer will draw, and seeds it to do so."""
+        torch.manual_seed(seed)
+        self.mask = nn.functional.dropout(torch.ones_like(self.x), p)
+        torch.manual_seed(seed)
+
+    def dense(self, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """y, dL/dX and dL/dx."""
+        base = self.module.get_base_layer()
+        weight = base.weight.detach().double()
+        weight = weight.mT if isinstance(base, Conv1D) else weight
+        x = self.x.detach().double().requires_grad_()
+        delta = self.point.point().dense().requires_grad_()
+        frozen = 0 if self.point.offset is None else self.point.offset.dense()
+        y = x @ weight.mT + self.scaling * (x * self.mask.double()) @ (delta - frozen).mT
+        for bias, factor in ((base.bias, 1), (self.module.lora_B["default"].bias, self.scaling)):
+            if bias is not None:
+                y = y + factor * bias.detach().double()
+        loss(y).backward()
+        return y.detach(), delta.grad, x.grad
+
+    def loss(self, y: Tensor) -> Tensor:
+        return (torch.sin(y) * self.c.to(y.dtype)).sum()
+
+    def linear_loss(self, y: Tensor) -> Tensor:
+        """Its gradient in y is c, to the bit, whatever y is rounded to."""
+        return (y * self.c.to(y.dtype)).sum()
+
+
+CASES = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "base bias": {"base": {"bias": True}},
+    "lora_bias": {"base": {"bias": True}, "lora_bias": True},
+    "offset": {"start": "offset"},
+    "offset, rslora and biases": {"start": "offset", "use_rslora": True, "base": {"bias": True}, "lora_bias": True},
+    "rank one": {"r": 1},
+    "r = min(m, n)": {"r": COLUMNS},
+    "rank_pattern": {"r": 9, "rank_pattern": {"layer": 3}},
+    "Conv1D, stored transposed": {"base": {"kind": "conv1d"}, "fan_in_fan_out": True},
+}
+
+
+def make(options: dict, dtype: torch.dtype = torch.float32) -> Case:
+    case = Case(dtype, **options)
+    if "rank_pattern" in options:
+        case.scaling = 6 / 3
+    return case
+
+
+def assert_matches(case: Case, y: Tensor, truth: tuple[Tensor, Tensor, Tensor], rtol: float) -> None:
+    dense_y, g, grad_x = truth
+    u, _, v = (part.double() for part in case.point.point())
+    assert relative(y, dense_y) < rtol
+    assert relative(case.point.u.grad, g @ v) < rtol
+    assert relative(case.point.v_transposed.grad.mT, g.mT @ u) < rtol
+    assert relative(case.x.grad, grad_x) < rtol
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_the_gradients_are_the_tangent_blocks_of_the_dense_gradient(options):
+    case = make(options)
+    y = case.model(case.x)
+    case.loss(y).backward()
+    assert_matches(case, y, case.dense(case.loss), FLOAT32_RTOL)
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_the_blocks_are_right_to_bfloat16_and_stored_in_float32(options):
+    case = make(options, torch.bfloat16)
+    y = case.model(case.x)
+    case.linear_loss(y).backward()
+    assert y.dtype == torch.bfloat16
+    assert case.point.u.grad.dtype == case.point.v_transposed.grad.dtype == torch.float32
+    assert_matches(case, y, case.dense(case.linear_loss), BFLOAT16_RTOL)
+
+
+def test_the_blocks_do_not_vanish_where_the_core_does():
+    case = Case()
+    case.point.s.zero_()
+    case.loss(case.model(case.x)).backward()
+    _, g, _ = case.dense(case.loss)
+    u, _, v = (part.double() for part in case.point.point())
+    assert relative(case.point.u.grad, g @ v) < FLOAT32_RTOL
+    assert relative(case.point.v_transposed.grad.mT, g.mT @ u) < FLOAT32_RTOL
+
+
+def test_the_lora_bias_gets_its_partial_derivative():
+    case = Case(base={"bias": True}, lora_bias=True)
+    case.loss(case.model(case.x)).backward()
+    y = case.dense(case.loss)[0].requires_grad_()
+    case.loss(y).backward()
+    expected = case.scaling * y.grad.sum((0, 1))
+    assert relative(case.module.lora_B["default"].bias.grad, expected) < FLOAT32_RTOL
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float32, FLOAT32_RTOL), (torch.bfloat16, BFLOAT16_RTOL)], ids=["float32", "bfloat16"]
+)
+def test_dropout_acts_on_the_adapters_input_alone(dtype, rtol, start):
+    case = Case(dtype, start, lora_dropout=0.4)
+    loss = case.loss if dtype == torch.float32 else case.linear_loss
+    case.drop(0.4, seed=5)
+    y = case.model(case.x)
+    loss(y).backward()
+    assert 0 < (case.mask == 0).sum() < case.mask.numel()
+    # bf16 rounds 1 / 0.6 in mask and in layer alike, so the truth has the same mask.
+    assert_matches(case, y, case.dense(loss), rtol)
+
+
+def test_autocast_computes_in_its_dtype_and_leaves_float32_blocks():
+    case = Case(base={"bias": True})
+    # Values that autocast's own rounding leaves as they are, so that what is compared is the layer.
+    case.x = case.x.detach().bfloat16().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = case.model(case.x)
+    case.linear_loss(y.float()).backward()
+    assert y.dtype == torch.bfloat16
+    assert case.point.u.grad.dtype == torch.float32
+    assert_matches(case, y, case.dense(case.linear_loss), BFLOAT16_RTOL)
+
+
+def test_nothing_of_the_size_of_the_input_is_kept_in_float32():
+    case = Case(torch.bfloat16, "offset")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        case.model(case.x)
+    tall = [t for t in kept if t.shape[:-1] == TOKENS]
+    assert tall
+    assert {t.dtype for t in tall} == {torch.bfloat16}
+
+
+def test_only_what_is_asked_for_is_differentiated():
+    case = Case()
+    case.point.v_transposed.requires_grad_(False)
+    case.loss(case.model(case.x.detach())).backward()
+    _, g, _ = case.dense(case.loss)
+    assert case.point.v_transposed.grad is None
+    assert case.x.grad is None
+    assert relative(case.point.u.grad, g @ case.point.v_transposed.data.mT.double()) < FLOAT32_RTOL
+
+
+# Whole models.
+
+
+def llama(
+    start: str = "zero", *, bias: bool = False, **options
+) -> tuple[nn.Module, PeftModel, list[FixedRankParameter]]:
+    reference = tiny_llama(bias=bias)
+    model = with_lora(copy.deepcopy(reference), **options)
+    points = attach(model, start=start, seed=3)
+    move_points(points, scale=0.1)
+    return reference, model, points
+
+
+MODELS = {
+    "plain": {},
+    "offset": {"start": "offset"},
+    "biased": {"bias": True},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 7, "down_proj": 2}, "alpha_pattern": {"down_proj": 3, "v_proj": 5}},
+    "patterns with rslora and offset": {
+        "start": "offset",
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 7, "down_proj": 2},
+        "alpha_pattern": {"down_proj": 3, "v_proj": 5},
+    },
+}
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
+def test_every_layer_of_a_network_gets_its_dense_blocks(options):
+    reference, model, _ = llama(**options)
+    ids = token_batch()
+    next_token_loss(model, ids).backward()
+    assert_blocks_match(model, dense_gradients(reference, model, [ids]), FLOAT32_RTOL)
+
+
+def test_patterns_change_rank_and_scaling_where_they_match():
+    _, model, _ = llama(**MODELS["patterns"])
+    expected = {"q_proj": (7, 8 / 7), "down_proj": (2, 3 / 2), "v_proj": (4, 5 / 4), "up_proj": (4, 8 / 4)}
+    for name, (module, point) in variants(model).items():
+        if (rank_and_scaling := expected.get(name.rpartition(".")[2])) is not None:
+            assert (point.rank, module.scaling["default"]) == rank_and_scaling
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_leaves_the_dense_blocks(reentrant, start):
+    reference, model, _ = llama(start)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    ids = token_batch()
+    next_token_loss(model, ids, use_cache=False).backward()
+    assert_blocks_match(model, dense_gradients(reference, model, [ids]), FLOAT32_RTOL)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_redraws_the_same_dropout(reentrant):
+    blocks = []
+    for checkpointing in (False, True):
+        _, model, points = llama(lora_dropout=0.3)
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(11)
+        next_token_loss(model, token_batch(), use_cache=False).backward()
+        blocks.append([block for p in points for block in (p.u.grad, p.v_transposed.grad)])
+    for plain, checkpointed in zip(*blocks, strict=True):
+        # The same operations on the same numbers.
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-6, atol=1e-9)
+
+
+def test_gradients_accumulate_to_the_blocks_of_the_summed_loss():
+    reference, model, _ = llama("offset")
+    batches = [token_batch(seed) for seed in (4, 5, 6)]
+    for ids in batches:
+        next_token_loss(model, ids).backward()
+    assert_blocks_match(model, dense_gradients(reference, model, batches), FLOAT32_RTOL)
+
+
+# The PEFT model stays a PEFT model.
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+def test_a_disabled_adapter_leaves_the_base_model(start):
+    reference, model, _ = llama(start)
+    ids = token_batch()
+    with torch.no_grad():
+        expected, adapted = reference(ids).logits, model(ids).logits
+        with model.disable_adapter():
+            # The base layers alone: the same kernels on the same weights.
+            assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model(ids).logits, adapted)
+    assert relative(adapted, expected) > 1e-2
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize(
+    "options", [CASES["plain"], CASES["offset, rslora and biases"], CASES["Conv1D, stored transposed"]]
+)
+def test_merging_keeps_the_function_and_unmerging_restores_the_weight(options, safe):
+    case = make(options)
+    base = case.module.get_base_layer()
+    weight = base.weight.detach().clone()
+    with torch.no_grad():
+        before = case.model(case.x)
+        case.model.merge_adapter(safe_merge=safe)
+        merged = case.model(case.x)
+        assert relative(base.weight, weight) > 1e-2
+        assert relative(merged, before) < FLOAT32_RTOL
+        case.model.unmerge_adapter()
+        assert relative(base.weight, weight) < 1e-6  # added and subtracted again in float32
+        assert relative(case.model(case.x), before) < FLOAT32_RTOL
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+def test_merge_and_unload_leaves_a_plain_model_with_the_same_function(start):
+    _, model, _ = llama(start, bias=True)
+    ids = token_batch()
+    with torch.no_grad():
+        before = model(ids).logits
+        merged = model.merge_and_unload()
+        assert not any("lora" in name for name, _ in merged.named_parameters())
+        assert relative(merged(ids).logits, before) < FLOAT32_RTOL
+
+
+def test_rows_of_one_batch_can_use_the_adapter_or_not():
+    reference, model, _ = llama("offset")
+    model.eval()
+    ids = token_batch(rows=3)
+    with torch.no_grad():
+        mixed = model(input_ids=ids, adapter_names=["default", "__base__", "default"]).logits
+        adapted, base = model(ids).logits, reference(ids).logits
+    for row, expected in enumerate((adapted, base, adapted)):
+        assert relative(mixed[row], expected[row]) < FLOAT32_RTOL
+
+
+def test_an_attached_adapter_computes_what_plain_lora_does():
+    plain = with_lora(tiny_llama(bias=True))
+    fill_lora(plain)
+    ids = token_batch()
+    with torch.no_grad():
+        expected = plain(ids).logits
+        attach(plain)
+        assert relative(plain(ids).logits, expected) < FLOAT32_RTOL

@@ -1,0 +1,414 @@
+"""What the optimizer holds, saves and restores, and how it treats groups, schedules and parameters without a point."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from qriemann import InputError, Riemannion, attach
+from qriemann.geometry import FixedRankParameter
+from tests.models import next_token_loss, relative, tiny_llama, token_batch, variants, with_lora
+
+
+def backward(model: nn.Module, seed: int = 0) -> None:
+    model.zero_grad()
+    next_token_loss(model, token_batch(seed)).backward()
+
+
+def train(model: nn.Module, optimizer: Riemannion, seeds: range) -> None:
+    for seed in seeds:
+        backward(model, seed)
+        optimizer.step()
+
+
+def points_of(model: nn.Module) -> list[FixedRankParameter]:
+    return [point for _, point in variants(model).values()]
+
+
+def all_numbers(model: nn.Module, optimizer: Riemannion) -> list[Tensor]:
+    """Everything that moves: every point, every other trainable parameter, and the state of both."""
+    numbers = [part.clone() for point in points_of(model) for part in point.point()]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            numbers.append(parameter.detach().clone())
+            numbers += [value.clone() for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
+    return numbers
+
+
+def same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    tensors = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# State.
+
+
+def test_the_state_takes_at_most_half_of_adamws_bytes():
+    plain = with_lora(tiny_llama())
+    adamw = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad])
+    backward(plain)
+    adamw.step()
+    model = with_lora(tiny_llama())
+    optimizer = Riemannion(model)
+    train(model, optimizer, range(2))
+    assert 0 < 2 * state_bytes(optimizer) <= state_bytes(adamw)
+
+
+def saved_and_loaded(state: dict, folder: Path) -> dict:
+    torch.save(state, folder / "optimizer.pt")
+    return torch.load(folder / "optimizer.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"q_proj": 7}}], ids=str)
+def test_a_state_saved_and_loaded_goes_on_bit_for_bit(start, options, tmp_path):
+    model = with_lora(tiny_llama(), **options)
+    optimizer = Riemannion(model, lr=0.05, weight_decay=0.1, attach_options={"start": start, "seed": 0})
+    train(model, optimizer, range(3))
+    loaded = saved_and_loaded(optimizer.state_dict(), tmp_path)
+    # A fresh model with other bases; what is not the optimizer's is taken from the model's own state.
+    resumed = with_lora(tiny_llama(), seed=8, **options)
+    again = Riemannion(resumed, lr=0.3, attach_options={"start": start, "seed": 1})
+    for name, parameter in resumed.named_parameters():
+        if parameter.requires_grad and not hasattr(parameter, "fixed_rank"):
+            parameter.data.copy_(model.get_parameter(name).data)
+    again.load_state_dict(loaded)
+    assert same_bits(all_numbers(model, optimizer), all_numbers(resumed, again))
+    train(model, optimizer, range(3, 6))
+    train(resumed, again, range(3, 6))
+    assert same_bits(all_numbers(model, optimizer), all_numbers(resumed, again))
+
+
+def test_a_state_restores_points_whose_adapter_was_rounded(tmp_path):
+    # A 4-bit run under TRL: the checkpoint's factors are loaded into bf16 parameters before the optimizer exists.
+    model = with_lora(tiny_llama())
+    optimizer = Riemannion(model, lr=0.05)
+    train(model, optimizer, range(3))
+    loaded = saved_and_loaded(optimizer.state_dict(), tmp_path)
+    resumed = with_lora(tiny_llama())
+    resumed.load_state_dict(model.state_dict())
+    for parameter in resumed.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    again = Riemannion(resumed, lr=0.05)
+    assert not same_bits(all_numbers(model, optimizer), all_numbers(resumed, again))
+    again.load_state_dict(loaded)
+    assert same_bits(all_numbers(model, optimizer), all_numbers(resumed, again))
+
+
+def test_a_state_does_not_change_under_the_one_who_holds_it():
+    model = with_lora(tiny_llama())
+    optimizer = Riemannion(model, lr=0.05)
+    train(model, optimizer, range(2))
+    held = optimizer.state_dict()
+    expected = copy.deepcopy(held)
+    train(model, optimizer, range(2, 4))
+    for index, entry in expected["state"].items():
+        assert entry.keys() == held["state"][index].keys()
+        assert all(torch.equal(value, held["state"][index][key]) for key, value in entry.items())
+
+
+def test_loading_goes_back_in_the_same_optimizer():
+    model = with_lora(tiny_llama())
+    optimizer = Riemannion(model, lr=0.05)
+    train(model, optimizer, range(2))
+    state, numbers = optimizer.state_dict(), all_numbers(model, optimizer)
+    train(model, optimizer, range(2, 4))
+    after = all_numbers(model, optimizer)
+    optimizer.load_state_dict(state)
+    assert same_bits(all_numbers(model, optimizer), numbers)
+    train(model, optimizer, range(2, 4))
+    assert same_bits(all_numbers(model, optimizer), after)
+
+
+def test_the_saved_file_holds_each_number_once(tmp_path):
+    model = with_lora(tiny_llama())
+    optimizer = Riemannion(model)
+    train(model, optimizer, range(1))
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    factors = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    # Factor and momentum, and 14 small cores; entries are padded to 64 bytes and named.
+    assert (tmp_path / "optimizer.pt").stat().st_size < 2 * factors + 14 * 64 + 50_000
+
+
+def test_a_state_without_factors_is_refused():
+    model = with_lora(tiny_llama())
+    optimizer = Riemannion(model)
+    train(model, optimizer, range(1))
+    foreign = torch.optim.Optimizer.state_dict(optimizer)
+    with pytest.raises(InputError, match=r"factors of base_model\.model\.model\.layers\.0"):
+        optimizer.load_state_dict(foreign)
+
+
+# Groups and schedules.
+
+
+def grouped(rates: list[float], **attach_options) -> tuple[PeftModel, list[dict]]:
+    """A model and one param group for each layer of it, with the given learning rates."""
+    model = with_lora(tiny_llama())
+    attach(model, seed=0, **attach_options)
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if f"layers.{index}." in n and p.requires_grad], "lr": rate}
+        for index, rate in enumerate(rates)
+    ]
+    return model, groups
+
+
+def test_each_group_moves_at_its_own_rate():
+    model, groups = grouped([0.1, 0.01])
+    before = {name: point.point().dense() for name, (_, point) in variants(model).items()}
+    optimizer = Riemannion(groups)
+    backward(model)
+    optimizer.step()
+    for name, (_, point) in variants(model).items():
+        rate = 0.1 if "layers.0" in name else 0.01
+        # From S = 0 one step is truncate(-lr P(polar(G))): its largest singular value is lr times a number that does not
+        # depend on lr; P(polar) has norm 1 to 2 / sqrt(3) in the spectral norm.
+        sigma = torch.linalg.matrix_norm(point.point().dense() - before[name], 2).item()
+        assert 0.99 * rate < sigma < 1.16 * rate, name
+
+
+def test_groups_step_as_separate_optimizers_do():
+    model, groups = grouped([0.1, 0.01])
+    twin, twin_groups = grouped([0.1, 0.01])
+    groups[1] |= {"momentum": 0.5, "weight_decay": 0.2, "nesterov": True}
+    optimizer = Riemannion(groups)
+    separate = [
+        Riemannion(twin_groups[0]["params"], lr=0.1),
+        Riemannion(twin_groups[1]["params"], lr=0.01, momentum=0.5, weight_decay=0.2, nesterov=True),
+    ]
+    for seed in range(3):
+        for m in (model, twin):
+            backward(m, seed)
+        optimizer.step()
+        for each in separate:
+            each.step()
+    for (name, (_, point)), (_, (_, other)) in zip(variants(model).items(), variants(twin).items(), strict=True):
+        # Batched matrix products of another batch size may round differently.
+        assert relative(point.point().dense(), other.point().dense()) < 1e-5, name
+
+
+@pytest.mark.parametrize("momentum_form", ["raw", "orthogonalized"])
+def test_a_schedule_scales_the_step(momentum_form):
+    model = with_lora(tiny_llama())
+    optimizer = Riemannion(model, lr=0.1, momentum=0.0, momentum_form=momentum_form, attach_options={"start": "offset"})
+    factors = [1.0, 0.5, 0.0, 0.25]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, 3)])
+    for factor in factors:
+        before = [point.point().dense() for point in points_of(model)]
+        backward(model)
+        optimizer.step()
+        schedule.step()
+        for point, dense in zip(points_of(model), before, strict=True):
+            # At S = I the truncation takes little away: the step has spectral norm near lr. At lr 0 only rounding is left.
+            sigma = torch.linalg.matrix_norm(point.point().dense() - dense, 2).item()
+            assert sigma == pytest.approx(0.1 * factor, rel=0.25, abs=1e-6)
+
+
+def test_a_schedule_written_into_a_group_reaches_that_group_alone():
+    model, groups = grouped([0.1, 0.1])
+    optimizer = Riemannion(groups)
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = {name: point.point().dense() for name, (_, point) in variants(model).items()}
+    backward(model)
+    optimizer.step()
+    for name, (_, point) in variants(model).items():
+        moved = (point.point().dense() - before[name]).norm().item()
+        assert (moved < 1e-6) if "layers.0" in name else (moved > 0.09), name
+
+
+def test_the_learning_rate_can_be_a_tensor():
+    models = [with_lora(tiny_llama()) for _ in range(2)]
+    rates = [0.05, torch.tensor(0.05)]
+    optimizers = [Riemannion(m, lr=rate, attach_options={"seed": 0}) for m, rate in zip(models, rates, strict=True)]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, range(3))
+    assert same_bits(*(all_numbers(m, o) for m, o in zip(models, optimizers, strict=True)))
+
+
+def test_clipping_by_the_global_norm_scales_every_block_alike():
+    model = with_lora(tiny_llama())
+    optimizer = Riemannion(model, lr=0.05)
+    backward(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    before = [p.grad.clone() for p in parameters]
+    norm = torch.stack([g.double().norm() for g in before]).norm()
+    returned = nn.utils.clip_grad_norm_(parameters, 0.1)
+    assert returned.item() == pytest.approx(norm.item(), rel=1e-5)
+    for parameter, block in zip(parameters, before, strict=True):
+        # clip_grad_norm_ divides by norm + 1e-6.
+        torch.testing.assert_close(parameter.grad, block * (0.1 / norm.item()), rtol=1e-4, atol=1e-9)
+    # The step's polar does not see the scale: clipped or not, the first step is the same up to rounding.
+    optimizer.step()
+    twin = with_lora(tiny_llama())
+    unclipped = Riemannion(twin, lr=0.05)
+    train(twin, unclipped, range(1))
+    for point, other in zip(points_of(model), points_of(twin), strict=True):
+        sigma, expected = (torch.linalg.svdvals(p.point().dense())[: p.rank] for p in (point, other))
+        torch.testing.assert_close(sigma, expected, rtol=1e-3, atol=1e-5)
+
+
+# Parameters without a point.
+
+
+def reference_adamw(parameters: list[nn.Parameter], **options) -> tuple[list[nn.Parameter], torch.optim.AdamW]:
+    copies = [nn.Parameter(p.detach().clone()) for p in parameters]
+    return copies, torch.optim.AdamW(copies, fused=True, **options)
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head", "norm"]}, {"bias": "all"}], ids=str)
+def test_parameters_without_a_point_are_trained_as_adamw_trains_them(options):
+    model = with_lora(tiny_llama(bias=True), **options)
+    optimizer = Riemannion(
+        model, lr=0.05, adamw_lr=3e-3, adamw_betas=(0.8, 0.95), adamw_eps=1e-7, adamw_weight_decay=0.1
+    )
+    others = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "fixed_rank")]
+    assert others
+    copies, adamw = reference_adamw(others, lr=3e-3, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.1)
+    for seed in range(4):
+        backward(model, seed)
+        for parameter, twin in zip(others, copies, strict=True):
+            twin.grad = None if parameter.grad is None else parameter.grad.clone()
+        optimizer.step()
+        adamw.step()
+    for parameter, twin in zip(others, copies, strict=True):
+        assert torch.equal(parameter, twin)
+    assert any((p - q).abs().max() > 1e-3 for p, q in zip(others, with_lora_others(options), strict=True))
+
+
+def with_lora_others(options: dict) -> list[nn.Parameter]:
+    """The same parameters before training."""
+    model = with_lora(tiny_llama(bias=True), **options)
+    return [p for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
+
+
+def test_a_schedule_scales_both_rates():
+    model = with_lora(tiny_llama(), modules_to_save=["lm_head"])
+    optimizer = Riemannion(model, lr=0.1, adamw_lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert sorted(schedule.get_last_lr()) == [5e-4, 0.05]
+
+
+def test_a_group_of_plain_parameters_sets_its_own_rate():
+    model = with_lora(tiny_llama(), modules_to_save=["lm_head"])
+    attach(model)
+    factors = [p for p in model.parameters() if hasattr(p, "fixed_rank")]
+    others = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "fixed_rank")]
+    optimizer = Riemannion([{"params": factors}, {"params": others, "lr": 0.02, "weight_decay": 0.3}], lr=0.1)
+    copies, adamw = reference_adamw(others, lr=0.02, weight_decay=0.3)
+    backward(model)
+    for parameter, twin in zip(others, copies, strict=True):
+        twin.grad = parameter.grad.clone()
+    optimizer.step()
+    adamw.step()
+    assert all(torch.equal(p, q) for p, q in zip(others, copies, strict=True))
+
+
+# What it says about itself, and what it refuses.
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+def test_the_drift_is_the_worst_entry_and_stays_small(start):
+    model = with_lora(tiny_llama())
+    optimizer = Riemannion(model, lr=0.1, attach_options={"start": start})
+    train(model, optimizer, range(20))
+    worst = max(
+        (q.double().mT @ q.double() - torch.eye(q.shape[1], dtype=torch.float64)).abs().max().item()
+        for point in points_of(model)
+        for q in (point.point().u, point.point().v)
+    )
+    assert optimizer.orthonormality_drift() == pytest.approx(worst, rel=1e-6)
+    assert worst < 1e-5
+
+
+def test_training_with_it_lowers_the_loss():
+    model = with_lora(tiny_llama())
+    optimizer = Riemannion(model, lr=0.05, attach_options={"start": "offset", "seed": 0})
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = next_token_loss(model, token_batch())
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+OUT_OF_RANGE = {
+    "lr": [-1e-3, float("nan"), float("inf")],
+    "momentum": [-0.1, 1.0, float("nan")],
+    "weight_decay": [-1.0, float("nan")],
+    "tangent_iterations": [0],
+    "momentum_form": ["cooked"],
+    "adamw_lr": [-1.0],
+    "adamw_betas": [(0.9, 1.0), (-0.1, 0.9)],
+    "adamw_eps": [-1e-8],
+    "adamw_weight_decay": [float("inf")],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in OUT_OF_RANGE.items() for v in values])
+def test_values_out_of_range_are_refused_by_name_before_anything_is_attached(key, value):
+    model = with_lora(tiny_llama(layers=1))
+    with pytest.raises(InputError, match=key.replace("adamw_eps", "eps")):
+        Riemannion(model, **{key: value})
+    assert not variants(model)
+
+
+def test_a_value_out_of_range_in_a_group_is_refused():
+    _, groups = grouped([0.1, -0.1])
+    with pytest.raises(InputError, match=r"lr must be a finite number >= 0, got -0\.1"):
+        Riemannion(groups)
+
+
+def test_a_closure_is_refused_and_nothing_moves():
+    model = with_lora(tiny_llama(layers=1))
+    optimizer = Riemannion(model)
+    backward(model)
+    before = all_numbers(model, optimizer)
+    with pytest.raises(InputError, match="closure must be None"):
+        optimizer.step(lambda: 0.0)
+    assert same_bits(all_numbers(model, optimizer), before)
+
+
+def test_factors_of_one_adapter_in_two_groups_are_refused_by_name():
+    model = with_lora(tiny_llama(layers=1))
+    attach(model)
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named.items() if "lora_A" in n]},
+        {"params": [p for n, p in named.items() if "lora_B" in n]},
+    ]
+    with pytest.raises(InputError, match=r"base_model\.model\.model\.layers\.0\.self_attn\.q_proj split"):
+        Riemannion(groups)
+
+
+def test_one_factor_without_the_other_is_refused_by_name():
+    model = with_lora(tiny_llama(layers=1))
+    attach(model)
+    with pytest.raises(InputError, match=r"q_proj split"):
+        Riemannion([p for n, p in model.named_parameters() if "lora_A" in n])
+
+
+def test_nothing_to_train_is_refused():
+    with pytest.raises(InputError, match="at least one trainable parameter"):
+        Riemannion([])
+    with pytest.raises(InputError, match="LoRA adapter"):
+        Riemannion(tiny_llama(layers=1))
+
+
+def test_attach_options_need_the_model():
+    model = with_lora(tiny_llama(layers=1))
+    attach(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(InputError, match="attach_options needs the model"):
+        Riemannion(parameters, attach_options={"start": "zero"})

@@ -1,0 +1,343 @@
+"""Two arguments of a stock TRL trainer: what comes out is orthonormal, resumes exactly, and the base is the same."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+import qriemann
+from qriemann.geometry.parameter import orthonormality_drift
+from qriemann.training.seam import METHODS, fixed_rank_optimizer
+from tests.models import (
+    WORDS,
+    counting_rows,
+    fill_lora,
+    load_nf4,
+    relative,
+    save_tiny_base,
+    tiny_llama,
+    token_batch,
+    trainer_settings,
+    variants,
+    with_lora,
+    word_tokenizer,
+)
+
+starts = pytest.mark.parametrize("start", ["zero", "offset"])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def sft_trainer(
+    model: nn.Module,
+    folder: Path,
+    start: str,
+    *,
+    lora: dict[str, Any] | None = None,
+    method: dict[str, Any] | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    **settings: Any,
+) -> SFTTrainer:
+    return SFTTrainer(
+        model=model,
+        processing_class=word_tokenizer(),
+        args=SFTConfig(**trainer_settings(folder, **settings)),
+        train_dataset=counting_rows(),
+        eval_dataset=counting_rows(6),
+        peft_config=LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **(lora or {})}),
+        optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion", **{"lr": 0.05, "start": start, **(method or {})}),
+        callbacks=callbacks,
+    )
+
+
+def factors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+
+
+def assert_on_the_manifold(trainer: Any) -> None:
+    found = variants(trainer.model)
+    assert len(found) == 14
+    assert {p.dtype for p in factors(trainer.model).values()} == {torch.float32}
+    for name, (_, point) in found.items():
+        for basis in (point.u.detach(), point.v_transposed.detach().mT):
+            error = basis.double().mT @ basis.double() - torch.eye(basis.shape[1], dtype=torch.float64)
+            assert error.abs().max() < 1e-5, name  # the bound of the contract
+
+
+class KeepsBase(TrainerCallback):
+    """Notes the 4-bit base's bytes when training begins."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        self.before = quantized(model)
+
+
+def quantized(model: nn.Module) -> dict[str, Tensor]:
+    frozen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            frozen[name] = module.weight.data.clone()
+            for key, value in module.weight.quant_state.as_dict(packed=True).items():
+                frozen[f"{name}.{key}"] = value.clone()
+    return frozen
+
+
+# SFT on a 4-bit model.
+
+
+@starts
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora": {"use_rslora": True, "lora_dropout": 0.1, "rank_pattern": {"q_proj": 7}}},
+        {"gradient_accumulation_steps": 2, "activation_checkpointing": False},
+        {"activation_checkpointing_kwargs": {"use_reentrant": False}},
+        {"method": {"nesterov": True, "weight_decay": 0.1, "tangent_iterations": 3}},
+    ],
+    ids=["plain", "rslora, dropout, rank_pattern", "accumulation", "non-reentrant", "options"],
+)
+def test_sft_on_a_4_bit_model_ends_on_the_manifold_with_the_same_base(start, options, base, tmp_path):
+    keep = KeepsBase()
+    trainer = sft_trainer(
+        load_nf4(base), tmp_path, start, callbacks=[keep], eval_strategy="steps", eval_steps=2, **options
+    )
+    assert {p.dtype for p in factors(trainer.model).values()} == {torch.bfloat16}  # TRL's cast, which comes first
+    trainer.train()
+    assert_on_the_manifold(trainer)
+    assert fixed_rank_optimizer(trainer.optimizer).orthonormality_drift() < 1e-5
+    after = quantized(trainer.model)
+    assert len(after) > 14
+    assert keep.before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in keep.before.items())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+@starts
+def test_the_optimizer_sees_the_function_that_the_trainer_was_given(start, base, tmp_path):
+    trainer = sft_trainer(load_nf4(base), tmp_path, start)
+    for module in trainer.model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # or an evaluation on such a CPU would repack the base
+    before = trainer.evaluate()["eval_loss"]
+    trainer.create_optimizer()
+    assert variants(trainer.model)
+    # A loss of 3, a mean over logits that are equal to 1e-5.
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-5)
+
+
+def test_the_trainers_schedule_scales_the_learning_rate(base, tmp_path):
+    trainer = sft_trainer(tiny_llama(), tmp_path, "zero", method={"adamw_lr": 1e-3}, lr_scheduler_type="linear")
+    trainer.train()
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx([0.05, 0.0375, 0.025, 0.0125], rel=1e-6)
+
+
+@starts
+def test_modules_to_save_are_trained_next_to_the_points(start, tmp_path):
+    trainer = sft_trainer(
+        tiny_llama(), tmp_path, start, lora={"modules_to_save": ["lm_head"]}, method={"adamw_lr": 1e-2}
+    )
+    trainer.train()
+    assert_on_the_manifold(trainer)
+    moved = trainer.model.base_model.model.lm_head.modules_to_save["default"].weight - tiny_llama().lm_head.weight
+    # AdamW moves an entry by up to its learning rate a step: 1e-2 (1 + 3/4 + 1/2 + 1/4) over the schedule.
+    assert 1e-2 < moved.abs().max() < 2.6e-2
+
+
+def test_an_adapter_that_was_trained_elsewhere_goes_on_from_where_it_is(tmp_path):
+    model = with_lora(tiny_llama())
+    fill_lora(model)
+    ids = token_batch(vocabulary=16)
+    with torch.no_grad():
+        expected = model(ids).logits
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=word_tokenizer(),
+        args=SFTConfig(**trainer_settings(tmp_path)),
+        train_dataset=counting_rows(),
+        optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion", lr=0.05),
+    )
+    trainer.create_optimizer()
+    with torch.no_grad():
+        assert relative(trainer.model(ids).logits, expected) < 1e-5
+    assert all(point.offset is None for _, point in variants(trainer.model).values())
+    trainer.train()
+    assert_on_the_manifold(trainer)
+
+
+@starts
+def test_the_best_checkpoint_is_what_is_left_in_the_end(start, tmp_path):
+    settings = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,  # the worst, so that it is not the last
+    }
+    trainer = sft_trainer(tiny_llama(), tmp_path, start, **settings)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert max(losses) > losses[-1] + 0.1
+    # Rounded to float32 on the way to the file and back.
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-5)
+    assert_on_the_manifold(trainer)
+
+
+# Resuming.
+
+
+def everything(trainer: Any) -> list[Tensor]:
+    """Every number that training moves: points, offsets, momentum, AdamW's state."""
+    numbers = []
+    for _, (_, point) in sorted(variants(trainer.model).items()):
+        numbers += [*point.point(), *(point.offset or ())]
+    optimizer = fixed_rank_optimizer(trainer.optimizer)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            state = optimizer.state[parameter]
+            numbers += [parameter.detach(), *(state[key] for key in sorted(state))]
+            assert state, name
+    return numbers
+
+
+@starts
+@pytest.mark.parametrize(
+    ("nf4", "lora"),
+    [(True, {}), (True, {"lora_dropout": 0.1}), (False, {"lora_dropout": 0.1, "modules_to_save": ["lm_head"]})],
+    ids=["4-bit", "4-bit, dropout", "float, dropout, modules_to_save"],
+)
+def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(start, lora, nf4, base, tmp_path):
+    def trainer(folder: Path) -> SFTTrainer:
+        model = load_nf4(base) if nf4 else tiny_llama()
+        callbacks = [qriemann.FixedRankCallback()] if start == "offset" else []
+        return sft_trainer(model, folder, start, lora=lora, callbacks=callbacks, save_strategy="steps", save_steps=2)
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    torch.manual_seed(99)  # another process: whatever was drawn before must not matter
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    expected, got = everything(whole), everything(resumed)
+    assert len(expected) == len(got)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
+    assert losses[0][2:] == losses[1][-2:]
+
+
+@starts
+def test_one_trainer_can_go_back_to_its_own_checkpoint(start, tmp_path):
+    trainer = sft_trainer(tiny_llama(), tmp_path, start, save_strategy="steps", save_steps=2)
+    trainer.train()
+    expected = [number.clone() for number in everything(trainer)]
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(a, b) for a, b in zip(expected, everything(trainer), strict=True))
+
+
+# DPO.
+
+
+def preferences() -> Dataset:
+    return Dataset.from_list(
+        [{"prompt": f"{WORDS[i % 8]} ", "chosen": WORDS[i % 8 + 1], "rejected": WORDS[(i + 5) % 8]} for i in range(16)]
+    )
+
+
+# https://github.com/huggingface/trl: disable_gradient_checkpointing of TRL 1.16 uses names that transformers 5.23 deprecates.
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")
+@starts
+@pytest.mark.parametrize("given", ["a config", "an adapter"])
+def test_dpo_trains_with_the_same_optimizer_on_the_manifold(start, given, base, tmp_path):
+    model: nn.Module = load_nf4(base)
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    adapter = {"peft_config": LoraConfig(**lora)} if given == "a config" else {}
+    trainer = DPOTrainer(
+        model=model if adapter else with_lora(model),
+        processing_class=word_tokenizer(),
+        args=DPOConfig(**trainer_settings(tmp_path, save_strategy="steps", save_steps=4, max_length=32)),
+        train_dataset=preferences(),
+        **adapter,
+    )
+    # TRL 1.16's DPOTrainer does not pass this argument on to the Trainer whose attribute it is; SFTTrainer does.
+    trainer.optimizer_cls_and_kwargs = qriemann.for_trainer("riemannion", lr=0.05, start=start)
+    trainer.train()
+    assert_on_the_manifold(trainer)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(math.isfinite(entry["loss"]) for entry in logs)
+    # At the start the model is its own reference: the loss is -log sigmoid(0), to bf16's or float32's rounding.
+    assert logs[0]["loss"] == pytest.approx(math.log(2), rel=1e-2)
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    saved = LoraConfig.from_pretrained(tmp_path / "checkpoint-4")
+    assert saved.r == (8 if start == "offset" else 4)
+    if given == "an adapter":
+        # TRL's frozen copy, the reference, is plain LoRA of the rank it was made with.
+        assert LoraConfig.from_pretrained(tmp_path / "checkpoint-4" / "ref").r == 4
+
+
+# What `for_trainer` refuses, before any model is loaded.
+
+BAD = {
+    "a misspelt method": ({"method": "riemanion"}, "method must be one of riemannion.*did you mean 'riemannion'"),
+    "a misspelt start": ({"start": "ofset"}, "start must be 'zero' or 'offset', got 'ofset'"),
+    "alpha 0": ({"alpha": 0.0}, "alpha must be a finite number > 0, got 0.0"),
+    "a misspelt option": ({"momentun": 0.9}, "momentun is not an option of riemannion.*did you mean 'momentum'"),
+    "lr negative": ({"lr": -1.0}, "lr must be a finite number >= 0, got -1.0"),
+    "lr NaN": ({"lr": math.nan}, "lr must be a finite number >= 0, got nan"),
+    "momentum 1": ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+    "weight_decay negative": ({"weight_decay": -0.1}, "weight_decay must be a finite number >= 0, got -0.1"),
+    "betas": ({"adamw_betas": (0.9, 1.0)}, "adamw_betas"),
+    "eps": ({"adamw_eps": -1.0}, "eps must be"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD.keys())
+def test_values_out_of_range_are_refused_by_name_at_the_call(options, message):
+    with pytest.raises(qriemann.InputError, match=message):
+        qriemann.for_trainer(**{"method": "riemannion", **options})
+
+
+def test_what_is_given_reaches_the_optimizer():
+    factory, keywords = qriemann.for_trainer(
+        "riemannion", lr=0.02, momentum=0.8, weight_decay=0.1, start="offset", alpha=0.5, seed=3, nesterov=True
+    )
+    optimizer = factory()(with_lora(tiny_llama(layers=1)), **keywords)
+    assert isinstance(optimizer, METHODS["riemannion"])
+    (group,) = optimizer.param_groups
+    assert {key: group[key] for key in ("lr", "momentum", "weight_decay", "nesterov")} == {
+        "lr": 0.02,
+        "momentum": 0.8,
+        "weight_decay": 0.1,
+        "nesterov": True,
+    }
+    assert all(torch.equal(point.s, 0.5 * torch.eye(4)) for point in optimizer.points)
+    assert orthonormality_drift(optimizer.points) < 1e-6
+
+
+def test_a_refused_adapter_stops_the_trainer_with_its_name(tmp_path):
+    trainer = sft_trainer(tiny_llama(), tmp_path, "zero", lora={"use_dora": True})
+    with pytest.raises(qriemann.InputError, match=r"q_proj uses Dora"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_rank_that_is_too_large_stops_the_trainer_with_the_layers_name(tmp_path):
+    trainer = sft_trainer(tiny_llama(), tmp_path, "zero", lora={"r": 48})
+    with pytest.raises(qriemann.InputError, match=r"r=48 for \S*k_proj \(32 x 64\)"):
+        trainer.train()
