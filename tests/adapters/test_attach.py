@@ -236,21 +236,35 @@ def test_a_models_own_state_dict_restores_its_function_on_a_fresh_model():
     assert relative(logits(fresh), logits(model)) < 1e-5
 
 
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"r": 1}], ids=str)
 @pytest.mark.parametrize("start", ["zero", "offset"])
-def test_loading_into_an_attached_model_restores_the_saved_point(start):
+def test_loading_into_an_attached_model_gives_the_saved_points(start, options):
     # What a trainer's load_best_model_at_end does.
-    model = with_lora(tiny_llama())
-    points = attach(model, start=start, seed=0)
-    move_points(points)
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    expected, dense = logits(model), [point.point().dense() for point in points]
+    saved, model = (with_lora(tiny_llama(), **options) for _ in range(2))
+    saved_points, points = attach(saved, start=start, seed=0), attach(model, start=start, seed=5)
+    move_points(saved_points)
     move_points(points, seed=77)
-    assert relative(logits(model), expected) > 1e-2
-    model.load_state_dict(state)
-    for point, saved in zip(points, dense, strict=True):
-        assert relative(point.point().dense(), saved) < ADOPTION_RTOL
-    assert relative(logits(model), expected) < 1e-5
+    assert relative(logits(model), logits(saved)) > 1e-2
+    model.load_state_dict(saved.state_dict())
+    for point, expected in zip(points, saved_points, strict=True):
+        assert relative(point.point().dense(), expected.point().dense()) < ADOPTION_RTOL
+        if start == "offset":
+            assert relative(point.offset.dense(), expected.offset.dense()) < ADOPTION_RTOL
+    assert relative(logits(model), logits(saved)) < 1e-5
     assert orthonormality_drift(points) < 1e-6
+
+
+@pytest.mark.parametrize(("start", "other"), [("zero", "offset"), ("offset", "zero")])
+def test_loading_an_adapter_of_the_other_start_is_refused_by_name(start, other):
+    saved, model = (with_lora(tiny_llama()) for _ in range(2))
+    attach(saved, start=start)
+    attach(model, start=other, seed=0)
+    expected = logits(model)
+    with pytest.raises(
+        InputError, match=r"same start, got rank \d for base_model\.model\.model\.layers\.0.*fresh model"
+    ):
+        model.load_state_dict(saved.state_dict())
+    assert torch.equal(logits(model), expected)
 
 
 # Refusals.
