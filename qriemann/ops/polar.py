@@ -11,6 +11,10 @@ from torch import Tensor
 POLAR_RTOL = 1e-3
 
 
+# Matrices with no larger entry are zero: a momentum that only decays ends on subnormals, which 0.9 rounds back to themselves.
+_ZERO = 1e-30
+
+
 def _newton_schulz_coefficients(lower: float, tol: float) -> list[tuple[float, float, float]]:
     """(l, a, b): the cubics a x + b x^3 that take [lower, 1] to within `tol` of 1 in the fewest steps, each from [l, 1].
 
@@ -48,14 +52,14 @@ def polar(k: Float[Tensor, "b p p"], *, rtol: float = POLAR_RTOL, exact: bool = 
     as they are (the band that the polynomial leaves: monotone, at most 1).
 
     Args:
-        k: square matrices; all zero is allowed and gives zero.
+        k: square matrices; zero, or all entries under 1e-30, gives zero.
         rtol: singular values below rtol times the largest count as zero.
         exact: finish unsettled matrices by LAPACK. Reads a flag on the host, so it must be False under CUDA graphs.
     """
     dtype = k.dtype
     # Scaled, so that no power of an entry leaves float32's range.
     largest = k.abs().amax((-2, -1), keepdim=True)
-    k = (k / torch.where(largest > 0, largest, 1)).double()
+    k = (k / torch.where(largest > _ZERO, largest, torch.inf)).double()
     # (trace (K^T K)^2)^(1/4) bounds the largest singular value from above, within a factor rank^(1/4).
     norm = (k.mT @ k).square().sum((-2, -1), keepdim=True).sqrt().sqrt()
     x = k / torch.where(norm > 0, norm, 1)

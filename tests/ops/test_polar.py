@@ -1,0 +1,108 @@
+"""The polar factor over the whole range of singular values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qriemann.ops import POLAR_RTOL, polar, specification
+
+# A matrix counts as settled when ||O - O O^T O||_F < 1e-5; for a singular value v that is v |1 - v^2| < 1e-5: near one
+# |1 - v| < 5e-6, near zero v < 1e-5.
+SETTLED = 1e-5
+# Between this fraction of the cut-off and the cut-off a singular value ends at one or at zero: the polynomial takes some of
+# them up to one before it is known that they lie below.
+UNDECIDED_FROM = 0.5
+SIZES = (2, 6, 16, 32, 66, 128, 256)
+
+
+def orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+
+
+def with_spectrum(sigma: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """L diag(sigma) R^T with L and R."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = orthogonal(len(sigma), generator), orthogonal(len(sigma), generator)
+    return (left * sigma) @ right.mT, left, right
+
+
+def spectrum(size: int, value: float, share: str) -> Tensor:
+    """Ones, with `value` once, for half of them, or for all but one."""
+    count = {"one": 1, "half": size // 2, "all but one": size - 1}[share]
+    return torch.cat([torch.ones(size - count), torch.full((count,), value)]).double()
+
+
+@pytest.mark.parametrize("share", ["one", "half", "all but one"])
+@pytest.mark.parametrize("size", SIZES)
+def test_singular_values_above_the_cut_off_become_one(size, share):
+    values = [1.05 * POLAR_RTOL, 2e-3, 1e-2, 0.1, 0.5, 1.0]
+    cases = [with_spectrum(spectrum(size, value, share)) for value in values]
+    for o, (_, left, right) in zip(polar(torch.stack([k for k, _, _ in cases])), cases, strict=True):
+        assert (torch.linalg.svdvals(o) - 1).abs().max() < SETTLED
+        torch.testing.assert_close(o, left @ right.mT, rtol=0, atol=SETTLED)
+
+
+@pytest.mark.parametrize("share", ["one", "half", "all but one"])
+@pytest.mark.parametrize("size", SIZES)
+def test_singular_values_below_the_cut_off_become_zero(size, share):
+    values = [UNDECIDED_FROM * POLAR_RTOL, 1e-4, 1e-6, 1e-8, 1e-10, 0.0]
+    for value in values:
+        k, left, right = with_spectrum(spectrum(size, value, share))
+        kept = (spectrum(size, value, share) == 1).double()
+        o = polar(k[None])[0]
+        assert torch.linalg.svdvals(o)[int(kept.sum()) :].max() < SETTLED
+        torch.testing.assert_close(o, (left * kept) @ right.mT, rtol=0, atol=SETTLED)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_singular_values_near_the_cut_off_become_one_or_zero(size):
+    for value in torch.linspace(UNDECIDED_FROM, 1.05, 12).tolist():
+        k, _, _ = with_spectrum(spectrum(size, value * POLAR_RTOL, "one"))
+        sigma = torch.linalg.svdvals(polar(k[None])[0])
+        assert torch.minimum(sigma, (sigma - 1).abs()).max() < SETTLED
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_zero_stays_zero_to_the_bit(exact):
+    assert not polar(torch.zeros(3, 8, 8), exact=exact).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e20, 1e37])
+def test_the_scale_of_the_matrix_does_not_matter(scale, dtype):
+    k, left, right = with_spectrum(torch.linspace(1, 0.1, 8, dtype=torch.float64))
+    o = polar((scale * k)[None].to(dtype))[0]
+    # Float32 holds entries of 1e-38 to about 1e-7 of the largest (subnormals begin), over the smallest singular value 0.1.
+    torch.testing.assert_close(o.double(), left @ right.mT, rtol=0, atol=SETTLED)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_without_exact_the_singular_values_keep_their_order_and_stay_under_one(size):
+    # From far below the cut-off to one; at equal steps in the logarithm, so that some fall on every slope.
+    sigma = torch.logspace(-5, 0, size, dtype=torch.float64)
+    k, left, right = with_spectrum(sigma)
+    mapped = (left.mT @ polar(k[None], exact=False)[0] @ right).diagonal()
+    # Float32 carries each value to about 1e-5: monotone up to that.
+    assert (mapped.diff() >= -SETTLED).all()
+    assert mapped.max() <= 1 + 1e-3
+    assert mapped.min() >= 0
+
+
+def test_without_exact_directions_are_kept():
+    sigma = torch.logspace(-5, 0, 32, dtype=torch.float64)
+    k, left, right = with_spectrum(sigma)
+    mapped = left.mT @ polar(k[None], exact=False)[0] @ right
+    off_diagonal = mapped - torch.diag(mapped.diagonal())
+    # Work in float32 begins when the cut-off has been lifted above 0.2: 6e-8 / 0.2, times the steps that follow.
+    assert off_diagonal.abs().max() < SETTLED
+
+
+def test_a_matrix_in_a_batch_is_computed_as_alone():
+    matrices = torch.stack([with_spectrum(spectrum(16, value, "half"))[0] for value in (1.0, 1e-2, 1e-4, 0.0)])
+    together = polar(matrices)
+    for k, o in zip(matrices, together, strict=True):
+        # A batch of one may take another kernel, hence float32 rounding and not the same bits.
+        torch.testing.assert_close(polar(k[None])[0], o, rtol=0, atol=SETTLED)
+        torch.testing.assert_close(o, specification.polar(k), rtol=0, atol=SETTLED)
