@@ -11,8 +11,9 @@ from torch import Tensor
 POLAR_RTOL = 1e-3
 
 
-# Matrices with no larger entry are zero: a momentum that only decays ends on subnormals, which 0.9 rounds back to themselves.
-_ZERO = 1e-30
+# Matrices with no larger entry are zero: a momentum that only decays ends on float32's least numbers, which 0.9 rounds
+# back to themselves.
+_ZERO = torch.finfo(torch.float32).tiny
 
 
 def _newton_schulz_coefficients(lower: float, tol: float) -> list[tuple[float, float, float]]:
@@ -52,7 +53,7 @@ def polar(k: Float[Tensor, "b p p"], *, rtol: float = POLAR_RTOL, exact: bool = 
     as they are (the band that the polynomial leaves: monotone, at most 1).
 
     Args:
-        k: square matrices; zero, or all entries under 1e-30, gives zero.
+        k: square matrices; zero gives zero, and so does a matrix of float32 subnormals.
         rtol: singular values below rtol times the largest count as zero.
         exact: finish unsettled matrices by LAPACK. Reads a flag on the host, so it must be False under CUDA graphs.
     """
