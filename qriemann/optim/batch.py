@@ -6,7 +6,8 @@ height share a buffer, whichever layer they belong to. The momentum's blocks lie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,17 @@ from torch import Tensor, nn
 from qriemann import ops
 from qriemann.geometry.parameter import FixedRankParameter
 from qriemann.ops.core import MomentumForm
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """No TF32 inside: a Gram matrix squares the condition number, and 10 bits squared are none."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
 
 
 @dataclass
@@ -92,6 +104,18 @@ class FactorBatch:
     ) -> None:
         """One step of every point that has gradients; the others, momentum included, stay as they are."""
         self.rebind()
+        with _full_float32():
+            self._step(lr, weight_decay, momentum, nesterov, momentum_form, tangent_iterations)
+
+    def _step(
+        self,
+        lr: Float[Tensor, " layers"],
+        weight_decay: Float[Tensor, " layers"],
+        momentum: Float[Tensor, " layers"],
+        nesterov: bool,
+        momentum_form: MomentumForm,
+        tangent_iterations: int,
+    ) -> None:
         layers = len(self.points)
         with_grad = [p.u.grad is not None and p.v_transposed.grad is not None for p in self.points]
         active = torch.ones(layers, dtype=torch.bool, device=self.s.device)

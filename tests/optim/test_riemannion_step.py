@@ -248,3 +248,14 @@ def test_the_same_inputs_give_the_same_bits():
         return torch.cat([p.data.flatten() for p in adapter.parameters])
 
     assert torch.equal(run(), run())
+
+
+def test_a_reduced_matmul_precision_chosen_by_the_user_is_put_back():
+    adapter = Adapter(30, 20, 4)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        worst = follow(adapter, noisy_quadratic(), steps=5)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert worst < STEP_RTOL
