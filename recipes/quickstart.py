@@ -20,8 +20,8 @@ from typing import Any
 
 from qriemann.errors import InputError, MissingExtraError
 
-# The spectral norm of the first step of X; the schedule lowers it to nothing. After 30 steps, on lists of words of any
-# length: held-out loss 0.167 and 78 % right with 2e-2, 0.226 and 70 % with 1e-2.
+# The spectral norm of the first step of X; the schedule lowers it to nothing. After 30 steps on lists of words of any
+# length, 60 held-out prompts: loss 0.167 and 78 % right with 2e-2, 0.226 and 70 % with 1e-2.
 _LR = 2e-2
 _BATCH = 8
 _SEED = 0
@@ -73,7 +73,7 @@ def make_questions(train_count: int, held_out_count: int, seed: int = _SEED) -> 
         raise MissingExtraError('the task needs the package reasoning-gym; pip install "qriemann[demo]"') from error
 
     wanted = train_count + held_out_count
-    # Short words are one token each. After 30 steps 97 % of such lists are right, 78 % of those with any words.
+    # Short words are mostly one token each, which the small model learns to move in fewer steps.
     items = create_dataset("word_sequence_reversal", size=_DRAWN * wanted, seed=seed, min_words=3, max_words=4)
     unique: dict[str, Question] = {}
     for item in items:

@@ -21,13 +21,19 @@ from qriemann.ops.core import MomentumForm
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """No TF32 inside: a Gram matrix squares the condition number, and 10 bits squared are none."""
-    chosen = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """No TF32 or bf16 inside: a Gram matrix squares the condition number, and 10 bits squared are none."""
+    # Not torch.set_float32_matmul_precision: it raises once anything (transformers' tf32=True) has used this newer setting.
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    reduced = [
+        (backend, backend.fp32_precision) for backend in backends if backend.fp32_precision not in ("none", "ieee")
+    ]
+    for backend, _ in reduced:
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(chosen)
+        for backend, chosen in reduced:
+            backend.fp32_precision = chosen
 
 
 @dataclass
