@@ -23,7 +23,7 @@ from qriemann.ops.core import MomentumForm
 def _full_float32() -> Iterator[None]:
     """No TF32 or bf16 inside: a Gram matrix squares the condition number, and 10 bits squared are none."""
     # Not torch.set_float32_matmul_precision: it raises once anything (transformers' tf32=True) has used this newer setting.
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     reduced = [
         (backend, backend.fp32_precision) for backend in backends if backend.fp32_precision not in ("none", "ieee")
     ]
