@@ -6,9 +6,12 @@ height share a buffer, whichever layer they belong to. The momentum's blocks lie
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,6 +20,14 @@ from torch import Tensor, nn
 from qriemann import ops
 from qriemann.geometry.parameter import FixedRankParameter
 from qriemann.ops.core import MomentumForm
+
+if TYPE_CHECKING:
+    from qriemann.ops.triton import TritonStep
+
+logger = logging.getLogger(__name__)
+
+# Triton's own switch: kernels run on the CPU, a thousand times slower, which is for tests.
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 @contextmanager
@@ -89,6 +100,19 @@ class FactorBatch:
         # Gram matrices are computed height by height and used layer by layer.
         order = torch.tensor([side for height in self._heights for side in height.sides])
         self._order, self._position = order.to(factors.device), order.argsort().to(factors.device)
+        self._kernels = self._make_kernels()
+
+    def _make_kernels(self) -> TritonStep | None:
+        """The Triton path, or None where the batched PyTorch path runs."""
+        if self.s.device.type == "cpu" and not _INTERPRET:
+            return None
+        from qriemann.ops import triton
+
+        reason = triton.supported(self.s.device, self.s.shape[-1])
+        if reason is not None:
+            logger.warning("the batched PyTorch path runs because %s", reason)
+            return None
+        return triton.TritonStep(self._tall(), self.momentum, self.s, self.skipped)
 
     def _current_addresses(self) -> list[int]:
         return [p.data_ptr() for p in self.parameters] + [point.s.data_ptr() for point in self.points]
@@ -110,6 +134,17 @@ class FactorBatch:
     ) -> None:
         """One step of every point that has gradients; the others, momentum included, stay as they are."""
         self.rebind()
+        if self._kernels is not None:
+            self._kernels.step(
+                [parameter.grad for parameter in self.parameters],
+                lr,
+                weight_decay,
+                momentum,
+                nesterov=nesterov,
+                momentum_form=momentum_form,
+                tangent_iterations=tangent_iterations,
+            )
+            return
         with _full_float32():
             self._step(lr, weight_decay, momentum, nesterov, momentum_form, tangent_iterations)
 
