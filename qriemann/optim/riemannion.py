@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Riemannion(torch.optim.Optimizer):
         tangent_iterations: rounds of polar and tangent projection, >= 1; 3 to 5 give LoRA-TSD's direction [arXiv 2609.02734].
         adamw_lr: learning rate of the parameters without a point.
         adamw_betas, adamw_eps, adamw_weight_decay: as in torch.optim.AdamW.
-        attach_options: how a PEFT model is put on the manifold (`start`, `alpha`, `seed`); see `qriemann.attach`.
+        start, alpha, seed: how a PEFT model is put on the manifold; see `qriemann.attach`, whose defaults None takes.
 
     Raises:
         InputError: a value out of range, a layer that cannot be trained this way, or nothing to train.
@@ -70,7 +70,9 @@ class Riemannion(torch.optim.Optimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
-        attach_options: dict[str, Any] | None = None,
+        start: Literal["offset", "zero"] | None = None,
+        alpha: float | None = None,
+        seed: int | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -85,11 +87,14 @@ class Riemannion(torch.optim.Optimizer):
             "adamw_weight_decay": adamw_weight_decay,
         }
         check_options(defaults)
+        attach_options = {"start": start, "alpha": alpha, "seed": seed}
+        attach_options = {key: value for key, value in attach_options.items() if value is not None}
         if isinstance(params, nn.Module):
-            params = _trainable(params, attach_options or {})
+            params = _trainable(params, attach_options)
         elif attach_options:
             raise InputError(
-                "attach_options needs the model itself, got parameters; pass the PEFT model, or attach first"
+                f"{', '.join(attach_options)} must come with the model itself, got parameters; pass the PEFT model, or "
+                "give it to qriemann.attach"
             )
         super().__init__(_split_groups(list(params), defaults), defaults)
         for group in self.param_groups:

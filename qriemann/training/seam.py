@@ -23,8 +23,6 @@ from qriemann.optim.riemannion import Riemannion, check_options
 #: Methods by name, with their optimizer.
 METHODS: dict[str, type[Riemannion]] = {"riemannion": Riemannion}
 
-_ATTACH_OPTIONS = ("start", "alpha", "seed")
-
 
 class OptimizerFactory:
     """What transformers' Trainer calls as `OptimizerFactory()(model, **kwargs)` when it creates its optimizer.
@@ -34,8 +32,7 @@ class OptimizerFactory:
     """
 
     def __call__(self, model: nn.Module, *, method: str, **options: Any) -> torch.optim.Optimizer:
-        attach_options = {key: options.pop(key) for key in _ATTACH_OPTIONS if key in options}
-        return METHODS[method](model, **options, attach_options=attach_options)
+        return METHODS[method](model, **options)
 
 
 def for_trainer(
@@ -64,7 +61,7 @@ def for_trainer(
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}{_nearest(method, METHODS)}")
     parameters = inspect.signature(METHODS[method]).parameters
-    known = {key: p.default for key, p in parameters.items() if key not in ("params", "attach_options")}
+    known = {key: p.default for key, p in parameters.items() if key not in ("params", "start", "alpha", "seed")}
     for key in options:
         if key not in known:
             raise InputError(f"{key} is not an option of {method}; known: {', '.join(known)}{_nearest(key, known)}")

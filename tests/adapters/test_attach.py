@@ -102,7 +102,7 @@ def test_a_layer_that_is_zero_next_to_layers_that_are_not_is_adopted_too():
     fill_lora(model)
     silent = "base_model.model.model.layers.0.mlp.up_proj"
     model.get_submodule(silent).lora_B["default"].weight.data.zero_()
-    attach(model)
+    attach(model, start="zero")
     assert not variants(model)[silent][1].s.any()
 
 
@@ -230,7 +230,7 @@ def test_a_model_moved_to_the_gpu_computes_and_trains_there(start):
 def test_a_models_own_state_dict_restores_its_function_on_a_fresh_model():
     # What torch saves are plain LoRA factors, so they go into a model that is not attached.
     model = with_lora(tiny_llama())
-    move_points(attach(model))
+    move_points(attach(model, start="zero"))
     fresh = with_lora(tiny_llama(), seed=9)
     fresh.load_state_dict(model.state_dict())
     assert relative(logits(fresh), logits(model)) < 1e-5

@@ -137,7 +137,7 @@ def test_gradients_reach_the_embeddings_before_and_after(use, base):
 def test_training_evaluation_and_generation_leave_every_frozen_byte(start, base):
     model = with_lora(base)
     before = snapshot(model)
-    optimizer = Riemannion(model, lr=0.05, attach_options={"start": start, "seed": 0})
+    optimizer = Riemannion(model, lr=0.05, start=start, seed=0)
     for seed in range(4):
         model.train()
         optimizer.zero_grad()

@@ -108,7 +108,7 @@ LOOPS: dict[str, dict] = {
 def train_in_a_loop(folder: Path, start: str, options: dict) -> Saved:
     """An adapter that a few steps outside any trainer left, saved by PEFT's own save_pretrained."""
     model = with_lora(tiny_llama(bias=True), **options)
-    optimizer = qriemann.Riemannion(model, lr=0.05, adamw_lr=0.01, attach_options={"start": start, "seed": 0})
+    optimizer = qriemann.Riemannion(model, lr=0.05, adamw_lr=0.01, start=start, seed=0)
     for seed in range(3):
         optimizer.zero_grad()
         next_token_loss(model, token_batch(seed)).backward()

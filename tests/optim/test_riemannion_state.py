@@ -72,12 +72,12 @@ def saved_and_loaded(state: dict, folder: Path) -> dict:
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"q_proj": 7}}], ids=str)
 def test_a_state_saved_and_loaded_goes_on_bit_for_bit(start, options, tmp_path):
     model = with_lora(tiny_llama(), **options)
-    optimizer = Riemannion(model, lr=0.05, weight_decay=0.1, attach_options={"start": start, "seed": 0})
+    optimizer = Riemannion(model, lr=0.05, weight_decay=0.1, start=start, seed=0)
     train(model, optimizer, range(3))
     loaded = saved_and_loaded(optimizer.state_dict(), tmp_path)
     # A fresh model with other bases; what is not the optimizer's is taken from the model's own state.
     resumed = with_lora(tiny_llama(), seed=8, **options)
-    again = Riemannion(resumed, lr=0.3, attach_options={"start": start, "seed": 1})
+    again = Riemannion(resumed, lr=0.3, start=start, seed=1)
     for name, parameter in resumed.named_parameters():
         if parameter.requires_grad and not hasattr(parameter, "fixed_rank"):
             parameter.data.copy_(model.get_parameter(name).data)
@@ -91,7 +91,7 @@ def test_a_state_saved_and_loaded_goes_on_bit_for_bit(start, options, tmp_path):
 def test_a_state_restores_points_whose_adapter_was_rounded(tmp_path):
     # A 4-bit run under TRL: the checkpoint's factors are loaded into bf16 parameters before the optimizer exists.
     model = with_lora(tiny_llama())
-    optimizer = Riemannion(model, lr=0.05)
+    optimizer = Riemannion(model, lr=0.05, start="zero")
     train(model, optimizer, range(3))
     loaded = saved_and_loaded(optimizer.state_dict(), tmp_path)
     resumed = with_lora(tiny_llama())
@@ -99,7 +99,7 @@ def test_a_state_restores_points_whose_adapter_was_rounded(tmp_path):
     for parameter in resumed.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    again = Riemannion(resumed, lr=0.05)
+    again = Riemannion(resumed, lr=0.05, start="zero")
     assert not same_bits(all_numbers(model, optimizer), all_numbers(resumed, again))
     again.load_state_dict(loaded)
     assert same_bits(all_numbers(model, optimizer), all_numbers(resumed, again))
@@ -132,7 +132,7 @@ def test_loading_goes_back_in_the_same_optimizer():
 
 def test_the_saved_file_holds_each_number_once(tmp_path):
     model = with_lora(tiny_llama())
-    optimizer = Riemannion(model)
+    optimizer = Riemannion(model, start="zero")
     train(model, optimizer, range(1))
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     factors = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -200,7 +200,7 @@ def test_groups_step_as_separate_optimizers_do():
 @pytest.mark.parametrize("momentum_form", ["raw", "orthogonalized"])
 def test_a_schedule_scales_the_step(momentum_form):
     model = with_lora(tiny_llama())
-    optimizer = Riemannion(model, lr=0.1, momentum=0.0, momentum_form=momentum_form, attach_options={"start": "offset"})
+    optimizer = Riemannion(model, lr=0.1, momentum=0.0, momentum_form=momentum_form, start="offset")
     factors = [1.0, 0.5, 0.0, 0.25]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, 3)])
     for factor in factors:
@@ -229,7 +229,7 @@ def test_a_schedule_written_into_a_group_reaches_that_group_alone():
 def test_the_learning_rate_can_be_a_tensor():
     models = [with_lora(tiny_llama()) for _ in range(2)]
     rates = [0.05, torch.tensor(0.05)]
-    optimizers = [Riemannion(m, lr=rate, attach_options={"seed": 0}) for m, rate in zip(models, rates, strict=True)]
+    optimizers = [Riemannion(m, lr=rate, seed=0) for m, rate in zip(models, rates, strict=True)]
     for model, optimizer in zip(models, optimizers, strict=True):
         train(model, optimizer, range(3))
     assert same_bits(*(all_numbers(m, o) for m, o in zip(models, optimizers, strict=True)))
@@ -319,7 +319,7 @@ def test_a_group_of_plain_parameters_sets_its_own_rate():
 @pytest.mark.parametrize("start", ["zero", "offset"])
 def test_the_drift_is_the_worst_entry_and_stays_small(start):
     model = with_lora(tiny_llama())
-    optimizer = Riemannion(model, lr=0.1, attach_options={"start": start})
+    optimizer = Riemannion(model, lr=0.1, start=start)
     train(model, optimizer, range(20))
     worst = max(
         (q.double().mT @ q.double() - torch.eye(q.shape[1], dtype=torch.float64)).abs().max().item()
@@ -332,7 +332,7 @@ def test_the_drift_is_the_worst_entry_and_stays_small(start):
 
 def test_training_with_it_lowers_the_loss():
     model = with_lora(tiny_llama())
-    optimizer = Riemannion(model, lr=0.05, attach_options={"start": "offset", "seed": 0})
+    optimizer = Riemannion(model, lr=0.05, start="offset", seed=0)
     losses = []
     for _ in range(15):
         optimizer.zero_grad()
@@ -410,5 +410,5 @@ def test_attach_options_need_the_model():
     model = with_lora(tiny_llama(layers=1))
     attach(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with pytest.raises(InputError, match="attach_options needs the model"):
-        Riemannion(parameters, attach_options={"start": "zero"})
+    with pytest.raises(InputError, match="start must come with the model"):
+        Riemannion(parameters, start="zero")

