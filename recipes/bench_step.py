@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import os
 import platform
@@ -29,11 +28,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
@@ -269,23 +266,18 @@ def _points(shapes: Sequence[Shape], rank: int, device: torch.device, scale: flo
     ]
 
 
-def _riemannion(scale: float, *, without_triton: bool = False) -> Callable[..., Contender]:
+def _riemannion(scale: float, *, use_triton: bool = False) -> Callable[..., Contender]:
     def build(shapes: Sequence[Shape], rank: int, device: torch.device) -> Contender:
-        has_triton = device.type == "cuda" and importlib.util.find_spec("qriemann.ops.triton") is not None
-        if without_triton and not has_triton:
-            where = "on a CPU" if device.type != "cuda" else "without qriemann.ops.triton"
-            raise InputError(f"there is no Triton path to switch off {where}; riemannion-offset is this already")
+        if use_triton:
+            from qriemann.ops import triton
+
+            reason = triton.supported(device, rank)
+            if reason is not None:
+                raise InputError(f"{reason}; riemannion-offset is the batched PyTorch path")
         points = _points(shapes, rank, device, scale)
         pairs = [(point.u, point.v_transposed) for point in points]
-        off = (
-            mock.patch("qriemann.ops.triton.supported", return_value="switched off")
-            if without_triton
-            else nullcontext()
-        )
-        with off:
-            optimizer = Riemannion([factor for pair in pairs for factor in pair], lr=_LR)
-        dispatched = without_triton or not has_triton
-        return Contender(pairs, optimizer, [point.s for point in points], dispatched)
+        optimizer = Riemannion([factor for pair in pairs for factor in pair], lr=_LR, use_triton=use_triton)
+        return Contender(pairs, optimizer, [point.s for point in points], not use_triton)
 
     return build
 
@@ -342,9 +334,7 @@ def _peft(shapes: Sequence[Shape], rank: int, device: torch.device) -> Contender
 ENTRIES: dict[str, Entry] = {
     "riemannion-offset": Entry("Riemannion, start offset (S = I)", _riemannion(1.0), 3, 2, True),
     "riemannion-zero": Entry("Riemannion, start zero (S = 0)", _riemannion(0.0), 3, 2, True),
-    "riemannion-without-triton": Entry(
-        "Riemannion, start offset, batched PyTorch", _riemannion(1.0, without_triton=True), 3, 2, True
-    ),
+    "riemannion-triton": Entry("Riemannion, start offset, Triton", _riemannion(1.0, use_triton=True), 3, 2, True),
     "per-layer": Entry("Riemannion, a loop of QR and SVD", _per_layer, 3, 2, True),
     "peft-riemannian": Entry("PEFT's create_riemannian_optimizer over fused AdamW", _peft, 4, 3),
     BASELINE: Entry(

@@ -7,7 +7,6 @@ height share a buffer, whichever layer they belong to. The momentum's blocks lie
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
     from qriemann.ops.triton import TritonStep
 
 logger = logging.getLogger(__name__)
-
-# Triton's own switch: kernels run on the CPU, a thousand times slower, which is for tests.
-_INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 @contextmanager
@@ -60,6 +56,10 @@ class _Height:
 class FactorBatch:
     """L points of rank r on one device, stepped together.
 
+    Args:
+        points: the records.
+        use_triton: step by the Triton kernels where they are supported; a line says where they are not.
+
     Attributes:
         points: the records, in order.
         parameters: the 2 L factors: every U, then every V^T.
@@ -68,8 +68,8 @@ class FactorBatch:
         skipped: steps that a layer did not take because its gradient was not finite, summed over layers; on the device.
     """
 
-    def __init__(self, points: Sequence[FixedRankParameter]) -> None:
-        self.points = list(points)
+    def __init__(self, points: Sequence[FixedRankParameter], *, use_triton: bool = False) -> None:
+        self.points, self._use_triton = list(points), use_triton
         self.parameters: list[nn.Parameter] = [p.u for p in points] + [p.v_transposed for p in points]
         self.momentum: list[Tensor] = [torch.zeros_like(factor, dtype=torch.float32) for factor in self._tall()]
         self.skipped = torch.zeros((), dtype=torch.int64, device=points[0].u.device)
@@ -100,11 +100,12 @@ class FactorBatch:
         # Gram matrices are computed height by height and used layer by layer.
         order = torch.tensor([side for height in self._heights for side in height.sides])
         self._order, self._position = order.to(factors.device), order.argsort().to(factors.device)
+        self.skipped = self.skipped.to(factors.device)
         self._kernels = self._make_kernels()
 
     def _make_kernels(self) -> TritonStep | None:
         """The Triton path, or None where the batched PyTorch path runs."""
-        if self.s.device.type == "cpu" and not _INTERPRET:
+        if not self._use_triton:
             return None
         from qriemann.ops import triton
 

@@ -47,6 +47,8 @@ class Riemannion(torch.optim.Optimizer):
         tangent_iterations: rounds of polar and tangent projection, >= 1; 3 to 5 give LoRA-TSD's direction [arXiv 2609.02734].
         adamw_lr: learning rate of the parameters without a point.
         adamw_betas, adamw_eps, adamw_weight_decay: as in torch.optim.AdamW.
+        use_triton: take the fused Triton kernels on CUDA. Off by default: they pass their tests in Triton's interpreter and
+            have not been run on a card.
         start, alpha, seed: how a PEFT model is put on the manifold; see `qriemann.attach`, whose defaults None takes.
 
     Raises:
@@ -70,6 +72,7 @@ class Riemannion(torch.optim.Optimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
+        use_triton: bool = False,
         start: Literal["offset", "zero"] | None = None,
         alpha: float | None = None,
         seed: int | None = None,
@@ -108,7 +111,7 @@ class Riemannion(torch.optim.Optimizer):
         for point in self.points:
             group = self.param_groups[self._group_of[id(point.u)]]
             by_batch[point.u.device, point.rank, *_batch_options(group).values()].append(point)
-        self._batches = [FactorBatch(points) for points in by_batch.values()]
+        self._batches = [FactorBatch(points, use_triton=use_triton) for points in by_batch.values()]
         for batch in self._batches:
             self._rebind(batch)
 
