@@ -115,7 +115,16 @@ def load_base(
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = name
     _choose_pad_token(model, tokenizer, name)
     protect_quantized_weights(model)
+    model.register_load_state_dict_pre_hook(_accept_offset_checkpoints)
     return model.eval(), tokenizer
+
+
+def _accept_offset_checkpoints(module: torch.nn.Module, *_: Any) -> None:
+    """Before an adapter is loaded into a LoRA on this base: one that was saved with an offset is welcome."""
+    # Imported late: a base needs PEFT only once it has an adapter.
+    from qriemann.adapters.attach import accept_offset_checkpoints
+
+    accept_offset_checkpoints(module)
 
 
 def protect_quantized_weights(model: torch.nn.Module) -> int:

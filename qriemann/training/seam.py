@@ -1,9 +1,8 @@
 """The seam into stock TRL and transformers trainers: two arguments, no subclass.
 
-    trainer = SFTTrainer(..., optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion", lr=5e-3),
-                         callbacks=[qriemann.FixedRankCallback()])
+    trainer = SFTTrainer(..., optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion", lr=5e-3))
 
-The callback is needed only to resume from checkpoints saved with an offset.
+`FixedRankCallback` is needed only to resume from checkpoints saved with an offset on a base that `load_base` did not load.
 """
 
 from __future__ import annotations

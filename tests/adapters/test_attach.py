@@ -9,17 +9,19 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from qriemann import InputError, Riemannion, attach
+from qriemann import InputError, Riemannion, attach, load_base
 from qriemann.geometry.parameter import orthonormality_drift
 from tests.models import (
     fill_lora,
     move_points,
     next_token_loss,
     relative,
+    save_tiny_base,
     tiny_llama,
     token_batch,
     variants,
     with_lora,
+    word_tokenizer,
 )
 
 # U, S and V are rounded to float32 once each.
@@ -361,3 +363,17 @@ def test_an_inactive_second_adapter_is_left_alone():
     assert point.u is model.base_model.model.wide.lora_B["default"].weight
     assert torch.equal(model.base_model.model.wide.lora_A["second"].weight, before)
     assert list(model.base_model.model.wide.lora_variant) == ["default"]
+
+
+def test_a_base_from_load_base_takes_a_checkpoint_with_an_offset_without_a_callback(tmp_path):
+    # What the trainer does when it resumes: PEFT loads rank 2 r into layers of rank r, then the optimizer is made.
+    folder = save_tiny_base(tmp_path / "base")
+    word_tokenizer().save_pretrained(folder)
+    ids = token_batch()
+    saved = with_lora(load_base(folder, quantize=None)[0])
+    move_points(attach(saved, start="offset", seed=0))
+    saved.save_pretrained(tmp_path / "adapter")
+    resumed = with_lora(load_base(folder, quantize=None)[0])
+    resumed.load_adapter(tmp_path / "adapter", "default")
+    attach(resumed, start="offset", seed=1)
+    torch.testing.assert_close(resumed(ids).logits, saved(ids).logits, rtol=0, atol=1e-5)
