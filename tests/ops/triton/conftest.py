@@ -1,0 +1,89 @@
+"""Where the kernels run: on the CUDA device if there is one, else in Triton's interpreter on the CPU.
+
+The interpreter has to be chosen before Triton is imported, for the whole process. So without a GPU these tests run when
+pytest is called on this folder alone, and are skipped in a run that holds others, whose optimizers would be interpreted too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+_HERE = Path(__file__).parent.resolve()
+
+
+def _alone(arguments: list[str]) -> bool:
+    paths = [Path(argument.split("::")[0]).resolve() for argument in arguments]
+    return all(path == _HERE or _HERE in path.parents for path in paths)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not torch.cuda.is_available() and _alone(config.args) and "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+        _speed_up_the_interpreter()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cuda, interpreted = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
+    needs_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    alone = pytest.mark.skip(reason="interpreted kernels need a process of their own: pytest tests/ops/triton")
+    for item in items:
+        if _HERE in item.path.parents:
+            # NumPy, which interprets the kernels, says so of NaN that the tests put in.
+            item.add_marker(pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"))
+            if item.get_closest_marker("gpu") and not cuda:
+                item.add_marker(needs_gpu)
+            elif not cuda and not interpreted and not item.get_closest_marker("without_kernels"):
+                item.add_marker(alone)
+
+
+def _speed_up_the_interpreter() -> None:
+    """Five times faster; changes no result.
+
+    It patches triton.language anew at every call of a device function, once a launch is enough; and it repeats each
+    integer operation in 64 bits to find overflows.
+    """
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patched: set[int] = set()
+    launch = interpreter.GridExecutor.__call__
+
+    def call_device_function(self, *args, **kwargs):
+        key = id(self.fn.__globals__)
+        if key not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(key)
+        return self.rewrite()(*args, **kwargs)
+
+    def call_kernel(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call_device_function
+    interpreter.GridExecutor.__call__ = call_kernel
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan():
+    """torch.empty gives NaN, so a place that a kernel forgets to write fails the test."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    # Likewise.
+    with np.errstate(all="ignore"):
+        yield
+    torch.use_deterministic_algorithms(False)
