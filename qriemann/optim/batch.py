@@ -133,8 +133,10 @@ class FactorBatch:
         momentum_form: MomentumForm = "raw",
         tangent_iterations: int = 1,
     ) -> None:
-        """One step of every point that has gradients; the others, momentum included, stay as they are."""
-        self.rebind()
+        """One step of every point that has gradients; the others, momentum included, stay as they are.
+
+        Call `rebind` first.
+        """
         if self._kernels is not None:
             self._kernels.step(
                 [parameter.grad for parameter in self.parameters],
