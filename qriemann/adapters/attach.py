@@ -147,9 +147,7 @@ def _attach_layer(
         current, frozen = ((b, a) for b, a in pending)
         point = point_from_factors(*current, generator)
         offset = _move(point_from_factors(*frozen, generator), u.device)
-    elif u.detach().any():
-        point = point_from_factors(u.detach(), v_transposed.detach(), generator)
-    elif start == "offset":
+    elif start == "offset" and not u.detach().any():
         point = FixedRankPoint(
             random_orthonormal(module.out_features, rank, generator),
             alpha * torch.eye(rank),

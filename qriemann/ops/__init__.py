@@ -3,11 +3,12 @@
 Notation, for one layer (see qriemann.geometry for the manifold): the point is X = U S V^T with U (m, r), V (n, r)
 orthonormal. A tangent vector M is held as its *blocks* (M V, M^T U), of shapes (m, r) and (n, r): the gradient arrives in
 this form from the layer's backward, and so does the momentum live between steps. A *side* is one of the two tall factors
-with its blocks; z = [U, N] (or [U, N, D]) holds the columns that every new tall matrix of the step is a combination of.
+with its *blocks* of columns: U, the momentum's N and, where the direction differs from the momentum (Nesterov), its D. Every
+new tall matrix of the step is a combination of these columns.
 
-    gram   z -> z^T z                              one tall pass, (3r or 2r)^2 numbers a side come out
+    gram   [U, N, D] -> [U, N, D]^T [N, D]     one tall pass; 2 r^2 numbers a side come out, 6 r^2 with D
     core   the small matrices of both sides -> coefficients t and the new S
-    apply  z, t -> U+, N+                          the second tall pass
+    apply  [U, N, D], t -> U+, N+              the second tall pass
 """
 
 from qriemann.ops.apply import apply, orthonormality_error
