@@ -5,18 +5,22 @@ The same function as `qriemann train FILE.yaml`. Any key of the file can be over
 
 import sys
 
-from qriemann.cli import run_training
+from qriemann.cli import reporting, run_training
+from qriemann.errors import InputError
 
 
 def main(arguments: list[str]) -> int:
     """The exit status of the run: 0, or 2 for something in the settings to mend."""
+    return reporting(lambda: _train(arguments))
+
+
+def _train(arguments: list[str]) -> int:
     if "--config" not in arguments:
         return run_training(None, arguments)
     position = arguments.index("--config")
     path = arguments[position + 1 : position + 2]
     if not path:
-        print("sft_chat: --config must be followed by a YAML file, got none", file=sys.stderr)
-        return 2
+        raise InputError("--config must be followed by a YAML file, got none")
     return run_training(path[0], arguments[:position] + arguments[position + 2 :])
 
 
