@@ -70,3 +70,53 @@ class DenseRiemannion:
         self.u, self.v = low_rank_factors(y + filling * self.u @ self.v.mT, rank)
         carried = self.m if momentum_form == "raw" else direction
         self.m = tangent_projection(carried, self.u, self.v)
+
+
+class DenseRiemannLoRA:
+    """X+ = truncate((1 - lr wd) X - lr (a_0 A V^T + a_1 U B^T)), A and B the two blocks of the averaged gradient M.
+
+    M <- momentum P(M) + (1 - momentum) P(G), A = (I - U U^T) M V, B = M^T U. `simulate_adam` divides each block by the root
+    of an average of the squared norms of the gradient's blocks, with Adam's correction of both averages; else a_i = 1. A
+    gradient's A under rtol times G V counts as zero.
+    """
+
+    def __init__(self, x: Tensor, u: Tensor, v: Tensor, rtol: float) -> None:
+        self.x, self.u, self.v, self.rtol = x.double(), u.double(), v.double(), rtol
+        self.m = torch.zeros_like(self.x)
+        self.square_norms, self.steps = [0.0, 0.0], 0
+
+    def blocks(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        z_v = z @ self.v
+        return z_v - self.u @ (self.u.mT @ z_v), z.mT @ self.u
+
+    def step(
+        self,
+        grad: Tensor,
+        lr: float,
+        momentum: float,
+        weight_decay: float = 0.0,
+        *,
+        simulate_adam: bool,
+        beta2: float = 0.999,
+    ) -> None:
+        g = tangent_projection(grad.double(), self.u, self.v)
+        self.m = momentum * self.m + (1 - momentum) * g
+        self.steps += 1
+        a, b = self.blocks(self.m)
+        if simulate_adam:
+            norms = [block.square().sum().item() for block in self.blocks(g)]
+            if norms[0] <= self.rtol**2 * (g @ self.v).square().sum().item():
+                norms[0] = 0.0
+            self.square_norms = [
+                beta2 * old + (1 - beta2) * new for old, new in zip(self.square_norms, norms, strict=True)
+            ]
+            first, second = 1 - momentum**self.steps, 1 - beta2**self.steps
+            a, b = (
+                block / first / ((average / second) ** 0.5 + 1e-8) if average else 0 * block
+                for block, average in zip((a, b), self.square_norms, strict=True)
+            )
+        y = (1 - lr * weight_decay) * self.x - lr * (a @ self.v.mT + self.u @ b.mT)
+        rank = self.u.shape[1]
+        self.x = best_approximation(y, rank)
+        self.u, self.v = low_rank_factors(y, rank)
+        self.m = tangent_projection(self.m, self.u, self.v)

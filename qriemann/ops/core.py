@@ -41,6 +41,7 @@ def core(
     *,
     tangent_iterations: int = 1,
     momentum_form: MomentumForm = "raw",
+    block_scale: Float[Tensor, "2 b"] | None = None,
 ) -> CoreResult:
     """Coefficients of the new factors and of the transported momentum. [R25, Algorithm 4; DESIGN: one Riemannion step]
 
@@ -53,6 +54,7 @@ def core(
         active: layers to move; the others, and those whose Gram matrices are not finite, keep point and momentum.
         tangent_iterations: rounds of polar and projection; 1 is Riemannion, 3 to 5 LoRA-TSD's direction.
         momentum_form: what the transported momentum is: the raw one, or the direction (the paper's Algorithm 4, line 6).
+        block_scale: None for the polar direction; else the direction is a_0 A V^T + a_1 U B^T, B = M^T U in full.
 
     Differences of Gram matrices and the retraction are taken in float64, the rest in the dtype of `s`.
     """
@@ -74,15 +76,22 @@ def core(
     k[:, :rank, :rank] = (core_direction[0] + core_direction[1].mT) / 2
     k[:, :rank, rank:] = r_factor[1].mT
     k[:, rank:, :rank] = r_factor[0]
-    for _ in range(tangent_iterations):
-        k = polar(k)
-        k[:, rank:, rank:] = 0
-
-    # Retract. Without its first r rows y is -lr O_A, of norm at most lr: so is sigma_{r+1}(y).
     lr, weight_decay = lr.double(), weight_decay.double()
+    # Without its first r rows the y below is -lr O_A: its norm bounds sigma_{r+1}(y).
+    if block_scale is None:
+        for _ in range(tangent_iterations):
+            k = polar(k)
+            k[:, rank:, rank:] = 0
+        perturbation = lr
+    else:
+        k[:, :rank] *= block_scale[1, :, None, None]
+        k[:, rank:, :rank] *= block_scale[0, :, None, None]
+        perturbation = lr * k[:, rank:, :rank].double().square().sum((-2, -1)).sqrt()
+
+    # Retract.
     y = k.double() * -lr[:, None, None]
     y[:, :rank, :rank] += (1 - lr * weight_decay)[:, None, None] * s
-    bases, s_new = truncate(y, lr)
+    bases, s_new = truncate(y, perturbation)
     bases = bases.to(s.dtype)
     first, second = bases[:, :, :rank], bases[:, :, rank:]
 

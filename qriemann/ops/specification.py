@@ -40,6 +40,7 @@ def core(
     *,
     tangent_iterations: int = 1,
     momentum_form: MomentumForm = "raw",
+    block_scale: Float[Tensor, " two"] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> CoreResult:
     """t_u, t_v and the new S, with [U+, N_U+] = z_u t_u, [V+, N_V+] = z_v t_v. As ops.core."""
@@ -67,10 +68,14 @@ def core(
     zero = torch.zeros_like(s)
     k = torch.cat([torch.cat([core_d, r_b.mT], 1), torch.cat([r_a, zero], 1)], 0)
 
-    # O = P_T(polar(... P_T(polar(K)))): the tangent projection P_T zeroes the lower right block.
-    for _ in range(tangent_iterations):
-        k = polar(k)
-        k[rank:, rank:] = 0
+    if block_scale is None:
+        # O = P_T(polar(... P_T(polar(K)))): the tangent projection P_T zeroes the lower right block.
+        for _ in range(tangent_iterations):
+            k = polar(k)
+            k[rank:, rank:] = 0
+    else:
+        # O = a_0 A V^T + a_1 U (C V^T + B^T).
+        k = torch.cat([block_scale[1].to(dtype) * k[:rank], block_scale[0].to(dtype) * k[rank:]], 0)
 
     # Y = (1 - lr wd) X - lr O; its best rank-r approximation is P S+ W^T.
     y = -lr * k

@@ -1,5 +1,6 @@
-"""Optimizers on the fixed-rank manifold, as `torch.optim.Optimizer`s over a model's trainable parameters."""
+"""Optimizers of adapters, as `torch.optim.Optimizer`s over a model's trainable parameters."""
 
 from qriemann.optim.riemannion import Riemannion
+from qriemann.optim.riemannlora import RiemannLoRA
 
-__all__ = ["Riemannion"]
+__all__ = ["RiemannLoRA", "Riemannion"]

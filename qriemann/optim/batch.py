@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qriemann import ops
 from qriemann.geometry.parameter import FixedRankParameter
+from qriemann.ops import POLAR_RTOL
 from qriemann.ops.core import MomentumForm
 
 if TYPE_CHECKING:
@@ -43,6 +44,25 @@ def _full_float32() -> Iterator[None]:
             backend.fp32_precision = chosen
 
 
+@dataclass(frozen=True)
+class StepRule:
+    """How the points of a batch move.
+
+    Attributes:
+        direction: "polar" orthogonalizes the momentum (Riemannion); "linear" goes along its average (RiemannLoRA).
+        nesterov, momentum_form, tangent_iterations: of "polar", see `Riemannion`.
+        simulate_adam, beta2, norm_eps: of "linear", see `RiemannLoRA`.
+    """
+
+    direction: Literal["polar", "linear"] = "polar"
+    nesterov: bool = False
+    momentum_form: MomentumForm = "raw"
+    tangent_iterations: int = 1
+    simulate_adam: bool = False
+    beta2: float = 0.999
+    norm_eps: float = 1e-8
+
+
 @dataclass
 class _Height:
     """The sides of one height t: `sides[j]` is i for the U of layer i and L + i for its V."""
@@ -65,6 +85,8 @@ class FactorBatch:
         parameters: the 2 L factors: every U, then every V^T.
         momentum: the blocks M V (m, r) and M^T U (n, r) of each factor, in the order of `parameters`; views.
         s: (L, r, r), the cores; each record's `s` is a view.
+        norms: (L, 3), what `simulate_adam` keeps of each layer: averages of the squared norms of the gradient's blocks A and
+            B, and the number of steps in them.
         skipped: steps that a layer did not take because its gradient was not finite, summed over layers; on the device.
     """
 
@@ -72,8 +94,14 @@ class FactorBatch:
         self.points, self._use_triton = list(points), use_triton
         self.parameters: list[nn.Parameter] = [p.u for p in points] + [p.v_transposed for p in points]
         self.momentum: list[Tensor] = [torch.zeros_like(factor, dtype=torch.float32) for factor in self._tall()]
+        self.norms = torch.zeros(len(points), 3, dtype=torch.float32, device=points[0].u.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=points[0].u.device)
         self._bind()
+
+    @property
+    def never_synchronizes(self) -> bool:
+        """Whether a step runs without waiting for the device: the Triton path."""
+        return self._kernels is not None
 
     def _tall(self) -> list[Tensor]:
         layers = len(self.points)
@@ -100,7 +128,7 @@ class FactorBatch:
         # Gram matrices are computed height by height and used layer by layer.
         order = torch.tensor([side for height in self._heights for side in height.sides])
         self._order, self._position = order.to(factors.device), order.argsort().to(factors.device)
-        self.skipped = self.skipped.to(factors.device)
+        self.skipped, self.norms = self.skipped.to(factors.device), self.norms.to(factors.device)
         self._kernels = self._make_kernels()
 
     def _make_kernels(self) -> TritonStep | None:
@@ -128,39 +156,36 @@ class FactorBatch:
         lr: Float[Tensor, " layers"],
         weight_decay: Float[Tensor, " layers"],
         momentum: Float[Tensor, " layers"],
-        *,
-        nesterov: bool = False,
-        momentum_form: MomentumForm = "raw",
-        tangent_iterations: int = 1,
+        rule: StepRule,
     ) -> None:
         """One step of every point that has gradients; the others, momentum included, stay as they are.
 
         Call `rebind` first.
         """
         if self._kernels is not None:
+            if rule.direction != "polar":
+                raise ValueError(f"the Triton kernels step along the polar direction alone, got {rule.direction!r}")
             self._kernels.step(
                 [parameter.grad for parameter in self.parameters],
                 lr,
                 weight_decay,
                 momentum,
-                nesterov=nesterov,
-                momentum_form=momentum_form,
-                tangent_iterations=tangent_iterations,
+                nesterov=rule.nesterov,
+                momentum_form=rule.momentum_form,
+                tangent_iterations=rule.tangent_iterations,
             )
             return
         with _full_float32():
-            self._step(lr, weight_decay, momentum, nesterov, momentum_form, tangent_iterations)
+            self._step(lr, weight_decay, momentum, rule)
 
     def _step(
         self,
         lr: Float[Tensor, " layers"],
         weight_decay: Float[Tensor, " layers"],
         momentum: Float[Tensor, " layers"],
-        nesterov: bool,
-        momentum_form: MomentumForm,
-        tangent_iterations: int,
+        rule: StepRule,
     ) -> None:
-        layers = len(self.points)
+        layers, rank = len(self.points), self.s.shape[-1]
         with_grad = [p.u.grad is not None and p.v_transposed.grad is not None for p in self.points]
         active = torch.ones(layers, dtype=torch.bool, device=self.s.device)
         if not all(with_grad):
@@ -174,21 +199,37 @@ class FactorBatch:
             raw = torch.mul(height.momentum, decay[first:last], out=self._workspace(height, "raw"))
             self._add_gradients(raw, height.sides, with_grad)
             blocks.append([height.factors, raw])
-            if nesterov:
-                ahead = torch.mul(raw, decay[first:last], out=self._workspace(height, "ahead"))
-                self._add_gradients(ahead, height.sides, with_grad)
-                blocks[-1].append(ahead)
+            if rule.nesterov or rule.simulate_adam:
+                third = self._workspace(height, "third")
+                if rule.nesterov:
+                    torch.mul(raw, decay[first:last], out=third)
+                else:
+                    third.zero_()
+                self._add_gradients(third, height.sides, with_grad)
+                blocks[-1].append(third)
             first = last
 
-        grams = torch.cat([ops.gram(height_blocks) for height_blocks in blocks])[self._position]
+        grams = torch.cat([ops.gram(height_blocks) for height_blocks in blocks])[self._position].unflatten(
+            0, (2, layers)
+        )
+        block_scale = None
+        if rule.simulate_adam:
+            block_scale = self._block_scale(grams, momentum, active, rule)
+            # The gradient's block has served; the direction is the momentum's.
+            grams = grams[:, :, : 2 * rank, :rank]
+            blocks = [height_blocks[:2] for height_blocks in blocks]
+        elif rule.direction == "linear":
+            # The buffer holds the sum with weights beta^k; the average's are (1 - beta) beta^k.
+            block_scale = (1 - momentum).expand(2, layers)
         result = ops.core(
-            grams.unflatten(0, (2, layers)),
+            grams,
             self.s,
             lr,
             weight_decay,
             active,
-            tangent_iterations=tangent_iterations,
-            momentum_form=momentum_form,
+            tangent_iterations=rule.tangent_iterations,
+            momentum_form=rule.momentum_form,
+            block_scale=block_scale,
         )
         self._undo_nonfinite(blocks, active & ~result.moved)
 
@@ -200,6 +241,33 @@ class FactorBatch:
             ]
         )[self._position]
         torch.matmul(compensation[:layers] @ result.s, compensation[layers:], out=self.s)
+
+    def _block_scale(
+        self,
+        grams: Float[Tensor, "2 layers p q"],
+        momentum: Float[Tensor, " layers"],
+        active: Bool[Tensor, " layers"],
+        rule: StepRule,
+    ) -> Float[Tensor, "2 layers"]:
+        """What turns the momentum's buffer into Adam's ratio, for the blocks A and B; the gradient's norms are taken up."""
+        rank = self.s.shape[-1]
+        in_core, squared = grams[:, :, :rank, rank:], grams[:, :, 2 * rank :, rank:]
+        full = squared.diagonal(dim1=-2, dim2=-1).sum(-1)
+        # ||A||^2 = ||D||^2 - ||U^T D||^2 on side 0; B is the whole of side 1. Where G lies in the span of U, a difference of
+        # rounding errors is left, which must not become a direction of length one.
+        normal = full[0] - in_core[0].square().sum((-2, -1))
+        normal = torch.where(normal > POLAR_RTOL**2 * full[0], normal, 0 * full[0])
+        square_norms = torch.stack([normal, full[1]], -1)
+        counted = (active & square_norms.isfinite().all(-1))[:, None]
+        averages, steps = self.norms[:, :2], self.norms[:, 2:]
+        averages.copy_(torch.where(counted, torch.lerp(square_norms, averages, rule.beta2), averages))
+        steps += counted
+        # Both averages start at zero. A layer that has never had a gradient has nothing to correct.
+        age = steps.clamp_min(1)
+        root = (averages / (1 - rule.beta2**age)).sqrt() + rule.norm_eps
+        ratio = ((1 - momentum) / (1 - momentum ** age[:, 0]))[:, None] / root
+        # A block that has always been zero is zero still.
+        return torch.where(averages > 0, ratio, 0).mT
 
     def _workspace(self, height: _Height, use: str) -> Float[Tensor, "k t r"]:
         """Room for one tall block."""

@@ -1,36 +1,27 @@
 """Riemannion: Muon carried over to the fixed-rank manifold.
 
 [R25] Bogachev et al., "RiemannLoRA / Riemannion: a unified Riemannian framework for LoRA", arXiv 2507.12142.
-
-The step of every adapter is computed in `qriemann.ops` on whole batches of layers; this class holds the state, the param
-groups and AdamW for the trainable parameters that are not adapter factors.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, overload
+from collections.abc import Iterable
+from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.optim.adamw import adamw
+from torch import nn
 
 from qriemann.errors import InputError
-from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters, orthonormality_drift
-from qriemann.geometry.point import FixedRankPoint
 from qriemann.ops.core import MomentumForm
-from qriemann.optim.batch import FactorBatch
+from qriemann.optim.batch import StepRule
+from qriemann.optim.fixed_rank import FixedRankOptimizer
 
-_ON_MANIFOLD = "fixed_rank"
 
-
-class Riemannion(torch.optim.Optimizer):
+class Riemannion(FixedRankOptimizer):
     """Orthogonalized momentum on the manifold of rank-r matrices, AdamW for everything else.
 
     The step of an adapter is X <- truncate((1 - lr wd) X - lr P(polar(M))): M the heavy-ball momentum carried in the tangent
     space, polar its singular values set to one, P the projection onto the tangent space. So `lr` is the spectral norm of
-    one step of X and does not compare with an AdamW learning rate.
+    one step of X and does not compare with an AdamW learning rate. [R25, Algorithm 4]
 
     Parameters that carry no point (`modules_to_save`, norms, biases) go to a param group of their own and are trained by
     torch's fused AdamW at `adamw_lr`. Parameters without a gradient are left alone, as in torch.
@@ -49,6 +40,8 @@ class Riemannion(torch.optim.Optimizer):
         adamw_betas, adamw_eps, adamw_weight_decay: as in torch.optim.AdamW.
         use_triton: take the fused Triton kernels on CUDA. Off by default: they pass their tests in Triton's interpreter and
             have not been run on a card.
+        capturable: the step can be captured in a CUDA graph; implies `use_triton`, and refuses layers that the kernels do
+            not take. A learning rate that changes between replays must be a tensor on the device.
         start, alpha, seed: how a PEFT model is put on the manifold; see `qriemann.attach`, whose defaults None takes.
 
     Raises:
@@ -57,6 +50,8 @@ class Riemannion(torch.optim.Optimizer):
     State: one block of a factor's shape each, half of AdamW's. The state_dict also holds factors, cores and offsets, so
     that loading it restores every point to the bit, whatever dtype the adapter was saved in.
     """
+
+    batch_options = ("nesterov", "momentum_form", "tangent_iterations")
 
     def __init__(
         self,
@@ -73,6 +68,7 @@ class Riemannion(torch.optim.Optimizer):
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
         use_triton: bool = False,
+        capturable: bool = False,
         start: Literal["offset", "zero"] | None = None,
         alpha: float | None = None,
         seed: int | None = None,
@@ -89,205 +85,28 @@ class Riemannion(torch.optim.Optimizer):
             "eps": adamw_eps,
             "adamw_weight_decay": adamw_weight_decay,
         }
-        check_options(defaults)
-        attach_options = {"start": start, "alpha": alpha, "seed": seed}
-        attach_options = {key: value for key, value in attach_options.items() if value is not None}
-        if isinstance(params, nn.Module):
-            params = _trainable(params, attach_options)
-        elif attach_options:
-            raise InputError(
-                f"{', '.join(attach_options)} must come with the model itself, got parameters; pass the PEFT model, or "
-                "give it to qriemann.attach"
-            )
-        super().__init__(_split_groups(list(params), defaults), defaults)
-        for group in self.param_groups:
-            check_options(group)
-        self._group_of = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
-        self.points: list[FixedRankParameter] = fixed_rank_parameters(
-            p for group in self.param_groups if group[_ON_MANIFOLD] for p in group["params"]
-        )
-        self._check_pairs()
-        by_batch: dict[tuple[Any, ...], list[FixedRankParameter]] = defaultdict(list)
-        for point in self.points:
-            group = self.param_groups[self._group_of[id(point.u)]]
-            by_batch[point.u.device, point.rank, *_batch_options(group).values()].append(point)
-        self._batches = [FactorBatch(points, use_triton=use_triton) for points in by_batch.values()]
-        for batch in self._batches:
-            self._rebind(batch)
-
-    def _rebind(self, batch: FactorBatch) -> None:
-        """Takes up replaced factors; `state` follows, or it would hold the momentum of before and keep its memory alive."""
-        batch.rebind()
-        if self.state[batch.parameters[0]].get("momentum") is not batch.momentum[0]:
-            for parameter, block in zip(batch.parameters, batch.momentum, strict=True):
-                self.state[parameter]["momentum"] = block
-
-    def _check_pairs(self) -> None:
-        for point in self.points:
-            groups = {self._group_of.get(id(point.u)), self._group_of.get(id(point.v_transposed))}
-            if len(groups) > 1:
-                raise InputError(
-                    f"both factors of an adapter must be in one param group, got {point.name} split; "
-                    "its lora_A and lora_B are one point"
-                )
-
-    @overload
-    def step(self, closure: None = ...) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Moves every parameter that has a gradient. A closure is refused: the blocks in .grad are not a loss's partials."""
-        if closure is not None:
-            raise InputError("closure must be None: Riemannion evaluates no loss; call backward() before step()")
-        for batch in self._batches:
-            self._rebind(batch)
-            options = [self.param_groups[self._group_of[id(point.u)]] for point in batch.points]
-            batch.step(
-                *(self._vector(batch, options, key) for key in ("lr", "weight_decay", "momentum")),
-                **_batch_options(options[0]),
-            )
-        for group in self.param_groups:
-            if not group[_ON_MANIFOLD]:
-                self._adamw_step(group)
-        return None
-
-    def _vector(self, batch: FactorBatch, options: list[dict[str, Any]], key: str) -> Tensor:
-        """One option of each layer, on the device, without a host synchronization."""
-        values = [group[key] for group in options]
-        vector = torch.empty(len(values), dtype=torch.float32, device=batch.s.device)
-        if all(value is values[0] for value in values):
-            return vector.fill_(values[0])
-        start = 0
-        for end in range(1, len(values) + 1):
-            if end == len(values) or values[end] is not values[start]:
-                vector[start:end].fill_(values[start])
-                start = end
-        return vector
-
-    def _adamw_step(self, group: dict[str, Any]) -> None:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-        states = [self.state[parameter] for parameter in parameters]
-        adamw(
-            parameters,
-            [parameter.grad for parameter in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
+        super().__init__(
+            params,
+            defaults,
+            attach_options={"start": start, "alpha": alpha, "seed": seed},
+            use_triton=use_triton,
+            capturable=capturable,
         )
 
-    def orthonormality_drift(self) -> float:
-        """max |U^T U - I| over all factors, U and V alike; reads the result on the host."""
-        return orthonormality_drift(self.points)
+    @classmethod
+    def check_options(cls, options: dict[str, Any]) -> None:
+        """Raises InputError for an option out of range."""
+        super().check_options(options)
+        if options["tangent_iterations"] < 1:
+            raise InputError(f"tangent_iterations must be at least 1, got {options['tangent_iterations']!r}")
+        if options["momentum_form"] not in ("raw", "orthogonalized"):
+            raise InputError(f"momentum_form must be 'raw' or 'orthogonalized', got {options['momentum_form']!r}")
 
-    @property
-    def skipped_updates(self) -> int:
-        """Updates of single layers that were not taken because their gradient was not finite; reads it on the host."""
-        return sum(int(batch.skipped) for batch in self._batches)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch; each factor's entry also holds the factor, and U's the core and the offset."""
-        for batch in self._batches:
-            self._rebind(batch)
-        packed = super().state_dict()
-        index_of = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        # Copies, because the live tensors are views: torch.save would write the whole buffer once for each.
-        packed["state"] = {
-            i: {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
-            for i, entry in packed["state"].items()
-        }
-        for point in self.points:
-            u_entry = packed["state"][index_of[id(point.u)]]
-            u_entry["factor"] = point.u.detach().clone()
-            u_entry["core"] = point.s.clone()
-            packed["state"][index_of[id(point.v_transposed)]]["factor"] = point.v_transposed.detach().clone()
-            if point.offset is not None:
-                u_entry |= {f"offset_{key}": value.clone() for key, value in point.offset._asdict().items()}
-        return packed
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores options, momentum and AdamW's state, and moves every point to the saved one."""
-        super().load_state_dict(state_dict)
-        for batch in self._batches:
-            for parameter, block in zip(batch.parameters, batch.momentum, strict=True):
-                entry = self.state[parameter]
-                block.copy_(entry["momentum"])
-                entry["momentum"] = block
-        for point in self.points:
-            u_entry, v_entry = self.state[point.u], self.state[point.v_transposed]
-            if "factor" not in u_entry:
-                raise InputError(f"optimizer state must hold the factors of {point.name}, got keys {sorted(u_entry)}")
-            point.assign(FixedRankPoint(u_entry.pop("factor"), u_entry.pop("core"), v_entry.pop("factor").mT))
-            if "offset_u" in u_entry:
-                point.offset = FixedRankPoint(*(u_entry.pop(f"offset_{key}").float() for key in FixedRankPoint._fields))
+    def rule(self, group: dict[str, Any]) -> StepRule:
+        """How the points of a param group move."""
+        return StepRule(**{key: group[key] for key in self.batch_options})
 
 
 def check_options(options: dict[str, Any]) -> None:
     """Raises InputError for an option out of range."""
-    for key in ("lr", "weight_decay", "adamw_lr", "eps", "adamw_weight_decay"):
-        value = options[key]
-        if not isinstance(value, Tensor) and not 0 <= value < float("inf"):
-            raise InputError(f"{key} must be a finite number >= 0, got {value!r}")
-    if not 0 <= options["momentum"] < 1:
-        raise InputError(f"momentum must be in [0, 1), got {options['momentum']!r}")
-    if options["tangent_iterations"] < 1:
-        raise InputError(f"tangent_iterations must be at least 1, got {options['tangent_iterations']!r}")
-    if options["momentum_form"] not in ("raw", "orthogonalized"):
-        raise InputError(f"momentum_form must be 'raw' or 'orthogonalized', got {options['momentum_form']!r}")
-    if not all(0 <= beta < 1 for beta in options["betas"]):
-        raise InputError(f"adamw_betas must be in [0, 1), got {options['betas']!r}")
-
-
-def _batch_options(group: dict[str, Any]) -> dict[str, Any]:
-    """The options that a whole batch shares; layers that differ in them are different batches."""
-    return {key: group[key] for key in ("nesterov", "momentum_form", "tangent_iterations")}
-
-
-def _trainable(model: nn.Module, attach_options: dict[str, Any]) -> list[nn.Parameter]:
-    # Imported here: parameters are all that this layer needs when the model is attached already.
-    from qriemann.adapters.attach import attach
-
-    if attach_options or not fixed_rank_parameters(model.parameters()):
-        attach(model, **attach_options)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _split_groups(params: list[Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
-    """Param groups that hold either factors or other parameters; the latter take their rates from the adamw_ options."""
-    if not params:
-        raise InputError("params must hold at least one trainable parameter, got none; does the model have an adapter?")
-    groups = []
-    for group in params if isinstance(params[0], dict) else [{"params": params}]:
-        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        options = {key: value for key, value in group.items() if key != "params"}
-        factors = [p for p in members if hasattr(p, "fixed_rank")]
-        others = [p for p in members if not hasattr(p, "fixed_rank")]
-        if factors:
-            groups.append({"params": factors, **options, _ON_MANIFOLD: True})
-        if others:
-            merged = {**defaults, **options}
-            rates = {"lr": merged["adamw_lr"], "weight_decay": merged["adamw_weight_decay"]}
-            if not factors:
-                # A group made only of such parameters may say plainly what it wants.
-                rates |= {key: options[key] for key in ("lr", "weight_decay") if key in options}
-            groups.append({"params": others, **options, **rates, _ON_MANIFOLD: False})
-    return groups
+    Riemannion.check_options(options)

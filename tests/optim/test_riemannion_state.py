@@ -412,3 +412,9 @@ def test_attach_options_need_the_model():
     parameters = [p for p in model.parameters() if p.requires_grad]
     with pytest.raises(InputError, match="start must come with the model"):
         Riemannion(parameters, start="zero")
+
+
+def test_capturable_is_refused_where_a_step_would_wait_for_the_device():
+    model = with_lora(tiny_llama())
+    with pytest.raises(InputError, match="capturable"):
+        Riemannion(model, capturable=True)
