@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qriemann.errors import InputError
 from qriemann.geometry import FixedRankParameter
-from qriemann.optim import Riemannion
+from qriemann.optim import Riemannion, ScaledAdamW, ScaledGD
 
 Shape = tuple[int, int]
 Pair = tuple[nn.Parameter, nn.Parameter]
@@ -266,7 +266,7 @@ def _points(shapes: Sequence[Shape], rank: int, device: torch.device, scale: flo
     ]
 
 
-def _riemannion(scale: float, *, use_triton: bool = False) -> Callable[..., Contender]:
+def _riemannion(scale: float, *, use_triton: bool = False, tangent_iterations: int = 1) -> Callable[..., Contender]:
     def build(shapes: Sequence[Shape], rank: int, device: torch.device) -> Contender:
         if use_triton:
             from qriemann.ops import triton
@@ -276,7 +276,8 @@ def _riemannion(scale: float, *, use_triton: bool = False) -> Callable[..., Cont
                 raise InputError(f"{reason}; riemannion-offset is the batched PyTorch path")
         points = _points(shapes, rank, device, scale)
         pairs = [(point.u, point.v_transposed) for point in points]
-        optimizer = Riemannion([factor for pair in pairs for factor in pair], lr=_LR, use_triton=use_triton)
+        factors = [factor for pair in pairs for factor in pair]
+        optimizer = Riemannion(factors, lr=_LR, tangent_iterations=tangent_iterations, use_triton=use_triton)
         return Contender(pairs, optimizer, [point.s for point in points], not use_triton)
 
     return build
@@ -308,6 +309,19 @@ def _on_factors(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> 
     return build
 
 
+def _on_named_factors(
+    make: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
+) -> Callable[..., Contender]:
+    def build(shapes: Sequence[Shape], rank: int, device: torch.device) -> Contender:
+        pairs = _lora_factors(shapes, rank, device)
+        named = [
+            (f"{i}.lora_{side}.weight", f) for i, pair in enumerate(pairs) for side, f in zip("BA", pair, strict=True)
+        ]
+        return Contender(pairs, make(named))
+
+    return build
+
+
 def _peft(shapes: Sequence[Shape], rank: int, device: torch.device) -> Contender:
     from peft import LoraConfig, get_peft_model
     from peft.optimizers import create_riemannian_optimizer
@@ -335,7 +349,10 @@ ENTRIES: dict[str, Entry] = {
     "riemannion-offset": Entry("Riemannion, start offset (S = I)", _riemannion(1.0), 3, 2, True),
     "riemannion-zero": Entry("Riemannion, start zero (S = 0)", _riemannion(0.0), 3, 2, True),
     "riemannion-triton": Entry("Riemannion, start offset, Triton", _riemannion(1.0, use_triton=True), 3, 2, True),
+    "lora-tsd": Entry("LoRA-TSD, start offset", _riemannion(1.0, tangent_iterations=3), 3, 2, True),
     "per-layer": Entry("Riemannion, a loop of QR and SVD", _per_layer, 3, 2, True),
+    "scaled-adamw": Entry("scaled AdamW", _on_named_factors(lambda named: ScaledAdamW(named, lr=_ADAMW_LR)), 4, 3),
+    "scaled-gd": Entry("scaled GD, no momentum", _on_named_factors(lambda named: ScaledGD(named, lr=_LR)), 2, 1),
     "peft-riemannian": Entry("PEFT's create_riemannian_optimizer over fused AdamW", _peft, 4, 3),
     BASELINE: Entry(
         "torch AdamW, fused", _on_factors(lambda factors: torch.optim.AdamW(factors, lr=_ADAMW_LR, fused=True)), 4, 3

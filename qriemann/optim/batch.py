@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """No TF32 or bf16 inside: a Gram matrix squares the condition number, and 10 bits squared are none."""
     # Not torch.set_float32_matmul_precision: it raises once anything (transformers' tf32=True) has used this newer setting.
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
@@ -175,7 +175,7 @@ class FactorBatch:
                 tangent_iterations=rule.tangent_iterations,
             )
             return
-        with _full_float32():
+        with full_float32():
             self._step(lr, weight_decay, momentum, rule)
 
     def _step(

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters, orthonormality_drift
 from qriemann.geometry.point import FixedRankPoint
 from qriemann.optim.batch import FactorBatch, StepRule
+from qriemann.optim.factors import adamw_step
 
 _ON_MANIFOLD = "fixed_rank"
 
@@ -135,7 +135,7 @@ class FixedRankOptimizer(torch.optim.Optimizer):
             batch.step(lr, weight_decay, momentum, self.rule(options[0]))
         for group in self.param_groups:
             if not group[_ON_MANIFOLD]:
-                self._adamw_step(group)
+                adamw_step(self, group, capturable=self._capturable)
         return None
 
     def _vector(self, batch: FactorBatch, options: list[dict[str, Any]], key: str) -> Tensor:
@@ -150,35 +150,6 @@ class FixedRankOptimizer(torch.optim.Optimizer):
                 vector[start:end].fill_(values[start])
                 start = end
         return vector
-
-    def _adamw_step(self, group: dict[str, Any]) -> None:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-        states = [self.state[parameter] for parameter in parameters]
-        adamw(
-            parameters,
-            [parameter.grad for parameter in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-            capturable=self._capturable,
-        )
 
     def orthonormality_drift(self) -> float:
         """max |U^T U - I| over all factors, U and V alike; reads the result on the host."""
@@ -227,8 +198,9 @@ class FixedRankOptimizer(torch.optim.Optimizer):
             if "factor" not in u_entry:
                 raise InputError(f"optimizer state must hold the factors of {point.name}, got keys {sorted(u_entry)}")
             point.assign(FixedRankPoint(u_entry.pop("factor"), u_entry.pop("core"), v_entry.pop("factor").mT))
-            if "offset_u" in u_entry:
-                point.offset = FixedRankPoint(*(u_entry.pop(f"offset_{key}").float() for key in FixedRankPoint._fields))
+            offset = [u_entry.pop(f"offset_{key}", None) for key in FixedRankPoint._fields]
+            # None as well: the start may have been changed after the adapter was put on the manifold.
+            point.offset = None if offset[0] is None else FixedRankPoint(*(part.float() for part in offset))
 
 
 def _trainable(model: nn.Module, attach_options: dict[str, Any]) -> list[nn.Parameter]:

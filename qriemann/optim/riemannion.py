@@ -105,8 +105,3 @@ class Riemannion(FixedRankOptimizer):
     def rule(self, group: dict[str, Any]) -> StepRule:
         """How the points of a param group move."""
         return StepRule(**{key: group[key] for key in self.batch_options})
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Raises InputError for an option out of range."""
-    Riemannion.check_options(options)

@@ -50,7 +50,10 @@ def test_every_optimizer_is_there_and_runs_or_says_why(report):
     assert ran == {
         "riemannion-offset",
         "riemannion-zero",
+        "lora-tsd",
         "per-layer",
+        "scaled-adamw",
+        "scaled-gd",
         "peft-riemannian",
         "adamw-fused",
         "adamw-foreach",
@@ -78,8 +81,12 @@ def test_the_ratios_are_those_of_the_times(report):
     [
         ("riemannion-offset", TALL_BYTES + CORE_BYTES),
         ("riemannion-zero", TALL_BYTES + CORE_BYTES),
+        ("lora-tsd", TALL_BYTES + CORE_BYTES),
         # The core of the momentum is kept apart from its tall parts.
         ("per-layer", TALL_BYTES + 2 * CORE_BYTES),
+        # Its step counters are numbers on the host.
+        ("scaled-adamw", 2 * TALL_BYTES),
+        ("scaled-gd", 0),
         ("peft-riemannian", 2 * TALL_BYTES + STEP_BYTES),
         ("adamw-fused", 2 * TALL_BYTES + STEP_BYTES),
         ("adamw-foreach", 2 * TALL_BYTES + STEP_BYTES),
@@ -143,6 +150,22 @@ def test_the_loop_takes_the_same_steps_as_the_optimizer(bench_step):
     for x, y in zip(ours, loop, strict=True):
         # Float32 in QR and SVD; the smallest singular values of the momentum are 1e-2 of its largest.
         torch.testing.assert_close(x, y, rtol=0, atol=2e-5)
+
+
+def test_scaled_adamw_computes_what_pefts_optimizer_over_adamw_does(bench_step):
+    shapes, cpu = list(SHAPES) * LAYERS, torch.device("cpu")
+    gradients = bench_step.Gradients(shapes, RANK, cpu, seed=0)
+    contenders = [bench_step.ENTRIES[name].build(shapes, RANK, cpu) for name in ("scaled-adamw", "peft-riemannian")]
+    # What the two do not share by default: PEFT's damping and the weight decay.
+    for group in contenders[0].optimizer.param_groups:
+        group["damping"], group["weight_decay"] = 1e-2, contenders[1].optimizer.defaults["weight_decay"]
+    for turn in range(5):
+        for contender in contenders:
+            gradients.leave(contender.pairs, turn)
+            contender.optimizer.step()
+    for ours, theirs in zip(*(contender.factors() for contender in contenders), strict=True):
+        # Entries of 1e-2 and more, moved by 1e-4 a step.
+        torch.testing.assert_close(ours.data, theirs.data, rtol=0, atol=1e-7)
 
 
 def test_a_row_that_fails_says_why_and_the_others_go_on(bench_step, monkeypatch):

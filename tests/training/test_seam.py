@@ -17,7 +17,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import qriemann
 from qriemann.geometry.parameter import orthonormality_drift
-from qriemann.training.seam import METHODS, fixed_rank_optimizer
+from qriemann.training.methods import METHODS
+from qriemann.training.seam import fixed_rank_optimizer
 from tests.models import (
     WORDS,
     counting_rows,
@@ -295,7 +296,7 @@ def test_dpo_trains_with_the_same_optimizer_on_the_manifold(start, given, base, 
 
 BAD = {
     "a misspelt method": ({"method": "riemanion"}, "method must be one of riemannion.*did you mean 'riemannion'"),
-    "a misspelt start": ({"start": "ofset"}, "start must be 'zero' or 'offset', got 'ofset'"),
+    "a misspelt start": ({"start": "ofset"}, "start must be one of 'zero', 'offset', got 'ofset'"),
     "alpha 0": ({"alpha": 0.0}, "alpha must be a finite number > 0, got 0.0"),
     "a misspelt option": ({"momentun": 0.9}, "momentun is not an option of riemannion.*did you mean 'momentum'"),
     "lr negative": ({"lr": -1.0}, "lr must be a finite number >= 0, got -1.0"),
@@ -318,7 +319,7 @@ def test_what_is_given_reaches_the_optimizer():
         "riemannion", lr=0.02, momentum=0.8, weight_decay=0.1, start="offset", alpha=0.5, seed=3, nesterov=True
     )
     optimizer = factory()(with_lora(tiny_llama(layers=1)), **keywords)
-    assert isinstance(optimizer, METHODS["riemannion"])
+    assert isinstance(optimizer, METHODS["riemannion"].optimizer)
     (group,) = optimizer.param_groups
     assert {key: group[key] for key in ("lr", "momentum", "weight_decay", "nesterov")} == {
         "lr": 0.02,

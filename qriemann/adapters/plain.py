@@ -1,0 +1,34 @@
+"""A PEFT model whose LoRA layers stay as PEFT made them, made ready for an optimizer over its factors."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qriemann.adapters.attach import report_low_precision
+from qriemann.adapters.base import protect_quantized_weights
+from qriemann.errors import InputError
+
+
+def prepare_plain(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Every trainable parameter of `model` with its name, those of LoRA adapters in float32 from now on.
+
+    Call it when no more casting is to come: TRL casts the adapter of a 4-bit model to bf16 in its trainer's constructor,
+    where a step of 1e-4 is lost beside a factor of 1e-2.
+
+    Raises:
+        InputError: the adapter was loaded from a checkpoint with an offset, which plain factors of its rank cannot hold.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "_fixed_rank_loaded", None):
+            raise InputError(
+                f"an adapter saved with an offset must go on under a method on the manifold, got {name} under plain LoRA; "
+                "resume with the method that saved it"
+            )
+    protect_quantized_weights(model)
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name, parameter in trainable:
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(torch.float32)
+    report_low_precision(model)
+    return trainable

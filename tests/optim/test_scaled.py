@@ -1,0 +1,434 @@
+"""Scaled GD and scaled AdamW against dense float64 computations of the same update."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import qriemann
+from qriemann.optim import AdamW, Muon, ScaledAdamW, ScaledGD
+from tests.models import next_token_loss, relative, tiny_llama, token_batch, with_lora
+
+# Factors are float32: 6e-8 relative each, over 50 steps, through Gram matrices of condition number under 100.
+STEP_RTOL = 1e-5
+SHAPES = [(30, 20, 4), (20, 30, 4), (30, 20, 4), (33, 17, 1), (16, 16, 16)]
+
+
+class Adapter:
+    """Factors of X = B A with a loss in X whose gradients are X - target + noise."""
+
+    def __init__(self, m: int, n: int, rank: int, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.shape = (m, n)
+        self.a = nn.Parameter(well_conditioned(self.randn(n, rank)).mT.float().contiguous())
+        self.b = nn.Parameter(well_conditioned(self.randn(m, rank)).float())
+        # Leans on the starting subspaces, so that no singular value of X passes through zero on the way.
+        self.target = 3 * self.x + 0.1 * self.randn(m, n)
+
+    def randn(self, *size: int) -> Tensor:
+        return torch.randn(*size, generator=self.generator, dtype=torch.float64)
+
+    def named(self, name: str = "layer") -> list[tuple[str, nn.Parameter]]:
+        return [(f"{name}.lora_A.default.weight", self.a), (f"{name}.lora_B.default.weight", self.b)]
+
+    @property
+    def x(self) -> Tensor:
+        return self.b.data.double() @ self.a.data.double()
+
+    def gradient(self) -> Tensor:
+        return self.x - self.target + 0.1 * self.randn(*self.shape)
+
+    def set_gradient(self, g: Tensor) -> None:
+        self.a.grad = (self.b.data.double().mT @ g).float()
+        self.b.grad = (g @ self.a.data.double().mT).float()
+
+
+def well_conditioned(x: Tensor) -> Tensor:
+    """The same subspace, singular values from 1 to 2."""
+    left, _, right = torch.linalg.svd(x, full_matrices=False)
+    return left * torch.linspace(1, 2, x.shape[1], dtype=x.dtype) @ right
+
+
+class Dense:
+    """The update in float64 with explicit inverses, from the formulas of arXiv 2402.02347; no code of the package."""
+
+    def __init__(self, adapter: Adapter, damping: float, damping_form: str) -> None:
+        self.a, self.b = adapter.a.data.double().clone(), adapter.b.data.double().clone()
+        self.damping, self.form = damping, damping_form
+        self.steps = 0
+        self.moments = [[torch.zeros_like(f), torch.zeros_like(f)] for f in (self.a, self.b)]
+
+    def preconditioned(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        grams = self.b.mT @ self.b, self.a @ self.a.mT
+        eye = torch.eye(len(self.a), dtype=torch.float64)
+        damped = [
+            gram + self.damping * (torch.trace(gram) / len(gram) if self.form == "relative" else 1) * eye
+            for gram in grams
+        ]
+        return torch.linalg.inv(damped[0]) @ (self.b.mT @ g), (g @ self.a.mT) @ torch.linalg.inv(damped[1])
+
+    def gd(self, g: Tensor, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
+        moved = []
+        for factor, direction, moments in zip((self.a, self.b), self.preconditioned(g), self.moments, strict=True):
+            moments[0] = momentum * moments[0] + direction
+            moved.append((1 - lr * weight_decay) * factor - lr * moments[0])
+        self.a, self.b = moved
+
+    def adamw(self, g: Tensor, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        self.steps += 1
+        moved = []
+        for factor, direction, moments in zip((self.a, self.b), self.preconditioned(g), self.moments, strict=True):
+            moments[0] = betas[0] * moments[0] + (1 - betas[0]) * direction
+            moments[1] = betas[1] * moments[1] + (1 - betas[1]) * direction**2
+            first, second = (m / (1 - beta**self.steps) for m, beta in zip(moments, betas, strict=True))
+            moved.append((1 - lr * weight_decay) * factor - lr * first / (second.sqrt() + eps))
+        self.a, self.b = moved
+
+
+def assert_follows(adapters: list[Adapter], dense: list[Dense]) -> None:
+    for adapter, truth in zip(adapters, dense, strict=True):
+        assert relative(adapter.a.data, truth.a) < STEP_RTOL
+        assert relative(adapter.b.data, truth.b) < STEP_RTOL
+
+
+dampings = pytest.mark.parametrize("damping", [(1e-6, "absolute"), (0.1, "absolute"), (0.1, "relative")], ids=str)
+
+
+@dampings
+@pytest.mark.parametrize(
+    "options",
+    [{"weight_decay": 0.0}, {"momentum": 0.9, "weight_decay": 0.0}, {"momentum": 0.5, "weight_decay": 0.1}],
+    ids=str,
+)
+def test_fifty_steps_of_scaled_gd_follow_the_dense_computation(damping, options):
+    adapters = [Adapter(*shape, seed=i) for i, shape in enumerate(SHAPES)]
+    dense = [Dense(adapter, *damping) for adapter in adapters]
+    named = [pair for i, adapter in enumerate(adapters) for pair in adapter.named(f"layer{i}")]
+    optimizer = ScaledGD(named, lr=0.02, damping=damping[0], damping_form=damping[1], **options)
+    before = [adapter.x for adapter in adapters]
+    for _ in range(50):
+        for adapter, truth in zip(adapters, dense, strict=True):
+            g = adapter.gradient()
+            adapter.set_gradient(g)
+            truth.gd(g, 0.02, **options)
+        optimizer.step()
+        assert_follows(adapters, dense)
+    assert all(relative(adapter.x, x) > 0.1 for adapter, x in zip(adapters, before, strict=True))
+
+
+@dampings
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_fifty_steps_of_scaled_adamw_follow_the_dense_computation(damping, weight_decay):
+    rates = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
+    adapters = [Adapter(*shape, seed=i) for i, shape in enumerate(SHAPES)]
+    dense = [Dense(adapter, *damping) for adapter in adapters]
+    named = [pair for i, adapter in enumerate(adapters) for pair in adapter.named(f"layer{i}")]
+    optimizer = ScaledAdamW(named, damping=damping[0], damping_form=damping[1], **rates)
+    for _ in range(50):
+        for adapter, truth in zip(adapters, dense, strict=True):
+            g = adapter.gradient()
+            adapter.set_gradient(g)
+            truth.adamw(g, **rates)
+        optimizer.step()
+        assert_follows(adapters, dense)
+
+
+def refactored(adapter: Adapter, seed: int) -> Adapter:
+    """The same X and the same gradients to come, from factors Q A and B Q^-1."""
+    other = Adapter(*adapter.shape, adapter.a.shape[0])
+    q = well_conditioned(
+        torch.randn(len(adapter.a), len(adapter.a), generator=torch.Generator().manual_seed(seed)).double()
+    )
+    other.a.data = (q @ adapter.a.data.double()).float()
+    other.target = adapter.target
+    other.b.data = (adapter.b.data.double() @ torch.linalg.inv(q)).float()
+    return other
+
+
+def distance_between_factorizations(optimizers: type, steps: int = 50, **options) -> float:
+    first = Adapter(30, 20, 4)
+    second = refactored(first, seed=5)
+    assert relative(second.x, first.x) < 1e-6
+    pair = [optimizers(adapter.named(), **options) for adapter in (first, second)]
+    start = first.x
+    for _ in range(steps):
+        noise = 0.1 * first.randn(30, 20)
+        for adapter, optimizer in zip((first, second), pair, strict=True):
+            adapter.set_gradient(adapter.x - first.target + noise)
+            optimizer.step()
+    assert relative(first.x, start) > 0.1
+    return relative(second.x, first.x)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"weight_decay": 0.1}], ids=str)
+def test_scaled_gd_moves_every_factorization_of_a_point_alike(options):
+    assert distance_between_factorizations(ScaledGD, lr=0.02, damping=0.0, **options) < 1e-4
+
+
+@pytest.mark.parametrize("method", [AdamW, Muon, ScaledAdamW])
+def test_elementwise_and_per_factor_methods_do_not(method):
+    # Q has condition number 2; the trajectories part by a good share of X, and not by rounding (1e-4 above).
+    assert distance_between_factorizations(method, lr=0.02) > 0.02
+
+
+def test_a_lora_start_moves_only_b_in_the_first_step_but_for_weight_decay():
+    adapter = Adapter(30, 20, 4)
+    adapter.b.data.zero_()
+    before = adapter.a.data.clone()
+    g = adapter.gradient()
+    adapter.set_gradient(g)
+    dense = Dense(adapter, 1e-6, "absolute")
+    optimizer = ScaledGD(adapter.named(), lr=0.02)
+    dense.gd(g, 0.02, weight_decay=0.01)
+    optimizer.step()
+    assert relative(adapter.a.data, (1 - 0.02 * 0.01) * before) < 1e-7
+    assert relative(adapter.b.data, dense.b) < STEP_RTOL
+
+
+@pytest.mark.parametrize("damping_form", ["absolute", "relative"])
+@pytest.mark.parametrize("damping", [0.0, 1e-6])
+@pytest.mark.parametrize("method", [ScaledGD, ScaledAdamW])
+def test_singular_gram_matrices_of_any_scale_give_finite_steps(method, damping, damping_form):
+    adapters = [Adapter(300, 200, 16, seed=i) for i in range(4)]
+    with torch.no_grad():
+        adapters[0].b.zero_()
+        adapters[1].b.copy_(1e4 * adapters[1].b[:, :1].expand(-1, 16))
+        adapters[2].a.copy_(1e-12 * adapters[2].a[:1].expand(16, -1))
+        adapters[3].a[5:] = 0
+    named = [pair for i, adapter in enumerate(adapters) for pair in adapter.named(f"layer{i}")]
+    optimizer = method(named, lr=1e-3, damping=damping, damping_form=damping_form)
+    before = [adapter.b.data.clone() for adapter in adapters]
+    for _ in range(3):
+        for adapter in adapters:
+            adapter.set_gradient(adapter.randn(300, 200) * 1e-3)
+        optimizer.step()
+    assert all(parameter.isfinite().all() for _, parameter in named)
+    assert optimizer.skipped_updates == 0
+    assert all(not torch.equal(adapter.b.data, b) for adapter, b in zip(adapters, before, strict=True))
+
+
+def everything(optimizer: torch.optim.Optimizer, adapter: Adapter) -> list:
+    state = [optimizer.state[p] for p in (adapter.a, adapter.b)]
+    return [adapter.a.data.clone(), adapter.b.data.clone()] + [
+        value.clone() if isinstance(value, Tensor) else value for entry in state for _, value in sorted(entry.items())
+    ]
+
+
+def same(left: list, right: list) -> bool:
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(left, right, strict=True))
+
+
+methods = pytest.mark.parametrize(
+    ("method", "options"), [(ScaledGD, {"momentum": 0.9, "lr": 0.02}), (ScaledAdamW, {"lr": 0.02})], ids=["gd", "adamw"]
+)
+
+
+@methods
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("factor", ["a", "b"])
+def test_a_gradient_that_is_not_finite_leaves_its_pair_alone_and_is_counted(method, options, poison, factor):
+    good, bad = Adapter(30, 20, 4, seed=1), Adapter(30, 20, 4, seed=2)
+    alone = Adapter(30, 20, 4, seed=1)
+    optimizer = method([*good.named("good"), *bad.named("bad")], **options)
+    lonely = method(alone.named(), **options)
+    for turn in range(4):
+        for adapter in (good, bad, alone):
+            adapter.set_gradient(adapter.gradient())
+        if turn == 1:
+            getattr(bad, factor).grad[1, 2] = poison
+            before = everything(optimizer, bad)
+        optimizer.step()
+        lonely.step()
+        if turn == 1:
+            assert same(everything(optimizer, bad), before)
+    assert optimizer.skipped_updates == 1
+    assert not same(everything(optimizer, bad), before)
+    assert relative(good.x, alone.x) < 1e-6
+
+
+@methods
+def test_a_pair_without_gradient_rests_and_counts_its_own_steps(method, options):
+    moving, resting = Adapter(30, 20, 4, seed=1), Adapter(30, 20, 4, seed=2)
+    dense = Dense(resting, 1e-6, "absolute")
+    optimizer = method([*moving.named("moving"), *resting.named("resting")], **options)
+    before = everything(optimizer, resting)
+    for turn in range(6):
+        for adapter in (moving, resting):
+            g = adapter.gradient()
+            adapter.set_gradient(g)
+        if turn < 3:
+            resting.a.grad = resting.b.grad = None
+        elif method is ScaledGD:
+            dense.gd(g, 0.02, 0.9, weight_decay=0.01)
+        else:
+            dense.adamw(g, 0.02, (0.9, 0.999), 1e-8, 0.01)
+        optimizer.step()
+        if turn == 2:
+            assert same(everything(optimizer, resting), before)
+    assert_follows([resting], [dense])
+    assert optimizer.skipped_updates == 0
+
+
+@methods
+def test_factors_that_were_replaced_since_the_last_step_are_the_ones_that_move(method, options):
+    adapter, replaced = Adapter(30, 20, 4), Adapter(30, 20, 4)
+    optimizers = [method(a.named(), **options) for a in (adapter, replaced)]
+    for turn in range(4):
+        for each, optimizer in zip((adapter, replaced), optimizers, strict=True):
+            each.set_gradient(each.gradient())
+            if turn == 2 and each is replaced:
+                for parameter in (each.a, each.b):
+                    parameter.data = parameter.data.clone()
+            optimizer.step()
+    assert same(everything(optimizers[0], adapter), everything(optimizers[1], replaced))
+
+
+@methods
+def test_a_loaded_state_goes_on_bit_for_bit_whatever_the_factors_were(method, options, tmp_path):
+    whole, resumed = Adapter(30, 20, 4), Adapter(30, 20, 4)
+    first = method(whole.named(), **options)
+    gradients = [whole.randn(30, 20) for _ in range(6)]
+    for g in gradients[:3]:
+        whole.set_gradient(g)
+        first.step()
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    # What a trainer leaves that cast the adapter to bf16 before it loaded the checkpoint.
+    resumed.a.data, resumed.b.data = (f.data.bfloat16().float() for f in (whole.a, whole.b))
+    second = method(resumed.named(), **options)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for g in gradients[3:]:
+        for adapter, optimizer in ((whole, first), (resumed, second)):
+            adapter.set_gradient(g)
+            optimizer.step()
+    assert same(everything(first, whole), everything(second, resumed))
+
+
+def test_what_is_saved_does_not_grow_with_the_buffer_that_it_is_a_view_of(tmp_path):
+    adapters = [Adapter(30, 20, 4, seed=i) for i in range(8)]
+    named = [pair for i, adapter in enumerate(adapters) for pair in adapter.named(f"layer{i}")]
+    torch.save(ScaledAdamW(named).state_dict(), tmp_path / "state.pt")
+    # Factor and two moments, float32, and less than 1 KiB of bookkeeping a tensor.
+    assert (tmp_path / "state.pt").stat().st_size < 8 * 50 * 4 * 3 * 4 + 8 * 6 * 1024
+
+
+@pytest.mark.parametrize("method", [ScaledGD, ScaledAdamW])
+def test_other_trainable_parameters_are_trained_by_torchs_adamw(method):
+    lora = {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "down_proj"]}
+    model = with_lora(tiny_llama(), **lora)
+    rates = {"lr": 3e-3, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
+    if method is ScaledGD:
+        optimizer = method(model, lr=0.01, **{f"adamw_{key}": value for key, value in rates.items()})
+    else:
+        optimizer = method(model, **rates)
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    copy = nn.Parameter(head.detach().clone())
+    reference = torch.optim.AdamW([copy], **rates)
+    for seed in range(3):
+        optimizer.zero_grad()
+        next_token_loss(model, token_batch(seed)).backward()
+        copy.grad = head.grad.clone()
+        optimizer.step()
+        reference.step()
+    assert relative(head.detach(), copy.detach()) < 1e-6
+
+
+@pytest.mark.parametrize("method", [ScaledGD, ScaledAdamW, AdamW, Muon])
+@pytest.mark.parametrize("lora", [{}, {"rank_pattern": {"q_proj": 7}}, {"use_dora": True}], ids=str)
+def test_a_bf16_adapter_becomes_float32_and_trains(method, lora):
+    model = with_lora(tiny_llama(), **lora)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    # Small for everything but a step that divides by the scale of the loss.
+    optimizer = method(model, lr=0.1 if method is ScaledGD else 0.01)
+    assert {p.dtype for name, p in model.named_parameters() if ".lora_" in name} == {torch.float32}
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = next_token_loss(model, token_batch())
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_each_param_group_has_its_own_rates():
+    still, moving = Adapter(30, 20, 4, seed=1), Adapter(30, 20, 4, seed=2)
+    optimizer = ScaledAdamW(
+        [{"params": still.named("still"), "lr": 0.0}, {"params": moving.named("moving"), "lr": 0.02}], weight_decay=0.0
+    )
+    before = still.x, moving.x
+    for adapter in (still, moving):
+        adapter.set_gradient(adapter.gradient())
+    optimizer.step()
+    assert torch.equal(still.x, before[0])
+    assert relative(moving.x, before[1]) > 1e-3
+
+
+class WithConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 3)
+        self.embedding = nn.Embedding(5, 6)
+
+
+@pytest.mark.parametrize("method", [ScaledGD, ScaledAdamW, Muon])
+@pytest.mark.parametrize(
+    ("layer", "message"), [("convolution", r"convolution\.lora_A"), ("embedding", r"embedding\.lora_embedding_A")]
+)
+def test_layers_that_are_not_linear_are_refused_by_name(method, layer, message):
+    model = get_peft_model(WithConvolution(), LoraConfig(r=2, target_modules=[layer]))
+    with pytest.raises(qriemann.InputError, match=rf"must be linear.*{message}"):
+        method(model)
+
+
+def attached() -> nn.Module:
+    model = with_lora(tiny_llama())
+    qriemann.attach(model)
+    return model
+
+
+def without_b() -> nn.Module:
+    model = with_lora(tiny_llama())
+    model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.requires_grad_(False)
+    return model
+
+
+REFUSED = {
+    "a model on the manifold": (attached, r"must be plain LoRA.*q_proj\.lora_A"),
+    "parameters without names": (lambda: list(with_lora(tiny_llama()).parameters()), "must come with their names"),
+    "a factor without its partner": (without_b, r"both factors.*q_proj\.lora_A\.default\.weight without"),
+    "a frozen model": (lambda: tiny_llama().requires_grad_(False), "at least one trainable parameter"),
+    "a model without adapter": (tiny_llama, "at least one linear layer"),
+    "bf16 parameters": (lambda: [("x.lora_A.weight", nn.Parameter(torch.zeros(2, 3).bfloat16()))], "must be float32"),
+}
+
+
+@pytest.mark.parametrize("method", [ScaledGD, ScaledAdamW, Muon])
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_trained_is_refused_in_one_line(method, make, message):
+    with pytest.raises(qriemann.InputError, match=message) as caught:
+        method(make())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lr": -1.0}, {"damping": -1e-6}, {"damping": math.nan}, {"damping_form": "relativ"}, {"weight_decay": -0.1}],
+    ids=str,
+)
+@pytest.mark.parametrize("method", [ScaledGD, ScaledAdamW])
+def test_options_out_of_range_are_refused_by_name(method, options):
+    with pytest.raises(qriemann.InputError, match=f"{next(iter(options))} must be"):
+        method(Adapter(3, 3, 1).named(), **options)
+
+
+def test_a_state_of_another_method_is_refused():
+    model = with_lora(tiny_llama())
+    state = ScaledGD(model, momentum=0.9).state_dict()
+    with pytest.raises(qriemann.InputError, match="must be that of ScaledAdamW"):
+        ScaledAdamW(model).load_state_dict(state)

@@ -1,0 +1,85 @@
+"""The recipe outside chat: images whose label no linear map of pixels gives, learned by an adapter under any method."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from qriemann.training.methods import METHODS
+
+SCRIPT = Path(__file__).parents[2] / "recipes" / "classify.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("classify", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["classify"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["classify"]
+
+
+def test_no_linear_map_of_the_pixels_tells_the_directions(script):
+    (x, y), (held_x, held_y) = (script.make_images(2048, seed).tensors for seed in (0, 1))
+    x, held_x = x.flatten(1), held_x.flatten(1)
+    targets = torch.nn.functional.one_hot(y, 8).float()
+    ridge = torch.linalg.solve(x.mT @ x + 100 * torch.eye(x.shape[1]), x.mT @ targets)
+    right = ((held_x @ ridge).argmax(1) == held_y).float().mean()
+    # Chance is an eighth; its standard deviation over 2048 images 0.007.
+    assert right < 0.2
+
+
+def test_a_label_is_the_direction_across_which_the_image_varies(script):
+    images, labels = script.make_images(256, seed=0).tensors
+    spectrum = torch.fft.fft2(images[:, 0]).abs()
+    spectrum[:, 0, 0] = 0
+    peak = spectrum.flatten(1).argmax(1)
+    frequencies = torch.fft.fftfreq(24)
+    angle = torch.atan2(frequencies[peak // 24], frequencies[peak % 24]) % torch.pi
+    distance = (angle - torch.pi * labels / 8).abs()
+    # The peak is on a grid of whole waves: at 2 to 4 of them, up to 0.3 off the direction.
+    assert (torch.minimum(distance, torch.pi - distance) < 0.35).float().mean() > 0.95
+
+
+def test_only_the_adapter_and_the_classifier_are_trained(script):
+    trainable = {name for name, p in script.make_model(0).named_parameters() if p.requires_grad}
+    assert {name for name in trainable if ".lora_" not in name} == {
+        f"base_model.model.classifier.modules_to_save.default.{part}" for part in ("weight", "bias")
+    }
+    # Query, key, value, output and the two layers of the MLP, in two blocks, each with A and B.
+    assert sum(".lora_" in name for name in trainable) == 2 * 6 * 2
+
+
+@pytest.mark.parametrize("method", ["riemannion", "adamw"])
+def test_accuracy_rises_from_chance_in_thirty_steps(script, method):
+    accuracy = script.classify(method, steps=30)
+    assert accuracy.before < 0.2
+    assert accuracy.after > accuracy.before + 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_the_directions(script, method):
+    assert script.classify(method).after > 0.4
+
+
+def test_the_command_prints_both_accuracies(script, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert script.main(["--method", "scaled-gd", "--steps", "1"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("scaled-gd: ")
+    assert line.count("%") == 2
+
+
+def test_a_misspelt_method_is_one_line(script, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert script.main(["--method", "rieman"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "did you mean 'riemannion'" in lines[0]
