@@ -46,11 +46,8 @@ def attach(
     Raises:
         InputError: no LoRA layer, or one that cannot be trained this way (it is named); nothing is changed then.
     """
-    if start not in get_args(Start):
-        raise InputError(f"start must be one of {', '.join(map(repr, get_args(Start)))}, got {start!r}")
-    if start == "offset" and not 0 < alpha < math.inf:
-        raise InputError(f"alpha must be a finite number > 0, got {alpha!r}; for S = 0 use start='zero'")
-    layers = _lora_layers(model)
+    check_start(start, alpha)
+    layers = lora_layers(model)
     if start == "offset":
         _check_all_or_none_hold_something(layers)
     # Imported late: base.py is about bitsandbytes, which a model need not use.
@@ -60,12 +57,20 @@ def attach(
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     generator = torch.Generator().manual_seed(seed)
     points = [_attach_layer(name, layer, adapter, start, alpha, generator) for name, layer, adapter in layers]
-    _describe_saved_rank(model, points)
-    _report_low_precision(model)
+    describe_saved_rank(model, points)
+    report_low_precision(model)
     return points
 
 
-def _lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer, str]]:
+def check_start(start: str, alpha: float) -> None:
+    """Raises InputError for a start that does not exist or a scale that it cannot have."""
+    if start not in get_args(Start):
+        raise InputError(f"start must be one of {', '.join(map(repr, get_args(Start)))}, got {start!r}")
+    if start == "offset" and not 0 < alpha < math.inf:
+        raise InputError(f"alpha must be a finite number > 0, got {alpha!r}; for S = 0 use start='zero'")
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer, str]]:
     """Every (name, layer, adapter) to put on the manifold, all checked before any is changed."""
     found = []
     for name, module in model.named_modules():
@@ -184,22 +189,24 @@ def _fold_core(module: Any, state_dict: dict[str, Any], prefix: str, local_metad
         state_dict[key_b], state_dict[key_a] = b.contiguous(), a.contiguous()
 
 
-def _describe_saved_rank(model: nn.Module, points: list[FixedRankParameter]) -> None:
-    """Doubles r and lora_alpha in the config that PEFT saves, where the saved factors have twice the rank."""
-    if not isinstance(model, PeftModel) or getattr(model, "_qriemann_saved_rank_doubled", False):
+def describe_saved_rank(model: nn.Module, points: list[FixedRankParameter]) -> None:
+    """Doubles r and lora_alpha in the config that PEFT saves while the saved factors have twice the rank."""
+    if not isinstance(model, PeftModel):
         return
-    with_offset = [point.offset is not None for point in points]
-    if not any(with_offset):
-        return
-    # A copy, because the user's own LoraConfig may make more models, and other adapters may share it (DPO's reference).
-    config = model.peft_config[model.active_adapter] = copy.deepcopy(model.peft_config[model.active_adapter])
-    config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
-    config.rank_pattern = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
-    config.alpha_pattern = {key: 2 * alpha for key, alpha in (config.alpha_pattern or {}).items()}
-    model._qriemann_saved_rank_doubled = True
+    adapter, plain = model.active_adapter, getattr(model, "_qriemann_config_without_offset", None)
+    with_offset = any(point.offset is not None for point in points)
+    if with_offset and plain is None:
+        # A copy, because the user's own LoraConfig may make more models, and other adapters may share it (DPO's reference).
+        model._qriemann_config_without_offset = model.peft_config[adapter]
+        config = model.peft_config[adapter] = copy.deepcopy(model.peft_config[adapter])
+        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+        config.rank_pattern = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
+        config.alpha_pattern = {key: 2 * alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    elif plain is not None and not with_offset:
+        model.peft_config[adapter], model._qriemann_config_without_offset = plain, None
 
 
-def _report_low_precision(model: nn.Module) -> None:
+def report_low_precision(model: nn.Module) -> None:
     low = [
         name
         for name, parameter in model.named_parameters()

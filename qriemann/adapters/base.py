@@ -119,6 +119,40 @@ def load_base(
     return model.eval(), tokenizer
 
 
+def read_config(
+    name_or_path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
+) -> transformers.PreTrainedConfig:
+    """The configuration of a causal language model that `load_base` takes; no weights are read or downloaded.
+
+    A local folder needs no more than its `config.json`.
+
+    Raises:
+        InputError: as `load_base`, or the model does more than text.
+    """
+    name = os.fspath(name_or_path)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        gguf_path = _resolve_gguf(name)
+        if gguf_path is not None:
+            with _gguf_parsed_once():
+                config = transformers.AutoConfig.from_pretrained(str(gguf_path.parent), gguf_file=gguf_path.name)
+        else:
+            folder = _check_folder(name)
+            config = transformers.AutoConfig.from_pretrained(name if folder is None else str(folder), **options)
+            _stored_quantization(config, name)
+    except InputError:
+        raise
+    except _LOAD_ERRORS as error:
+        raise InputError(_explain(name, error)) from error
+    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    if not (known or "AutoModelForCausalLM" in getattr(config, "auto_map", {})) or config.get_text_config() is not config:
+        raise InputError(
+            f"model must be a causal language model of text alone, got {name!r}, which is a {config.model_type}; give the "
+            "text model of that family"
+        )
+    return config
+
+
 def _accept_offset_checkpoints(module: torch.nn.Module, *_: Any) -> None:
     """Before an adapter is loaded into a LoRA on this base: one that was saved with an offset is welcome."""
     # Imported late: a base needs PEFT only once it has an adapter.

@@ -1,15 +1,16 @@
 """The adapter layer: y = W x + s U S V^T x, whose backward leaves tangent blocks and divides by nothing.
 
-Everything that leans on PEFT's private `LoraVariant` is in this file and in attach.py; tests/adapters/test_peft_contract.py
-says what we rely on.
+Everything that leans on PEFT's private `LoraVariant` is in this file, in gradient.py and in attach.py;
+tests/adapters/test_peft_contract.py says what we rely on.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor
 
@@ -17,8 +18,25 @@ from qriemann.geometry.parameter import FixedRankParameter
 from qriemann.geometry.point import FixedRankPoint
 
 
+class _Dropout(NamedTuple):
+    """Which inputs are dropped, as a rate and a seed: drawn again for backward, and so kept by nobody."""
+
+    rate: float
+    seed: int
+
+    def mask(self, x: Float[Tensor, "*tokens n"]) -> Bool[Tensor, "*tokens n"]:
+        """False where `x` is dropped. The others stay as they are: 1 / (1 - rate) belongs to the scaling."""
+        # A tensor without content, whose bytes are being counted, has no generator of its own.
+        generator = torch.Generator("cpu" if x.is_meta else x.device).manual_seed(self.seed)
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.rate, generator=generator)
+
+
 class _FixedRankProduct(torch.autograd.Function):
-    """s (U S V^T - U_0 S_0 V_0^T) x, with the tangent blocks G V and G^T U as the gradients of U and V."""
+    """s (U S V^T - U_0 S_0 V_0^T) x, with the tangent blocks G V and G^T U as the gradients of U and V.
+
+    Kept for backward: x as it came, which is the tensor that its other readers keep, and its product with the bases, a
+    few columns a token. A cast or dropped x and the folded factors are made again instead.
+    """
 
     @staticmethod
     def forward(
@@ -29,38 +47,45 @@ class _FixedRankProduct(torch.autograd.Function):
         s: Float[Tensor, "r r"],
         scaling: float,
         offset: FixedRankPoint | None,
+        dtype: torch.dtype,
+        dropout: _Dropout | None,
     ) -> Float[Tensor, "*tokens m"]:
-        dtype = x.dtype
-        z = x @ v_transposed.mT.to(dtype)
-        y = z @ (u @ s).mT.mul(scaling).to(dtype)
-        frozen = None
-        if offset is not None:
-            # U_0 S_0 is folded once: it never changes, and neither block needs it.
-            frozen = (offset.u @ offset.s).mul(-scaling).to(dtype), offset.v.to(dtype)
-            y = y + (x @ frozen[1]) @ frozen[0].mT
-        ctx.save_for_backward(x, z, u, v_transposed, s, *(frozen or ()))
-        ctx.scaling = scaling
+        seen = x.to(dtype) if dropout is None else x.to(dtype) * dropout.mask(x)
+        # One product for the point and its offset: what is as long as the batch is read once.
+        z = seen @ _beside(v_transposed.mT, offset and offset.v, dtype)
+        y = z @ _beside((u @ s) * scaling, offset and (offset.u @ offset.s) * -scaling, dtype).mT
+        ctx.save_for_backward(x, z[..., : s.shape[0]], u, v_transposed, s)
+        ctx.scaling, ctx.offset, ctx.dtype, ctx.dropout = scaling, offset, dtype, dropout
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Float[Tensor, "*tokens m"]) -> tuple[Tensor | None, ...]:
-        x, z, u, v_transposed, s, *frozen = ctx.saved_tensors
-        dtype = x.dtype
+        x, z, u, v_transposed, s = ctx.saved_tensors
+        scaling, offset, dtype, dropout = ctx.scaling, ctx.offset, ctx.dtype, ctx.dropout
         grad_y = grad_y.to(dtype)
-        h = grad_y @ u.to(dtype)
+        h = grad_y @ _beside(u, offset and offset.u, dtype)
         grad_x = grad_u = grad_v = None
+        mask = None if dropout is None else dropout.mask(x)
         if ctx.needs_input_grad[1]:
-            grad_u = _float32_product(grad_y, z).mul_(ctx.scaling)
+            grad_u = float32_product(grad_y, z).mul_(scaling)
         if ctx.needs_input_grad[2]:
-            grad_v = _float32_product(x, h).mul_(ctx.scaling).mT
+            seen = x.to(dtype) if mask is None else x.to(dtype) * mask
+            grad_v = float32_product(seen, h[..., : s.shape[0]]).mul_(scaling).mT
         if ctx.needs_input_grad[0]:
-            grad_x = h @ (s @ v_transposed).mul(ctx.scaling).to(dtype)
-            if frozen:
-                grad_x = grad_x + (grad_y @ frozen[0]) @ frozen[1].mT
-        return grad_x, grad_u, grad_v, None, None, None
+            frozen = offset and (offset.v @ offset.s.mT) * -scaling
+            grad_x = h @ _beside((v_transposed.mT @ s.mT) * scaling, frozen, dtype).mT
+            grad_x = (grad_x if mask is None else grad_x * mask).to(x.dtype)
+        return grad_x, grad_u, grad_v, *[None] * 5
 
 
-def _float32_product(left: Float[Tensor, "*tokens m"], right: Float[Tensor, "*tokens r"]) -> Float[Tensor, "m r"]:
+def _beside(
+    current: Float[Tensor, "d r"], frozen: Float[Tensor, "d q"] | None, dtype: torch.dtype
+) -> Float[Tensor, "d k"]:
+    """The point's columns and then the offset's, in the dtype of the products."""
+    return (current if frozen is None else torch.cat([current, frozen], 1)).to(dtype)
+
+
+def float32_product(left: Float[Tensor, "*tokens m"], right: Float[Tensor, "*tokens r"]) -> Float[Tensor, "m r"]:
     """left^T right summed over all tokens, accumulated and returned in float32 whatever the inputs' dtype."""
     left, right = left.flatten(0, -2), right.flatten(0, -2)
     if left.dtype == torch.float32:
@@ -97,14 +122,20 @@ class FixedRankVariant(LoraVariant):
         point = module.lora_variant[active_adapter].point
         point.follow_device()
         scaling = module.scaling[active_adapter]
-        device_type = x.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else result.dtype
-        x = module.lora_dropout[active_adapter](x.to(dtype))
-        with torch.autocast(device_type, enabled=False):
-            update = _FixedRankProduct.apply(x, point.u, point.v_transposed, point.s, scaling, point.offset)
+        kind = x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else result.dtype
+        dropout, layer_dropout = None, module.lora_dropout[active_adapter]
+        if layer_dropout.training and (rate := getattr(layer_dropout, "p", 0.0)) > 0:
+            dropout = _Dropout(rate, int(torch.randint(2**62, (), device="cpu")))
+            scaling = scaling / (1 - rate) if rate < 1 else 0.0
+        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+            update = _FixedRankProduct.apply(
+                x, point.u, point.v_transposed, point.s, scaling, point.offset, dtype, dropout
+            )
         bias = module.lora_B[active_adapter].bias
         if bias is not None:
-            update = update + bias.to(dtype) * scaling
+            update = update + bias.to(dtype) * module.scaling[active_adapter]
         return result + update.to(result.dtype)
 
     @staticmethod

@@ -1,0 +1,250 @@
+"""The leading singular vectors of the gradient G = dL/dX in every adapted layer, without ever forming it.
+
+A tap stands for a layer's adapter: it passes the layer's output through and leaves G V or G^T U in its backward, for a basis
+of any width. So one pass over the batches applies G or its transpose in all layers at once, and 2 (q + 1) passes are a
+randomized singular value decomposition with q power iterations.
+
+[H11] Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011), Algorithms 4.4 and 5.1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import send_to_device
+from jaxtyping import Float
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import Tensor, nn
+
+from qriemann.adapters.layer import float32_product
+from qriemann.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+Layers = Sequence[tuple[str, LoraLayer, str]]
+
+# Singular vectors do not depend on it. In float16 the gradients of a mean over thousands of tokens would underflow; a power
+# of two changes no digit in the other dtypes.
+_LOSS_SCALE = 2.0**10
+
+
+class GradientSVD(NamedTuple):
+    """Leading singular triplets of one layer's gradient.
+
+    Attributes:
+        u: (m, k), orthonormal columns.
+        sigma: (k,), descending, up to a factor that all layers share; zero in a layer that the loss does not reach.
+        v: (n, k), orthonormal columns.
+    """
+
+    u: Float[Tensor, "m k"]
+    sigma: Float[Tensor, " k"]
+    v: Float[Tensor, "n k"]
+
+
+def gradient_svd(
+    model: nn.Module,
+    layers: Layers,
+    batches: Sequence[Any],
+    loss_fn: Callable[[Any, Any], Tensor],
+    *,
+    oversampling: int,
+    power_iterations: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[GradientSVD]:
+    """The leading singular triplets of each layer's gradient at the base model, summed over the batches.
+
+    Modes, `.grad` and the layers' variants are put back; random generators are not.
+
+    Args:
+        model: a PEFT model; its adapter is left out, as if it were zero.
+        layers: (name, layer, adapter) of those to look at.
+        batches: read 2 (power_iterations + 1) times, moved to the model's device one by one.
+        loss_fn: called with (model, batch).
+        oversampling: columns beyond 2 r.
+        power_iterations: q.
+        seed: of the sketch, and of whatever is random in the model.
+        progress: called after each batch with the batches done and the batches to do in all passes.
+
+    Raises:
+        InputError: a loss or a gradient that is not finite, or no gradient in any layer.
+    """
+    taps = _make_taps(layers, oversampling, torch.Generator().manual_seed(seed))
+    passes = 2 * (power_iterations + 1)
+    done = itertools.count(1)
+
+    def report() -> None:
+        if progress is not None:
+            progress(next(done), passes * len(batches))
+
+    with _tapped(layers, taps), _probing(model), torch.enable_grad():
+        _read(model, batches, loss_fn, seed, report)
+        for _ in range(passes - 1):
+            for tap in taps:
+                # Without QR the columns would all turn to the first singular vector. [H11, Algorithm 4.4]
+                tap.aim(torch.linalg.qr(tap.product())[0].float())
+            _read(model, batches, loss_fn, seed, report)
+    found = [_decompose(tap.basis, tap.product()) for tap in taps]
+    unreached = [name for (name, *_), triplets in zip(layers, found, strict=True) if not triplets.sigma[0] > 0]
+    if len(unreached) == len(found):
+        raise InputError(
+            f"the loss must have a gradient in the adapted layers, got none in all {len(found)}; is the adapter merged or "
+            "disabled, or is every label masked?"
+        )
+    if unreached:
+        logger.warning("%d layers have no gradient and start at random bases (%s, ...)", len(unreached), unreached[0])
+    return found
+
+
+def _make_taps(layers: Layers, oversampling: int, generator: torch.Generator) -> list[_GradientTap]:
+    taps, narrow = [], []
+    for name, layer, adapter in layers:
+        rows, columns, wanted = layer.out_features, layer.in_features, 2 * layer.r[adapter] + oversampling
+        if wanted > min(rows, columns):
+            narrow.append(f"{name}, {rows} x {columns}")
+        # Drawn on the CPU, so that it does not depend on the device.
+        sketch = torch.randn(columns, min(wanted, rows, columns), generator=generator)
+        taps.append(_GradientTap(name, rows, columns, sketch.to(layer.lora_A[adapter].weight.device)))
+    if narrow:
+        logger.warning(
+            "oversampling %d is cut to the columns there are in %d layers (%s, ...)",
+            oversampling,
+            len(narrow),
+            narrow[0],
+        )
+    return taps
+
+
+def _read(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss_fn: Callable[[Any, Any], Tensor],
+    seed: int,
+    report: Callable[[], None],
+) -> None:
+    """One pass: forward and backward over all batches."""
+    device = next(model.parameters()).device
+    for index, batch in enumerate(batches):
+        # Whatever is random in the model is the same in each pass, or they would see different gradients.
+        torch.manual_seed(seed + index)
+        loss = loss_fn(model, send_to_device(batch, device))
+        if not loss.isfinite().all():
+            raise InputError(
+                f"the loss must be finite at the start, got {loss.item()} in batch {index + 1} of {len(batches)}; check "
+                "the data and the compute dtype"
+            )
+        (loss * _LOSS_SCALE).backward()
+        report()
+
+
+def _decompose(basis: Float[Tensor, "m k"], product: Float[Tensor, "n k"]) -> GradientSVD:
+    """The singular triplets of Q Q^T G from Q and G^T Q. [H11, Algorithm 5.1]"""
+    q, r = torch.linalg.qr(product)
+    left, sigma, right = torch.linalg.svd(r.mT)
+    return GradientSVD((basis.double() @ left).float(), sigma.float(), (q @ right.mT).float())
+
+
+class _GradientTap(LoraVariant):
+    """Stands for a layer's adapter while it is zero: the output is the base's, and backward leaves G V or G^T U.
+
+    Unlike `FixedRankVariant` it keeps nothing of the basis' width for each token, so a wide basis costs no activations.
+    """
+
+    def __init__(self, name: str, rows: int, columns: int, sketch: Float[Tensor, "n k"]) -> None:
+        self._name, self._heights = name, (rows, columns)
+        self._transposed = True
+        self.aim(sketch)
+
+    def aim(self, basis: Float[Tensor, "_ k"]) -> None:
+        """Takes the next basis: V and U in turn."""
+        self._transposed = not self._transposed
+        self.basis = basis
+        # Its gradient is the product; itself it is one number.
+        anchor = torch.zeros((), device=basis.device).expand(self._heights[self._transposed], basis.shape[1])
+        self._anchor = anchor.requires_grad_()
+
+    def product(self) -> Float[Tensor, "_ k"]:
+        """G V or G^T U, summed over batches and processes, in float64."""
+        total = self._anchor.new_zeros(self._anchor.shape) if self._anchor.grad is None else self._anchor.grad
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        if not total.isfinite().all():
+            raise InputError(
+                f"the gradient must be finite at the start, got one that is not in {self._name}; check the compute dtype"
+            )
+        return total.double()
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """The base layer's result."""
+        tap = module.lora_variant[active_adapter]
+        device_type = x.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else result.dtype
+        return _TappedOutput.apply(result, x, tap.basis, tap._anchor, tap._transposed, dtype)
+
+
+class _TappedOutput(torch.autograd.Function):
+    """y, with G V or G^T U as the gradient of the anchor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Float[Tensor, "*tokens m"],
+        x: Float[Tensor, "*tokens n"],
+        basis: Float[Tensor, "_ k"],
+        anchor: Float[Tensor, "_ k"],
+        transposed: bool,
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "*tokens m"]:
+        ctx.save_for_backward(x, basis)
+        ctx.transposed, ctx.dtype = transposed, dtype
+        # Not y itself: models that change it in place would be refused.
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Float[Tensor, "*tokens m"]) -> tuple[Tensor | None, ...]:
+        x, basis = (tensor.to(ctx.dtype) for tensor in ctx.saved_tensors)
+        g = grad_y.to(ctx.dtype)
+        block = float32_product(x, g @ basis) if ctx.transposed else float32_product(g, x @ basis)
+        return grad_y, None, None, block, None, None
+
+
+@contextmanager
+def _tapped(layers: Layers, taps: list[_GradientTap]) -> Iterator[None]:
+    """Within the block, each layer's adapter is its tap."""
+    before = [layer.lora_variant.get(adapter) for _, layer, adapter in layers]
+    for (_, layer, adapter), tap in zip(layers, taps, strict=True):
+        layer.lora_variant[adapter] = tap
+    try:
+        yield
+    finally:
+        for (_, layer, adapter), variant in zip(layers, before, strict=True):
+            if variant is None:
+                del layer.lora_variant[adapter]
+            else:
+                layer.lora_variant[adapter] = variant
+
+
+@contextmanager
+def _probing(model: nn.Module) -> Iterator[None]:
+    """Within the block, dropout is off and gradients start from nothing; modes and gradients are put back after it."""
+    modes = {module: module.training for module in model.modules()}
+    gradients = {p: p.grad for p in model.parameters() if p.requires_grad}
+    for module in modes:
+        # transformers checkpoints in train mode only; the modules that do are not those that drop.
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
+    for parameter in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient

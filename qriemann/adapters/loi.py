@@ -1,0 +1,155 @@
+"""Locally optimal initialization: the start whose tangent space holds the leading singular directions of the gradient.
+
+[R25] Bogachev et al., "RiemannLoRA / Riemannion: a unified Riemannian framework for LoRA", arXiv 2507.12142.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qriemann.adapters.attach import Start, attach, check_start, describe_saved_rank, lora_layers
+from qriemann.adapters.gradient import GradientSVD, Layers, gradient_svd
+from qriemann.adapters.layer import FixedRankVariant
+from qriemann.errors import InputError
+from qriemann.geometry.parameter import FixedRankParameter
+from qriemann.geometry.point import FixedRankPoint
+
+
+def locally_optimal_(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    start: Start = "offset",
+    alpha: float = 1.0,
+    oversampling: int = 16,
+    power_iterations: int = 1,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[FixedRankParameter]:
+    """Moves every LoRA layer of the active adapter to the locally optimal point of the loss, in place.
+
+    With the gradient G = sum_i sigma_i u_i v_i^T at the base model, the bases are
+
+    - "offset": U = [u_1 .. u_r], V = [v_{r+1} .. v_2r]. The tangent space contains the best approximation of G of rank
+      2 r [R25]. S = alpha I, and the same point is subtracted as a frozen offset: the model's function is unchanged. The
+      sign of alpha is of no consequence, because those of the u_i and v_j are not related.
+    - "zero": S = 0 with U = [u_1 .. u_r], V = [v_1 .. v_r]. The tangent space contains the best approximation of G of rank
+      r. With the other V the first retraction would drop just that: a step from S = 0 has rank 2 r and is cut to r.
+
+    An adapter that is not on the manifold yet is put there. The base, 4-bit or not, random generators, `.grad` and train or
+    eval modes are left as they were; so is everything when an error is raised.
+
+    Args:
+        model: a PEFT model whose adapter is still zero.
+        batches: a few training batches. They are all kept, and read 2 (power_iterations + 1) times.
+        loss_fn: called with (model, batch); None takes the loss that `model(**batch)` returns.
+        start: see above.
+        alpha: the scale of S for "offset", > 0.
+        oversampling: columns beyond 2 r, >= 0.
+        power_iterations: q, >= 0.
+        seed: of the random sketch.
+        progress: called after each batch with the batches done and the batches to do in all passes.
+
+    Returns:
+        The points, in the model's order.
+
+    Raises:
+        InputError: a value out of range, no batch, a loss or gradient that is not finite, or an adapter that holds something.
+
+    Cost: 2 (power_iterations + 1) forward and backward passes over the batches. A layer keeps two float32 blocks of
+    2 r + oversampling columns, and of its activations the input, as in training. Dropout is off; gradient checkpointing
+    stays on. In several processes the gradients of all are summed.
+    """
+    check_options(start, alpha, oversampling, power_iterations)
+    layers = lora_layers(model)
+    _check_zero(layers)
+    # Imported late: base.py is about bitsandbytes, which a model need not use.
+    from qriemann.adapters.base import protect_quantized_weights
+
+    protect_quantized_weights(model)
+    with _preserved_rng():
+        drawn = list(batches)
+        if not drawn:
+            raise InputError("batches must hold at least one batch, got none; check the dataset and its split")
+        gradients = gradient_svd(
+            model,
+            layers,
+            drawn,
+            loss_fn or own_loss,
+            oversampling=oversampling,
+            power_iterations=power_iterations,
+            seed=seed,
+            progress=progress,
+        )
+    points = attach(model, start=start, alpha=alpha, seed=seed)
+    for point, gradient in zip(points, gradients, strict=True):
+        _set(point, gradient, start, alpha)
+    describe_saved_rank(model, points)
+    return points
+
+
+def check_options(start: str, alpha: float, oversampling: int, power_iterations: int) -> None:
+    """Raises InputError for an option out of range."""
+    check_start(start, alpha)
+    for key, value in (("oversampling", oversampling), ("power_iterations", power_iterations)):
+        if not isinstance(value, int) or value < 0:
+            raise InputError(f"{key} must be an integer >= 0, got {value!r}")
+
+
+def _check_zero(layers: Layers) -> None:
+    for name, layer, adapter in layers:
+        variant, bias = layer.lora_variant.get(adapter), layer.lora_B[adapter].bias
+        if not isinstance(variant, FixedRankVariant):
+            zero = not layer.lora_B[adapter].weight.any()
+        elif variant.point.offset is None:
+            zero = not variant.point.s.any()
+        else:
+            zero = all(map(torch.equal, variant.point.point(), variant.point.offset))
+        if not zero or (bias is not None and bias.any()):
+            raise InputError(
+                f"the adapter must still be zero to be initialized, got one that holds something in {name}; initialize "
+                "before the first step, or leave the initialization out"
+            )
+
+
+def _set(point: FixedRankParameter, gradient: GradientSVD, start: Start, alpha: float) -> None:
+    rank = point.rank
+    # A layer that the loss does not reach keeps its bases; they were named.
+    u, v = point.point().u, point.point().v
+    if gradient.sigma[0] > 0:
+        # Less than 2 r columns are all that a small layer has: then the last r of them.
+        last = rank if start == "zero" else min(2 * rank, len(gradient.sigma))
+        u, v = gradient.u[:, :rank], gradient.v[:, last - rank : last]
+    core = torch.eye(rank, device=u.device) * (alpha if start == "offset" else 0.0)
+    point.assign(FixedRankPoint(u, core, v))
+    point.offset = FixedRankPoint(*(part.clone() for part in point.point())) if start == "offset" else None
+
+
+def own_loss(model: Any, batch: Any) -> Tensor:
+    """The loss that `model(**batch)` returns; InputError where it returns none."""
+    loss = getattr(model(**batch), "loss", None) if isinstance(batch, Mapping) else None
+    if loss is None:
+        got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise InputError(f"batches must hold labels, so that the model returns its loss, got {got}; or pass loss_fn")
+    return loss
+
+
+@contextmanager
+def _preserved_rng() -> Iterator[None]:
+    """Within the block, random numbers may be drawn; the generators of Python, NumPy and torch are put back after it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    # All devices by name, because torch warns when it has to choose among several.
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

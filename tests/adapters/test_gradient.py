@@ -1,0 +1,144 @@
+"""The gradient's singular vectors that the probe finds, against the dense gradient; what the probe costs in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qriemann import attach, locally_optimal_
+from qriemann.adapters.attach import lora_layers
+from qriemann.adapters.gradient import gradient_svd
+from tests.adapters.test_loi import BATCHES, KEPT, RANK, dequantized, loss
+from tests.dense import best_approximation, tangent_projection
+from tests.models import (
+    dense_gradients,
+    load_nf4,
+    next_token_loss,
+    relative,
+    save_tiny_base,
+    tiny_llama,
+    token_batch,
+    variants,
+    with_lora,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def test_singular_values_are_those_of_the_dense_gradient_up_to_a_common_factor(folder):
+    model = with_lora(load_nf4(folder), r=RANK)
+    attach(model, start="zero", seed=5)
+    found = gradient_svd(model, lora_layers(model), BATCHES, loss, oversampling=64, power_iterations=1, seed=0)
+    gradients = dense_gradients(dequantized(model), model, BATCHES)
+    factors = []
+    for (name, _), triplets in zip(variants(model).items(), found, strict=True):
+        expected = torch.linalg.svdvals(gradients[name])
+        factors.append((triplets.sigma[0] / expected[0]).item())
+        assert relative(triplets.sigma, factors[-1] * expected[: len(triplets.sigma)]) < 1e-5
+    assert max(factors) / min(factors) == pytest.approx(1, rel=1e-5)
+
+
+def test_gradients_too_small_for_float16_are_found_all_the_same():
+    def tiny_loss(model: nn.Module, ids: Tensor) -> Tensor:
+        return 1e-4 * next_token_loss(model, ids)
+
+    model = with_lora(tiny_llama().half(), r=RANK)
+    attach(model, seed=5)
+    gradients = dense_gradients(tiny_llama().half(), model, BATCHES)
+    # With the factor 1e-4 most entries are below float16's smallest number, 6e-8.
+    locally_optimal_(model, BATCHES, tiny_loss)
+    for name, (_, point) in variants(model).items():
+        u, _, v = (part.double() for part in point.point())
+        kept = tangent_projection(gradients[name], u, v).norm()
+        assert kept >= KEPT * best_approximation(gradients[name], 2 * RANK).norm(), name
+
+
+def test_oversampling_beyond_a_layer_is_cut_and_named_once(caplog):
+    model = with_lora(tiny_llama(), r=24)
+    locally_optimal_(model, BATCHES, loss)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "oversampling 16 is cut" in line
+    assert "4 layers" in line
+    assert "k_proj, 32 x 64" in line
+    gradients = dense_gradients(tiny_llama(), model, BATCHES)
+    for name, (_, point) in variants(model).items():
+        u, _, v = (part.double() for part in point.point())
+        kept = tangent_projection(gradients[name], u, v).norm()
+        assert kept >= KEPT * best_approximation(gradients[name], 48).norm(), name
+
+
+def test_dropout_is_off_and_batches_may_come_from_a_generator():
+    with_dropout = with_lora(tiny_llama(), r=RANK, lora_dropout=0.5).train()
+    for module in with_dropout.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    without = with_lora(tiny_llama(), r=RANK).eval()
+    expected = locally_optimal_(without, BATCHES, loss)
+    got = locally_optimal_(with_dropout, (ids for ids in BATCHES), loss)
+    for a, b in zip(expected, got, strict=True):
+        assert torch.equal(a.point().dense(), b.point().dense())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_stays_on_and_changes_no_number(reentrant):
+    plain, checkpointed = (with_lora(tiny_llama(), r=RANK) for _ in range(2))
+    checkpointed.enable_input_require_grads()
+    checkpointed.base_model.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    forwards = 0
+
+    def count(*_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    checkpointed.base_model.model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(count)
+    expected, got = (locally_optimal_(model.train(), BATCHES, loss) for model in (plain, checkpointed))
+    assert forwards == 2 * 4 * len(BATCHES)  # each of the 4 passes runs it again in backward
+    for a, b in zip(expected, got, strict=True):
+        assert relative(b.point().dense(), a.point().dense()) < 1e-4
+
+
+def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
+    """The largest number of bytes that autograd held at once for `run`, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, int] = {}
+    counts: dict[int, int] = {}
+    worst = 0
+
+    class Saved:
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal worst
+            self.tensor, storage = tensor, tensor.untyped_storage()
+            self.key = storage.data_ptr()
+            counts[self.key] = counts.get(self.key, 0) + 1
+            held[self.key] = 0 if self.key in own else storage.nbytes()
+            worst = max(worst, sum(held.values()))
+
+        def __del__(self) -> None:
+            counts[self.key] -= 1
+            if not counts[self.key]:
+                del held[self.key]
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        run()
+    return worst
+
+
+@pytest.mark.parametrize("start", ["offset", "zero"])
+def test_the_probe_keeps_no_more_than_a_training_step(start, folder):
+    model = with_lora(load_nf4(folder), r=RANK)
+    ids = token_batch(rows=8, length=48)
+    model.train()
+    # The widest basis there can be, 64 columns in layers of 64. Its product with the input, kept for each token, would make
+    # the probe half as large again.
+    probe = saved_bytes(model, lambda: locally_optimal_(model, [ids], loss, start=start, oversampling=56))
+    model.zero_grad()
+    training = saved_bytes(model, lambda: loss(model, ids).backward())
+    assert training > 8 * 48 * 64 * 4 * 14  # at least an input a layer
+    assert probe <= 1.15 * training  # the bound of the issue
