@@ -1,0 +1,1 @@
+"""Talking to an adapter or a merged model in a terminal."""

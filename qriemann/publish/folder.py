@@ -1,0 +1,221 @@
+"""What a folder that was trained or merged into holds, read tolerantly: every part but the model may be missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from qriemann.errors import InputError
+
+CURVE = "loss.png"
+PROOF = "merge_report.json"
+# The recipe's demo writes its answers here; the only file so far that holds samples.
+_SAMPLES = "quickstart.json"
+
+# What a person asks for first; the full list is in `run.json`.
+_MAIN_SETTINGS = (
+    "method",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "start",
+    "alpha",
+    "init",
+    "momentum",
+    "weight_decay",
+    "quantize",
+    "loss_on",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder and what its files say.
+
+    Attributes:
+        kind: a LoRA adapter, a whole (merged) model, or a run that left neither yet.
+        base: the model it was made from, as it was named when it was made; None if nothing says so.
+        config: `adapter_config.json` or `config.json`.
+        run: `run.json`.
+        metrics: one mapping a log event.
+        proof: `merge_report.json`.
+        samples: answers before and after training, each with question, right, before, after.
+        scores: (name, before, after) of what was measured on held-out rows.
+    """
+
+    path: Path
+    kind: Literal["adapter", "model", "run"]
+    base: str | None
+    config: dict[str, Any]
+    run: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    proof: dict[str, Any]
+    samples: list[dict[str, str]]
+    scores: list[tuple[str, float, float]]
+    curve: Path | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting of the run."""
+        return _mapping(self.run.get("config"))
+
+    @property
+    def written_settings(self) -> dict[str, Any]:
+        """The settings that the user wrote; of a run that does not say which, the main ones."""
+        keys = self.run.get("written") or [key for key in _MAIN_SETTINGS if self.settings.get(key) is not None]
+        return {key: self.settings[key] for key in keys if key in self.settings}
+
+    @property
+    def main_settings(self) -> dict[str, Any]:
+        """The settings that a person asks for first."""
+        return {key: self.settings[key] for key in _MAIN_SETTINGS if self.settings.get(key) is not None}
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What the run measured at its end."""
+        return _mapping(self.run.get("result"))
+
+
+def read_folder(folder: str | os.PathLike[str], *, run: str | os.PathLike[str] | None = None) -> ModelFolder:
+    """The content of a folder.
+
+    Args:
+        folder: an adapter, a merged model, or the output folder of a run.
+        run: the folder of the training, where it is another: a merged model has no records of its own.
+
+    Raises:
+        InputError: there is no such folder, or nothing of ours or PEFT's in it.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise InputError(
+            f"the folder must hold an adapter, a merged model or a run, got {path}, which is none; check the path"
+        )
+    records = path if run is None else Path(run).expanduser()
+    run_json = read_json(records / "run.json")
+    if run is not None and not run_json:
+        raise InputError(
+            f"run must be the folder of a training, got {records} without a readable run.json; check the path"
+        )
+    adapter, model = read_json(path / "adapter_config.json"), read_json(path / "config.json")
+    if not (adapter or model or run_json):
+        inner = sorted(found.parent.name for found in path.glob("*/config.json"))
+        hint = f"; {inner[0]} in it is one" if inner else "; check the path"
+        raise InputError(
+            f"the folder must hold an adapter, a merged model or a run, got {path}, which has neither{hint}"
+        )
+    proof = read_json(path / PROOF)
+    trained_on = _mapping(run_json.get("model")).get("name_or_path")
+    demo = read_json(records / _SAMPLES)
+    return ModelFolder(
+        path=path,
+        kind="adapter" if adapter else "model" if model else "run",
+        base=adapter.get("base_model_name_or_path") or trained_on or proof.get("base"),
+        config=adapter or model,
+        run=run_json,
+        metrics=_read_lines(records / "metrics.jsonl"),
+        proof=proof,
+        samples=[sample for sample in demo.get("samples", []) if isinstance(sample, dict)],
+        scores=_scores(_mapping(run_json.get("result")), demo),
+        curve=records / CURVE if (records / CURVE).is_file() else None,
+    )
+
+
+def curve(metrics: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of every log event that has a finite value under the key."""
+    pairs = [(record.get("step"), record.get(key)) for record in metrics]
+    return [
+        (int(step), float(value))
+        for step, value in pairs
+        if isinstance(step, int) and isinstance(value, int | float) and math.isfinite(value)
+    ]
+
+
+def proof_rows(proof: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The comparison of merged models with the trained one: a head, the yardstick, and a row for each base."""
+    merged = [entry for entry in proof.get("merged", []) if isinstance(entry, dict)]
+    if not merged:
+        return []
+    named: list[tuple[str, Mapping[str, Any], str]] = [("untrained base", proof.get("untrained_base") or {}, "")]
+    for entry in merged:
+        verdict = "accepted" if entry.get("accepted") else f"rejected: {'; '.join(map(str, entry.get('reasons', [])))}"
+        named.append((f"{entry.get('into')}, {entry.get('dtype')}", entry, verdict))
+    rows: list[tuple[str, ...]] = [("model", "mean KL", "worst KL", "same top token", "held-out loss", "verdict")]
+    for name, figures, verdict in named:
+        cells = [
+            form.format(figures[key]) if isinstance(figures.get(key), int | float) else ""
+            for key, form in (
+                ("mean_kl", "{:.2e}"),
+                ("worst_kl", "{:.2e}"),
+                ("top_agreement", "{:.2%}"),
+                ("loss", "{:.4f}"),
+            )
+        ]
+        rows.append((name, *cells, verdict))
+    return rows
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the name is OWNER/NAME of a Hub repository rather than something on this machine."""
+    if name.count("/") != 1 or Path(name).expanduser().exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.endswith((".gguf", ".jsonl", ".json", ".csv", ".parquet"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in the file; an empty one if there is none that can be read."""
+    try:
+        return _mapping(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(_mapping(json.loads(line)))
+        # The last line of a run that crashed.
+        except ValueError:
+            continue
+    return records
+
+
+def _scores(result: Mapping[str, Any], demo: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    pairs = [("held-out loss (nats a token)", result.get("eval_loss_before"), result.get("eval_loss"))]
+    match = _mapping(demo.get("exact_match"))
+    pairs.append(("exact match", match.get("before"), match.get("after")))
+    return [
+        (name, float(before), float(after))
+        for name, before, after in pairs
+        if isinstance(before, int | float) and isinstance(after, int | float)
+    ]
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
