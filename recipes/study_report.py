@@ -1,0 +1,185 @@
+"""The tables and plots of a study, from its `runs.jsonl` alone; see study.py."""
+
+import itertools
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RUNS, TABLE = "runs.jsonl", "report.md"
+_REFERENCE = "adamw"
+# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+_NEAR_BEST = 1.01
+
+Run = dict[str, Any]
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """The runs of a folder, each once; a last line that a crash left unfinished is skipped."""
+    path = folder / RUNS
+    runs: dict[str, Run] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            run = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        runs[run["key"]] = run
+    return list(runs.values())
+
+
+def best_rate(runs: Iterable[Run]) -> float:
+    """The learning rate with the lowest validation loss; a loss that is not finite never wins."""
+    return min(runs, key=lambda run: _order(run["validation_loss"]))["lr"]
+
+
+def _order(loss: float | None) -> float:
+    return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
+def sensitivity(runs: Iterable[Run]) -> float:
+    """How far apart two learning rates can lie whose validation loss is within 1 % of the best, as a ratio.
+
+    Between two measured rates the loss is taken as linear in the logarithm of the rate.
+    """
+    points = sorted((math.log(run["lr"]), _order(run["validation_loss"])) for run in runs)
+    bound = _NEAR_BEST * min(loss for _, loss in points)
+    inside = [x for x, loss in points if loss <= bound]
+    edges = [min(inside), max(inside)]
+    for (x, loss), (y, other) in itertools.pairwise(points):
+        if (loss <= bound) != (other <= bound) and math.isfinite(loss) and math.isfinite(other):
+            crossing = x + (y - x) * (bound - loss) / (other - loss)
+            edges = [min(edges[0], crossing), max(edges[1], crossing)]
+    return math.exp(edges[1] - edges[0])
+
+
+def steps_to_reach(run: Run, loss: float) -> float | None:
+    """Steps until the validation loss is down to `loss`, linear between evaluations; None if it never is."""
+    before: tuple[float, float] | None = None
+    for step, value in run["validation"]:
+        if value <= loss:
+            if before is None or before[1] == value:
+                return float(step)
+            return before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - value)
+        before = step, value
+    return None
+
+
+def paired(ours: dict[int, float], reference: dict[int, float]) -> tuple[float, float] | None:
+    """Mean difference over the seeds that both have, and half the width of its 95 % interval (Student's t)."""
+    differences = [ours[seed] - reference[seed] for seed in ours.keys() & reference.keys()]
+    if len(differences) < 2:
+        return None
+    half = _T[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.mean(differences), half
+
+
+def table(runs: list[Run], task: str) -> str:
+    """A Markdown table of one task, best test loss first."""
+    tested: dict[str, list[Run]] = defaultdict(list)
+    searched: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        if run["task"] == task:
+            (tested if run["test"] else searched)[run["arm"]].append(run)
+    reference = {run["seed"]: run["test"]["loss"] for run in tested.get(_REFERENCE, [])}
+    goals = {run["seed"]: run["validation_loss"] for run in tested.get(_REFERENCE, [])}
+    header = (
+        "| arm | lr | test loss | minus adamw, paired 95 % | exact match | steps to adamw's loss | lr range within 1 % | "
+        "optimizer ms | s | runs |"
+    )
+    lines = [header, "|---|---|---|---|---|---|---|---|---|---|"]
+    for arm in sorted(tested, key=lambda name: statistics.mean(_order(run["test"]["loss"]) for run in tested[name])):
+        group = tested[arm]
+        losses = {run["seed"]: run["test"]["loss"] for run in group}
+        gap = paired(losses, reference) if arm != _REFERENCE else None
+        right, rows = (sum(run["test"][key] for run in group) for key in ("right", "rows"))
+        reached = [
+            (steps_to_reach(run, goals[run["seed"]]), run["values"]["max_steps"])
+            for run in group
+            if run["seed"] in goals
+        ]
+        cells = [
+            arm,
+            f"{group[0]['lr']:g}",
+            _spread(list(losses.values())),
+            "" if gap is None else f"{gap[0]:+.3f} ± {gap[1]:.3f}",
+            f"{right / rows:.0%}",
+            _reached(reached),
+            f"{sensitivity(searched[arm]):.1f}x" if searched[arm] else "",
+            f"{statistics.median(run['optimizer_ms'] for run in group):.0f}",
+            f"{statistics.median(run['wall_clock_s'] for run in group):.0f}",
+            str(len(group)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def _reached(found: list[tuple[float | None, int]]) -> str:
+    steps = [step / total for step, total in found if step is not None]
+    if not found:
+        return ""
+    if len(steps) < len(found):
+        return f"not reached by {len(found) - len(steps)} of {len(found)}"
+    return f"{statistics.mean(steps):.2f} of them"
+
+
+def write_report(folder: Path) -> str:
+    """Writes report.md and the plots into the folder and returns the report's text."""
+    runs = read_runs(folder)
+    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    parts = []
+    for task in tasks:
+        searched = sum(run["task"] == task and not run["test"] for run in runs)
+        parts.append(f"## {task}\n\n{table(runs, task)}\n\n{searched} runs chose the learning rates.")
+        _plot(runs, task, folder / f"{task}.png")
+    text = "\n\n".join(parts) + "\n"
+    (folder / TABLE).write_text(text, encoding="utf-8")
+    return text
+
+
+def _plot(runs: list[Run], task: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    by_rate, by_tokens, by_time = figure.subplots(1, 3)
+    chosen = [run for run in runs if run["task"] == task]
+    for index, arm in enumerate(dict.fromkeys(run["arm"] for run in chosen)):
+        style = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--", "label": arm}
+        searched = sorted(
+            (run["lr"], run["validation_loss"]) for run in chosen if run["arm"] == arm and not run["test"]
+        )
+        if searched:
+            by_rate.plot(*zip(*searched, strict=True), marker="o", markersize=3, **style)
+        tested = [run for run in chosen if run["arm"] == arm and run["test"]]
+        if not tested:
+            continue
+        curve = _mean_curve([run["validation"] for run in tested])
+        run = tested[0]
+        for axes, total in (
+            (by_tokens, statistics.mean(r["tokens"] for r in tested)),
+            (by_time, statistics.mean(r["wall_clock_s"] for r in tested)),
+        ):
+            axes.plot([step / run["values"]["max_steps"] * total for step, _ in curve], [v for _, v in curve], **style)
+    by_rate.set_xscale("log")
+    for axes, label in ((by_rate, "learning rate, first seed"), (by_tokens, "tokens"), (by_time, "wall clock, s")):
+        axes.set_xlabel(label)
+        axes.set_ylabel("validation loss (nats a token)")
+        axes.grid(visible=True, alpha=0.3)
+    by_rate.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def _mean_curve(curves: list[list[list[float]]]) -> list[tuple[float, float]]:
+    by_step: dict[float, list[float]] = defaultdict(list)
+    for curve in curves:
+        for step, value in curve:
+            by_step[step].append(value)
+    return [(step, statistics.mean(values)) for step, values in sorted(by_step.items()) if len(values) == len(curves)]
