@@ -69,6 +69,7 @@ def prepare(
     seed: int = 0,
     num_proc: int | None = None,
     max_held_out: int | None = None,
+    allow_untrained: bool = False,
 ) -> TokenizedData:
     """Tokens and labels of the training rows and the held-out ones.
 
@@ -83,15 +84,16 @@ def prepare(
         seed: of the choice of held-out rows.
         num_proc: processes that tokenize.
         max_held_out: upper bound of the rows that a share `eval_size` holds out.
+        allow_untrained: leave rows without a trained token out, with a notice, instead of refusing them.
 
     Raises:
         InputError: for rows without usable columns, an empty turn, a row with no trained token, a template that does not fit.
     """
     notices: list[str] = []
     row_format = recognize(train, text_field)
-    tokens = _tokenize(train, tokenizer, loss_on, text_field, max_length, num_proc, notices)
+    tokens = _tokenize(train, tokenizer, loss_on, text_field, max_length, num_proc, notices, allow_untrained)
     if held_out is not None:
-        kept = _tokenize(held_out, tokenizer, loss_on, text_field, max_length, num_proc, notices)
+        kept = _tokenize(held_out, tokenizer, loss_on, text_field, max_length, num_proc, notices, allow_untrained)
         return TokenizedData(tokens, kept, row_format, notices)
     count = round(eval_size * len(tokens)) if eval_size < 1 else int(eval_size)
     count = max(count, 1) if eval_size > 0 else 0
@@ -164,6 +166,7 @@ def _tokenize(
     max_length: int | None,
     num_proc: int | None,
     notices: list[str],
+    allow_untrained: bool,
 ) -> Dataset:
     row_format = recognize(source, text_field)
     if row_format == "input_ids":
@@ -195,10 +198,13 @@ def _tokenize(
             f"{straddling} of {len(examples)} rows of {source.name} start a turn inside a token of the prompt; that token is "
             "trained"
         )
-    return _drop_untrained(source, examples.select_columns(["input_ids", "labels"]), max_length, notices)
+    examples = examples.select_columns(["input_ids", "labels"])
+    return _drop_untrained(source, examples, max_length, notices, allow_untrained)
 
 
-def _drop_untrained(source: Source, examples: Dataset, max_length: int | None, notices: list[str]) -> Dataset:
+def _drop_untrained(
+    source: Source, examples: Dataset, max_length: int | None, notices: list[str], allow_untrained: bool
+) -> Dataset:
     """The rows with a trained token; raises if a row never had one, gives notice of those that truncation leaves bare."""
     bare, cut, truncated = [], [], 0
     for index, labels in enumerate(_label_rows(examples)):
@@ -209,10 +215,10 @@ def _drop_untrained(source: Source, examples: Dataset, max_length: int | None, n
         elif max_length is not None and trained[0] + 1 >= max_length:
             cut.append(index)
         truncated += max_length is not None and len(labels) > max_length
-    if bare:
+    if bare and (not allow_untrained or len(bare) == len(examples)):
         raise InputError(
             f"every row of {source.name} must have a token to train on, got {len(bare)} of {len(examples)} rows with every "
-            f"token masked: {_rows(bare)}; remove them, or set loss_on: all"
+            f"token masked: {_rows(bare)}; remove them, set loss_on: all, or --allow no-trained-token to leave them out"
         )
     if len(cut) == len(examples):
         raise InputError(
@@ -221,13 +227,16 @@ def _drop_untrained(source: Source, examples: Dataset, max_length: int | None, n
         )
     if truncated:
         notices.append(f"{truncated} of {len(examples)} rows of {source.name} are cut at max_length {max_length}")
-    if not cut:
+    if bare:
+        notices.append(f"{len(bare)} of {len(examples)} rows of {source.name} have no trained token and are left out")
+    if not cut and not bare:
         return examples
-    notices.append(
-        f"{len(cut)} of {len(examples)} rows of {source.name} have no trained token within max_length {max_length} and are "
-        f"left out: {_rows(cut)}"
-    )
-    dropped = set(cut)
+    if cut:
+        notices.append(
+            f"{len(cut)} of {len(examples)} rows of {source.name} have no trained token within max_length {max_length} and "
+            f"are left out: {_rows(cut)}"
+        )
+    dropped = {*cut, *bare}
     return examples.select([index for index in range(len(examples)) if index not in dropped])
 
 

@@ -5,7 +5,7 @@ broken, which splits there are, that the Hub was not reached.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def load_sources(
     train_split: str = "train",
     test_split: str | None = None,
     eval_name: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[Source, Source | None]:
     """The training rows, and the held-out rows where the dataset or a second one brings them.
 
@@ -44,29 +45,38 @@ def load_sources(
         train_split: the split to train on; a file is one split, called train.
         test_split: the split to hold out; None takes test, validation or eval where one exists.
         eval_name: a second dataset or file to hold out, instead of a split.
+        columns: new names of columns, by their old ones.
 
     Raises:
         InputError: if it does not exist, cannot be reached or read, lacks the split, or the split is empty.
     """
     splits = _load(name, config)
-    train = _pick(splits, train_split, name, key="dataset_train_split")
+    train = _pick(splits, train_split, name, "dataset_train_split", columns)
     if eval_name is not None:
         held_out_splits = _load(eval_name, config)
         # A file is one split, whatever it is for.
         fallback = test_split or next((split for split in _HELD_OUT_SPLITS if split in held_out_splits), "train")
-        return train, _pick(held_out_splits, fallback, eval_name, key="dataset_test_split")
+        return train, _pick(held_out_splits, fallback, eval_name, "dataset_test_split", columns)
     wanted = test_split or next((split for split in _HELD_OUT_SPLITS if split in splits), None)
     if wanted is None or wanted == train_split:
         return train, None
-    return train, _pick(splits, wanted, name, key="dataset_test_split")
+    return train, _pick(splits, wanted, name, "dataset_test_split", columns)
 
 
-def _pick(splits: DatasetDict, split: str, name: str, *, key: str) -> Source:
+def _pick(splits: DatasetDict, split: str, name: str, key: str, columns: Mapping[str, str] | None) -> Source:
     if split not in splits:
         raise InputError(f"{key} must be a split of {name}, got {split!r}; its splits are {', '.join(splits)}")
     rows = splits[split]
     if len(rows) == 0:
         raise InputError(f"split {split!r} of {name} must hold at least one row, got an empty split; check the dataset")
+    for old, new in (columns or {}).items():
+        if old not in rows.column_names:
+            raise InputError(
+                f"dataset_columns must name columns of {name}, got {old!r}; its columns are {', '.join(rows.column_names)}"
+            )
+        # What bears the name already is not what is meant.
+        rows = rows.remove_columns(new) if new in rows.column_names else rows
+        rows = rows.rename_column(old, new)
     return Source(rows, f"{name} ({split})")
 
 

@@ -135,6 +135,15 @@ def test_a_missing_file_an_odd_suffix_and_an_unknown_split_are_named(tmp_path, w
         load_sources(str(write_rows(chat_rows(1))), test_split="dev")
 
 
+def test_columns_can_be_renamed_to_what_is_recognized(write_rows, tokenizer):
+    path = write_rows([{"question": q, "solution": a, "output": "?"} for q, a in ROWS])
+    renamed = prepare(*load_sources(str(path), columns={"question": "instruction", "solution": "output"}), tokenizer)
+    expected = tokens_of(write_rows(as_formats()["alpaca"], "alpaca.jsonl"), tokenizer)
+    assert renamed.train["input_ids"][:] == expected.train["input_ids"][:]
+    with pytest.raises(InputError, match="'answer'; its columns are question, solution, output"):
+        load_sources(str(path), columns={"answer": "output"})
+
+
 def test_conversations_need_a_chat_template():
     source = Source(Dataset.from_list(chat_rows(1)), "rows")
     with pytest.raises(InputError, match="chat_template_path"):
