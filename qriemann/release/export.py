@@ -1,0 +1,159 @@
+"""`export`: a smaller plain adapter, the best approximation of each layer's change at a lower rank."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils import load_peft_weights
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qriemann.errors import InputError
+from qriemann.release import reload, report
+from qriemann.release.adapter import LoraFactors, read_adapter
+from qriemann.release.folder import check_output, move_into_place, written_or_nothing
+from qriemann.release.proof import Verdict, record
+from qriemann.release.quiet import quiet_upstream
+from qriemann.release.spectrum import small_core
+from qriemann.release.trained import load_trained
+from qriemann.training.records import write_json
+
+REPORT = "export_report.json"
+
+# Accepted by default: a tenth of the divergence between the untrained base and the trained model, or what float32 rounds.
+_KL_SHARE, _KL_FLOOR = 0.1, 1e-5
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What `export` left behind.
+
+    Attributes:
+        folder: the adapter; ends in `.rejected` if the proof failed.
+        accepted: whether it passed.
+        report: the content of `export_report.json`.
+    """
+
+    folder: Path
+    accepted: bool
+    report: dict[str, Any]
+
+
+def truncate(layer: LoraFactors, rank: int) -> tuple[LoraFactors, float, float]:
+    """The best approximation of scaling B A at the rank, and the Frobenius norms of what is lost and of the whole.
+
+    The scaling goes into the factors, which are balanced: B^T B = A A^T.
+
+    Cost: O((m + n) r^2); scaling B A itself is never formed.
+    """
+    (left, sigma, right) = small_core(layer)
+    kept = sigma[:rank]
+    b, a = left[:, :rank] * kept.sqrt(), (right[:, :rank] * kept.sqrt()).mT
+    return LoraFactors(b.float(), a.float(), 1.0), sigma[rank:].norm().item(), sigma.norm().item()
+
+
+def export(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    rank: int,
+    base: str | None = None,
+    revision: str | None = None,
+    data: str | None = None,
+    max_kl: float | None = None,
+    console: Console | None = None,
+) -> ExportResult:
+    """Writes the adapter at a lower rank and compares it with the whole one on the 4-bit base.
+
+    Args:
+        adapter: a folder with a plain LoRA adapter.
+        out: a folder that is empty or does not exist.
+        rank: of every layer that has more.
+        base, revision, data, console: as in `merge`.
+        max_kl: largest mean KL to the whole adapter that is accepted, nats a token; None is a tenth of the untrained
+            base's.
+
+    Raises:
+        InputError: as in `merge`, or for a rank below 1 or not below the adapter's.
+    """
+    console = console or Console(quiet=True)
+    out = Path(out).expanduser()
+    check_output(out)
+    saved = read_adapter(adapter)
+    largest = max(layer.a.shape[0] for layer in saved.layers.values())
+    if not 1 <= rank < largest:
+        raise InputError(f"rank must be from 1 to {largest - 1}, below the adapter's {largest}, got {rank}")
+    if max_kl is not None and not max_kl >= 0:
+        raise InputError(f"max_kl must be a number of nats >= 0, got {max_kl}")
+    truncated = {name: truncate(layer, rank) for name, layer in saved.layers.items()}
+    lost = {name: error / max(norm, 1e-30) for name, (_, error, norm) in truncated.items()}
+    total = math.sqrt(
+        sum(e**2 for _, e, _ in truncated.values()) / max(sum(n**2 for *_, n in truncated.values()), 1e-60)
+    )
+    worst = max(lost, key=lambda name: lost[name])
+    console.print(
+        f"Rank {rank} instead of {largest}: the change of the weights loses {total:.2%} of its norm, at most "
+        f"{lost[worst]:.2%} in a layer ({worst})",
+        highlight=False,
+    )
+
+    partial = out.with_name(f"{out.name}.partial")
+    with quiet_upstream(console), written_or_nothing(partial):
+        trained = load_trained(saved, base, revision, console)
+        rows = trained.proof_rows(data, console)
+        _write(partial, saved.folder, _config(saved.config, truncated, rank), truncated)
+        trained.tokenizer.save_pretrained(partial)
+        with tempfile.TemporaryDirectory(dir=partial) as scratch:
+            console.print(f"Comparing on {rows.source}, {rows.tokens} tokens ...", highlight=False)
+            recording = record(trained, rows, Path(scratch) / "recorded.safetensors")
+            # From the files just written, by PEFT.
+            trained.peft.load_adapter(str(partial), "truncated")
+            trained.peft.set_adapter("truncated")
+            found = reload.differences(trained.peft.eval(), rows.rows, recording.path)
+        untrained = recording.untrained
+        bound = max(_KL_FLOOR, _KL_SHARE * untrained["mean_kl"]) if max_kl is None else max_kl
+        reasons = []
+        if not found["mean_kl"] <= bound:
+            reasons.append(f"mean KL to the whole adapter is {found['mean_kl']:.2e} nats a token, above {bound:.0e}")
+        verdict = Verdict(f"rank {rank}", "float32", bound, found, (total, "all layers"), reasons)
+        content = {
+            **report.describe(trained.base, saved, rows, untrained),
+            "merged": [verdict.as_dict()],
+            "relative_error": {"total": total, "layers": lost},
+            "accepted": verdict.accepted,
+        }
+        write_json(partial / REPORT, content)
+        folder = out if verdict.accepted else out.with_name(f"{out.name}.rejected")
+        move_into_place(partial, folder)
+    console.print(report.table(content))
+    for reason in reasons:
+        console.print(f"rejected: {reason}; a higher --rank loses less", highlight=False)
+    return ExportResult(folder, verdict.accepted, content)
+
+
+def _config(config: LoraConfig, truncated: dict[str, tuple[LoraFactors, float, float]], rank: int) -> LoraConfig:
+    """alpha = r everywhere, because the scaling is in the factors; layers that had a lower rank keep it."""
+    lower = {name: layer.a.shape[0] for name, (layer, *_) in truncated.items() if layer.a.shape[0] < rank}
+    config = copy.deepcopy(config)
+    config.r, config.lora_alpha, config.use_rslora = rank, rank, False
+    config.rank_pattern, config.alpha_pattern = dict(lower), dict(lower)
+    return config
+
+
+def _write(
+    folder: Path, source: Path, config: LoraConfig, truncated: dict[str, tuple[LoraFactors, float, float]]
+) -> None:
+    tensors: dict[str, Tensor] = load_peft_weights(str(source), device="cpu")
+    for name, (layer, *_) in truncated.items():
+        for side, factor in (("A", layer.a), ("B", layer.b)):
+            tensors[f"base_model.model.{name}.lora_{side}.weight"] = factor
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    config.inference_mode = True
+    config.save_pretrained(str(folder))

@@ -1,0 +1,89 @@
+"""The trained model: the 4-bit base with the adapter, as PEFT computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from qriemann.adapters.base import load_base
+from qriemann.release.adapter import SavedAdapter
+from qriemann.release.rows import Rows, load_rows
+from qriemann.release.weights import Dequantized
+
+_MAX_LENGTH, _MAX_TOKENS = 1024, 2048
+_RECORDED_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The 4-bit base with its adapter, and what was taken from the base before PEFT wrapped it."""
+
+    base: str
+    revision: str | None
+    model: PreTrainedModel
+    peft: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter: SavedAdapter
+    dequantized: Dequantized
+    lora_layers: dict[str, Any]
+    untrained_biases: dict[str, Tensor]
+
+    def added(self, module: str) -> Tensor:
+        """What PEFT adds to a layer's weight, in float32."""
+        return self.lora_layers[module].get_delta_weight("default").float()
+
+    @contextmanager
+    def untrained(self) -> Iterator[PeftModel]:
+        """Within the block, the model without what was trained; PEFT's own switch leaves trained biases in place."""
+        biases = {name: self.dequantized[name] for name in self.untrained_biases}
+        trained = {name: bias.clone() for name, bias in biases.items()}
+        try:
+            for name, bias in biases.items():
+                bias.copy_(self.untrained_biases[name])
+            with self.peft.disable_adapter():
+                yield self.peft
+        finally:
+            for name, bias in biases.items():
+                bias.copy_(trained[name])
+
+    def proof_rows(self, data: str | None, console: Console) -> Rows:
+        """The rows of a proof: few enough that their logits fit into half a gigabyte, whatever the vocabulary."""
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        budget = min(_MAX_TOKENS, _RECORDED_BYTES // (4 * vocabulary))
+        rows = load_rows(data, self.tokenizer, max_length=_MAX_LENGTH, max_tokens=budget)
+        for notice in rows.notices:
+            console.print(f"note: {notice}", highlight=False)
+        return rows
+
+
+def load_trained(
+    saved: SavedAdapter, base: str | None, revision: str | None, console: Console, *, dtype: str | None = "float32"
+) -> Trained:
+    """The 4-bit base with the adapter, in eval mode.
+
+    Args:
+        base, revision: instead of those that the adapter names.
+        dtype: as `load_base` takes it. A proof computes in float32, so that what it finds is not the computation's rounding.
+
+    Raises:
+        InputError: the base cannot be had, or the adapter does not fit it.
+    """
+    name = saved.base(base)
+    revision = revision or (saved.config.revision if base is None else None)
+    console.print(f"Loading {name} in 4 bit ...", highlight=False)
+    model, tokenizer = load_base(name, dtype=dtype, revision=revision)
+    saved.check_fits(model, name)
+    if (saved.folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(str(saved.folder))
+    dequantized = Dequantized(model)
+    untrained = {name: dequantized[name].clone() for name in saved.replaced if name.endswith(".bias")}
+    peft = PeftModel.from_pretrained(model, str(saved.folder)).eval()
+    lora_layers = {layer: peft.get_submodule(f"base_model.model.{layer}") for layer in saved.layers}
+    return Trained(name, revision, model, peft, tokenizer, saved, dequantized, lora_layers, untrained)

