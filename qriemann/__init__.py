@@ -11,8 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qriemann.adapters.attach import attach
     from qriemann.adapters.base import load_base
+    from qriemann.adapters.loi import locally_optimal_
     from qriemann.errors import InputError, MissingExtraError
     from qriemann.optim.riemannion import Riemannion
+    from qriemann.optim.riemannlora import RiemannLoRA
+    from qriemann.optim.scaled import ScaledAdamW, ScaledGD
+    from qriemann.publish.push import push
+    from qriemann.publish.report import write_report
+    from qriemann.release.evaluate import evaluate
+    from qriemann.release.export import export
+    from qriemann.release.merge import merge
+    from qriemann.release.spectrum import inspect
+    from qriemann.training.checkpoints import newest_checkpoint
+    from qriemann.training.loi import LocallyOptimalInit
+    from qriemann.training.protect import protect
     from qriemann.training.run import train
     from qriemann.training.seam import FixedRankCallback, for_trainer
 
@@ -21,23 +33,49 @@ __version__ = "0.1.0"
 _HOME = {
     "FixedRankCallback": "qriemann.training.seam",
     "InputError": "qriemann.errors",
+    "LocallyOptimalInit": "qriemann.training.loi",
     "MissingExtraError": "qriemann.errors",
+    "RiemannLoRA": "qriemann.optim.riemannlora",
     "Riemannion": "qriemann.optim.riemannion",
+    "ScaledAdamW": "qriemann.optim.scaled",
+    "ScaledGD": "qriemann.optim.scaled",
     "attach": "qriemann.adapters.attach",
+    "evaluate": "qriemann.release.evaluate",
+    "export": "qriemann.release.export",
     "for_trainer": "qriemann.training.seam",
+    "inspect": "qriemann.release.spectrum",
     "load_base": "qriemann.adapters.base",
+    "locally_optimal_": "qriemann.adapters.loi",
+    "merge": "qriemann.release.merge",
+    "newest_checkpoint": "qriemann.training.checkpoints",
+    "protect": "qriemann.training.protect",
+    "push": "qriemann.publish.push",
     "train": "qriemann.training.run",
+    "write_report": "qriemann.publish.report",
 }
 
 __all__ = [
     "FixedRankCallback",
     "InputError",
+    "LocallyOptimalInit",
     "MissingExtraError",
+    "RiemannLoRA",
     "Riemannion",
+    "ScaledAdamW",
+    "ScaledGD",
     "attach",
+    "evaluate",
+    "export",
     "for_trainer",
+    "inspect",
     "load_base",
+    "locally_optimal_",
+    "merge",
+    "newest_checkpoint",
+    "protect",
+    "push",
     "train",
+    "write_report",
 ]
 
 

@@ -1,10 +1,11 @@
 """The command line: `qriemann COMMAND ...`; every command is a thin call of the library function of its name.
 
-Exit status 0 for success, 2 for something the user can mend (one line says what), 130 for Ctrl-C; a bug keeps its
-traceback. torch and TRL are imported when a command runs, so that `qriemann --help` answers at once.
+Exit status 0 for success, 2 for something the user can mend (one line says what), 130 for Ctrl-C, 143 for SIGTERM; a bug
+keeps its traceback. torch and TRL are imported when a command runs, so that `qriemann --help` answers at once.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -62,9 +63,9 @@ def reporting(run: Callable[[], int], *, debug: bool = False) -> int:
             raise
         print(f"qriemann: {name} must be installed for this, got no such module; pip install {name}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("qriemann: interrupted", file=sys.stderr)
-        return 130
+        return getattr(error, "exit_status", 130)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,7 +76,18 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
-    for add in (_add_train,):
+    for add in (
+        _add_train,
+        _add_plan,
+        _add_merge,
+        _add_export,
+        _add_eval,
+        _add_inspect,
+        _add_chat,
+        _add_report,
+        _add_push,
+        _add_check,
+    ):
         add(commands)
     return parser
 
@@ -92,7 +104,9 @@ def _command(
 def _add_train(commands: Any) -> None:
     parser = _command(commands, "train", _train, "train an adapter as a YAML file says", takes_pairs=True)
     parser.add_argument("file", nargs="?", metavar="FILE.yaml", help="the settings; --key value overrides them")
-    parser.add_argument("--help-keys", action="store_true", help="list the keys of this project; SFTConfig's are taken too")
+    parser.add_argument(
+        "--help-keys", action="store_true", help="list the keys of this project; SFTConfig's are taken too"
+    )
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -105,6 +119,44 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.file is None:
         raise InputError("train must be followed by a YAML file, got none; see qriemann train --help")
     return run_training(arguments.file, arguments.pairs)
+
+
+def _add_plan(commands: Any) -> None:
+    text = "say what a run will need, from the model's configuration alone"
+    parser = _command(commands, "plan", _plan, text, takes_pairs=True)
+    parser.add_argument("file", metavar="FILE.yaml", help="the settings; --key value overrides them")
+    parser.add_argument(
+        "--vram", type=float, metavar="GIB", help="memory of the card: what fits it, and what to change"
+    )
+    parser.add_argument("--all-cards", action="store_true", help="the same for the usual sizes of cards")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from qriemann.training.config import load_config
+    from qriemann.training.plan import describe, describe_cards, plan, plan_cards
+
+    config = load_config(arguments.file, arguments.pairs)
+    console = Console()
+    if arguments.all_cards:
+        console.print(describe_cards(plan_cards(config)))
+    else:
+        console.print(describe(plan(config, arguments.vram)))
+
+
+def _add_check(commands: Any) -> None:
+    text = "look at the rows, and take the longest batch through the model on this machine"
+    parser = _command(commands, "check", _check, text, takes_pairs=True)
+    parser.add_argument("file", metavar="FILE.yaml", help="the settings; --key value overrides them")
+    parser.add_argument("--vram", type=float, metavar="GIB", help="memory to keep to, where the card has more")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from qriemann.training.check import check
+    from qriemann.training.config import load_config
+
+    check(load_config(arguments.file, arguments.pairs), arguments.vram)
 
 
 def run_training(path: str | None, pairs: Sequence[str]) -> int:
@@ -127,6 +179,182 @@ def run_training(path: str | None, pairs: Sequence[str]) -> int:
         raise
     # Closes the loggers and the process group, which nothing after this needs.
     result.trainer.end()
+    return 0
+
+
+def _add_merge(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "merge",
+        _merge,
+        "write base and adapter as one model, and prove that it is what was trained (3 if not)",
+    )
+    _add_adapter_arguments(parser, "the merged model: a new folder")
+    parser.add_argument(
+        "--into",
+        nargs="+",
+        default=["nf4-dequantized"],
+        metavar="BASE",
+        help="nf4-dequantized (what training saw; the default), original, nf4; several give a subfolder each",
+    )
+    parser.add_argument("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: float32, or as stored)")
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    console = _console()
+    from qriemann.release.merge import merge
+
+    return _released(
+        merge(into=arguments.into, dtype=arguments.dtype, console=console, **_adapter_arguments(arguments))
+    )
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(commands, "export", _export, "write a smaller adapter, and prove that it is near (3 if not)")
+    _add_adapter_arguments(parser, "the smaller adapter: a new folder")
+    parser.add_argument("--rank", type=int, required=True, metavar="R", help="of every layer that has more")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    console = _console()
+    from qriemann.release.export import export
+
+    return _released(export(rank=arguments.rank, console=console, **_adapter_arguments(arguments)))
+
+
+def _add_adapter_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", help="a folder with a plain LoRA adapter, whoever trained it")
+    parser.add_argument("out", metavar="OUT", help=out)
+    parser.add_argument("--base", metavar="MODEL", help="instead of the base that the adapter names")
+    parser.add_argument("--revision", metavar="REV", help="of a base on the Hub")
+    parser.add_argument("--data", metavar="FILE", help="held-out rows for the proof (default: 32 built-in prompts)")
+    parser.add_argument("--max-kl", type=float, metavar="X", help="largest mean KL that is accepted, nats a token")
+
+
+def _adapter_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("adapter", "out", "base", "revision", "data", "max_kl")}
+
+
+def _console() -> Any:
+    # transformers draws a bar while it reads a GGUF file, and only the environment, read at import, switches that one off.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    from rich.console import Console
+
+    return Console()
+
+
+def _released(result: Any) -> int:
+    if result.accepted:
+        print(result.folder)
+        return 0
+    print(f"qriemann: the proof failed; what was written is left in {result.folder}", file=sys.stderr)
+    return 3
+
+
+def _add_eval(commands: Any) -> None:
+    parser = _command(
+        commands, "eval", _eval, "loss, perplexity and exact match on held-out rows, with 95-percent intervals"
+    )
+    parser.add_argument("model", metavar="DIR", help="an adapter's folder, a model's folder, a Hub id or a .gguf file")
+    parser.add_argument("other", nargs="?", metavar="DIR2", help="a second one, compared row by row")
+    parser.add_argument("data", metavar="DATA", help="rows; those with an `answer` are answered and compared with it")
+    parser.add_argument("--base", metavar="MODEL", help="instead of the base that an adapter names")
+    parser.add_argument("--max-rows", type=int, metavar="N", help="the first N rows")
+    parser.add_argument("--output", metavar="FILE", help="write the figures and answers there, as JSON")
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    import json
+
+    console = _console()
+    from qriemann.release.evaluate import as_dict, evaluate
+
+    given = {name: getattr(arguments, name) for name in ("model", "data", "other", "base", "max_rows")}
+    found = evaluate(console=console, **given)
+    if arguments.output:
+        with open(arguments.output, "w", encoding="utf-8") as file:
+            json.dump([as_dict(evaluation) for evaluation in found], file, indent=2)
+    return 0
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(
+        commands, "inspect", _inspect, "what an adapter does to each layer: singular values, ranks, norms"
+    )
+    parser.add_argument("adapter", metavar="DIR", help="an adapter's folder")
+    parser.add_argument("--base", metavar="MODEL", help="instead of the base that the adapter names")
+    parser.add_argument("--plot", metavar="FILE", help="the picture (default: inspect.png in DIR)")
+    parser.add_argument("--every-layer", action="store_true", help="a line for every layer instead of every kind")
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    console = _console()
+    from qriemann.release.spectrum import inspect
+
+    given = {name: getattr(arguments, name) for name in ("adapter", "base", "plot", "every_layer")}
+    inspect(console=console, **given)
+    return 0
+
+
+def _add_chat(commands: Any) -> None:
+    parser = _command(
+        commands, "chat", _chat, "chat with an adapter or a merged model; /help in it lists what it can do"
+    )
+    parser.add_argument("folder", metavar="DIR", help="the adapter or the model; a pipe may ask, one question a line")
+    parser.add_argument("--base", help="the base model, where not the one that the adapter names")
+    parser.add_argument("--quantize", choices=["nf4", "none"], help="of the base; default: as it was trained")
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt")
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    if sys.stdin.isatty():
+        print(f"loading {arguments.folder} ...", flush=True)
+    from qriemann.chat.session import load_session
+    from qriemann.chat.terminal import chat
+
+    chat(load_session(arguments.folder, base=arguments.base, quantize=arguments.quantize, system=arguments.system))
+    return 0
+
+
+def _add_report(commands: Any) -> None:
+    parser = _command(commands, "report", _report, "write report.html about a run, an adapter or a merged model")
+    parser.add_argument("folder", metavar="DIR", help="the run's folder, where the page goes too")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from qriemann.publish.report import write_report
+
+    print(write_report(arguments.folder))
+    return 0
+
+
+def _add_push(commands: Any) -> None:
+    parser = _command(commands, "push", _push, "upload an adapter or a merged model to the Hub, with its card")
+    parser.add_argument("folder", metavar="DIR", help="the adapter or the model")
+    parser.add_argument("repo", metavar="OWNER/NAME", help="the repository; made if there is none")
+    parser.add_argument("--private", action="store_true", help="make it private; refuse one that others can read")
+    parser.add_argument("--dry-run", action="store_true", help="say what would go up; send and write nothing")
+    parser.add_argument(
+        "--base-id", metavar="OWNER/NAME", help="the base on the Hub, where the adapter names a local one"
+    )
+    parser.add_argument("--run", dest="records", metavar="DIR", help="the training's folder, for a merged model's card")
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from qriemann.publish.push import push
+
+    push(
+        arguments.folder,
+        arguments.repo,
+        private=arguments.private or None,
+        dry_run=arguments.dry_run,
+        base_id=arguments.base_id,
+        run=arguments.records,
+        console=Console(),
+    )
     return 0
 
 

@@ -145,7 +145,10 @@ def read_config(
     except _LOAD_ERRORS as error:
         raise InputError(_explain(name, error)) from error
     known = type(config) in transformers.AutoModelForCausalLM._model_mapping
-    if not (known or "AutoModelForCausalLM" in getattr(config, "auto_map", {})) or config.get_text_config() is not config:
+    if (
+        not (known or "AutoModelForCausalLM" in getattr(config, "auto_map", {}))
+        or config.get_text_config() is not config
+    ):
         raise InputError(
             f"model must be a causal language model of text alone, got {name!r}, which is a {config.model_type}; give the "
             "text model of that family"

@@ -21,6 +21,8 @@ import yaml
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from qriemann.errors import InputError
+from qriemann.training.methods import METHODS
+from qriemann.training.processes import refuse_sharding
 from qriemann.training.values import PUBLIC_TOKEN_KEYS, convert, nearest, redact
 
 # Keys of TRL whose value this project decides: (the only value it accepts, why, what to write instead).
@@ -38,6 +40,11 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "assistant_only_loss": (True, "the labels are built here; use loss_on: assistant or loss_on: all"),
     "completion_only_loss": (True, "the labels are built here; use loss_on: assistant or loss_on: all"),
     "model_init_kwargs": (None, "the model is loaded by qriemann.load_base; use dtype, quantize, attn_implementation"),
+    "fsdp": (
+        None,
+        "FSDP shards the factors, and a step needs both of a layer whole; use accelerate launch --multi_gpu",
+    ),
+    "deepspeed": (None, "DeepSpeed flattens or shards the factors; use accelerate launch --multi_gpu"),
     "optim": (None, "the optimizer is chosen by method; remove the key"),
     "optim_args": (None, "the optimizer is chosen by method; use method_kwargs"),
     "optim_target_modules": (None, "the optimizer is chosen by method; use lora_target_modules"),
@@ -61,6 +68,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "warmup_steps": (0, float("inf"), "at least 0"),
     "max_grad_norm": (0, float("inf"), "at least 0"),
     "seed": (0, 2**32 - 1, "between 0 and 2**32 - 1"),
+    "max_skipped_steps": (0, float("inf"), "at least 0"),
 }
 
 # Keys that mean one thing under two names.
@@ -113,6 +121,9 @@ class DataSettings(ScriptArguments):
     dataset_eval_name: str | None = field(
         default=None, metadata={"help": "A second dataset or file to hold out. Default: see eval_size."}
     )
+    dataset_columns: dict | str | None = field(
+        default=None, metadata={"help": "Columns to rename, as {question: instruction, answer: output}."}
+    )
     eval_size: float = field(
         default=0.05,
         metadata={
@@ -127,15 +138,27 @@ class DataSettings(ScriptArguments):
 class QRiemannConfig:
     """What this project adds to TRL: the method, its start, the loss mask and what to do with an existing folder."""
 
-    method: str = field(default="riemannion", metadata={"help": "The optimizer, a name of qriemann.for_trainer."})
+    method: str = field(
+        default="riemannion", metadata={"help": f"The optimizer: {', '.join(METHODS)}; see qriemann.for_trainer."}
+    )
     start: str = field(
         default="offset",
         metadata={
-            "help": "Where the adapter starts: at alpha I with a frozen offset, or at zero.",
+            "help": "Where an adapter on the manifold starts: at alpha I with a frozen offset, or at zero.",
             "choices": ["offset", "zero"],
         },
     )
     alpha: float = field(default=1.0, metadata={"help": "Size of the offset start: S = alpha I."})
+    init: str = field(
+        default="random",
+        metadata={
+            "help": "The bases at the start: random, or from the gradient (locally optimal initialization).",
+            "choices": ["random", "loi"],
+        },
+    )
+    init_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Further arguments of qriemann.LocallyOptimalInit, as batches."}
+    )
     momentum: float | None = field(default=None, metadata={"help": "Default: the method's."})
     method_kwargs: dict | str | None = field(default=None, metadata={"help": "Further arguments of the method."})
     quantize: str = field(default="nf4", metadata={"help": "The frozen base.", "choices": ["nf4", "none"]})
@@ -144,6 +167,28 @@ class QRiemannConfig:
     )
     resume: str | None = field(
         default=None, metadata={"help": "Continue from the last checkpoint of output_dir, or from a named one."}
+    )
+    allow: list[str] = field(
+        default_factory=list, metadata={"help": "Names of refusals that are meant: as each refusal's message says."}
+    )
+    dry_run: bool = field(
+        default=True, metadata={"help": "Take the longest batch through the model before the first step."}
+    )
+    auto_batch: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure how many rows fit at once; per_device_train_batch_size times gradient_accumulation_steps stay "
+            "the rows of a step."
+        },
+    )
+    max_skipped_steps: int = field(
+        default=10, metadata={"help": "Steps in a row without finite loss and gradient, above which a run stops."}
+    )
+    push: str | None = field(
+        default=None, metadata={"help": "Push the adapter to this Hub repository at the end, OWNER/NAME."}
+    )
+    hub_base_id: str | None = field(
+        default=None, metadata={"help": "The base on the Hub, for a push where model_name_or_path is local."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace the run that output_dir holds."})
     display: str = field(
@@ -159,6 +204,8 @@ _HINTS |= {
     "rank_pattern": dict | None,
     "alpha_pattern": dict | None,
     "method_kwargs": dict | None,
+    "dataset_columns": dict | None,
+    "init_kwargs": dict | None,
 }
 _FIELDS: dict[str, dataclasses.Field] = {item.name: item for group in _GROUPS for item in dataclasses.fields(group)}
 
@@ -232,6 +279,8 @@ def config_from_values(values: Mapping[str, Any]) -> RunConfig:
     _reconcile_quantize(checked)
     groups = {group: {item.name for item in dataclasses.fields(group)} for group in _GROUPS}
     picked = {group: {key: checked[key] for key in names & checked.keys()} for group, names in groups.items()}
+    # Before transformers reads the same variables, and looks for packages.
+    refuse_sharding()
     sft_values = {**_own_defaults(explicit, use_cpu=bool(checked.get("use_cpu"))), **picked[SFTConfig]}
     try:
         sft = SFTConfig(**sft_values)
@@ -256,13 +305,16 @@ def config_from_values(values: Mapping[str, Any]) -> RunConfig:
 def describe_options() -> list[tuple[str, str, str]]:
     """(key, default, help) of every key that is this project's own, for the command line's help text."""
     own = (QRiemannConfig, DataSettings, ModelSettings)
-    rows = [
-        (item.name, repr(item.default), str(item.metadata.get("help", "")))
+    return [
+        (item.name, repr(_default(item)), str(item.metadata.get("help", "")))
         for group in own
         for item in dataclasses.fields(group)
         if item.name not in _FIXED
     ]
-    return [(name, "['all-linear']" if "MISSING" in default else default, text) for name, default, text in rows]
+
+
+def _default(item: dataclasses.Field) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def _own_defaults(explicit: Collection[str], *, use_cpu: bool) -> dict[str, Any]:
@@ -273,6 +325,8 @@ def _own_defaults(explicit: Collection[str], *, use_cpu: bool) -> dict[str, Any]
         # Recomputing activations buys memory with time; a CPU run is short of time.
         "activation_checkpointing": on_gpu,
         "dataloader_pin_memory": on_gpu,
+        # Every layer with an adapter takes part in every step; looking for those that do not is a walk over the graph a step.
+        "ddp_find_unused_parameters": False,
         # A hundred points on the loss curve whatever the length of the run, ten held-out losses and one at the start.
         "logging_steps": 0.01,
         "eval_strategy": "steps",

@@ -171,7 +171,7 @@ class Monitor(TrainerCallback):
         self.train_seconds = 0.0
         self._folder, self._device, self._on_begin = folder, device, on_begin
         self._started = self._step_started = time.perf_counter()
-        self._first_step = self._skipped = 0
+        self._first_step = 0
         self._logged = (0, 0.0)
 
     def on_train_begin(
@@ -237,20 +237,9 @@ class Monitor(TrainerCallback):
             "peak_gib": round(peak_gib(self._device), 4),
             "eta_s": round(elapsed / done * (state.max_steps - state.global_step), 1),
         }
-        if not torch.isfinite(torch.tensor(float(logs["loss"]))):
-            self.view.note(
-                f"step {state.global_step}: the loss is {logs['loss']}; lower the learning rate or check the data"
-            )
         on_manifold = fixed_rank_optimizer(optimizer)
         if on_manifold is not None:
             measured["orthonormality_drift"] = float(on_manifold.orthonormality_drift())
-            skipped = on_manifold.skipped_updates
-            if skipped > self._skipped:
-                self.view.note(
-                    f"step {state.global_step}: {skipped - self._skipped} layer updates were skipped, their gradient was not "
-                    "finite"
-                )
-                self._skipped = skipped
         return measured
 
 

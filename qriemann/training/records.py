@@ -42,7 +42,7 @@ def remove_run(folder: Path) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replaces the file by the content; numbers that JSON has no word for become strings."""
     _replace(
-        path, lambda partial: partial.write_text(json.dumps(_finite(dict(content)), indent=2) + "\n", encoding="utf-8")
+        path, lambda partial: partial.write_text(json.dumps(finite(dict(content)), indent=2) + "\n", encoding="utf-8")
     )
 
 
@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
     """Adds one JSON line to `metrics.jsonl`."""
     with (folder / METRICS).open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(_finite(dict(record))) + "\n")
+        lines.write(json.dumps(finite(dict(record))) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -150,11 +150,12 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with numbers that JSON has no word for as strings."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -7,9 +7,9 @@ class; this project enters through `peft_config`, `optimizer_cls_and_kwargs` and
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
@@ -26,12 +27,25 @@ from trl import SFTTrainer
 from qriemann.adapters.base import load_base
 from qriemann.errors import InputError
 from qriemann.training import records
+from qriemann.training.checkpoints import FoundCheckpoint, is_failed_save, save_adapter, save_failed
 from qriemann.training.config import RunConfig
 from qriemann.training.data import TokenizedData, fingerprint, prepare, trained_token_count
+from qriemann.training.defects import find_defects, refuse
 from qriemann.training.display import Monitor, PlainView, make_view, summary_table
-from qriemann.training.folder import begin_run, check_output_folder, check_same_data, no_trace_of_refusal, write_run
-from qriemann.training.seam import FixedRankCallback, default_lr, for_trainer
+from qriemann.training.dry_run import DryRun
+from qriemann.training.fingerprints import check_same_run, fingerprints
+from qriemann.training.fit import AutoBatch, BatchFit
+from qriemann.training.folder import begin_run, starting_point, write_run
+from qriemann.training.guard import StepEvent, StepGuard
+from qriemann.training.lock import hold, refuse_if_held
+from qriemann.training.loi import recipe_callbacks
+from qriemann.training.methods import find_method
+from qriemann.training.processes import is_main_process, run_on_main
+from qriemann.training.protect import protect
+from qriemann.training.publishing import publish, take_over_push
+from qriemann.training.seam import for_trainer
 from qriemann.training.sources import Source, load_sources
+from qriemann.training.stop import GracefulStop
 from qriemann.training.targets import adapter_config, check_targets
 from qriemann.training.tokens import adjust_tokenizer
 
@@ -72,6 +86,7 @@ def train(
     train_dataset: Dataset | None = None,
     eval_dataset: Dataset | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    instead: Callable[[DryRun, Any], None] | None = None,
 ) -> TrainResult:
     """Trains an adapter and leaves it, with its records, in the configuration's output folder.
 
@@ -82,12 +97,13 @@ def train(
         train_dataset: rows in any accepted format; None loads `dataset_name`.
         eval_dataset: held-out rows, likewise.
         callbacks: further callbacks of the trainer.
+        instead: called with the dry run and the optimizer once all stands and nothing is written; it may end the run.
 
     Raises:
         InputError: for anything that the user can mend; nothing has been written or overwritten then.
     """
-    with _quiet_upstream():
-        return _train(config, model, tokenizer, train_dataset, eval_dataset, callbacks)
+    with _quiet_upstream(), ExitStack() as held:
+        return _train(config, model, tokenizer, train_dataset, eval_dataset, callbacks, held, instead)
 
 
 def _train(
@@ -97,11 +113,20 @@ def _train(
     train_dataset: Dataset | None,
     eval_dataset: Dataset | None,
     callbacks: Sequence[TrainerCallback],
+    held: ExitStack,
+    instead: Callable[[DryRun, Any], None] | None,
 ) -> TrainResult:
     started = time.perf_counter()
+    repository = take_over_push(config, model)
     optimizer = _optimizer_arguments(config)
-    checkpoint = check_output_folder(config)
-    view = make_view(config.qriemann.display)
+    ours = config.qriemann
+    initialize = recipe_callbacks(ours.init, ours.init_kwargs, start=ours.start, alpha=ours.alpha)  # type: ignore[arg-type]
+    folder = Path(config.sft.output_dir)
+    # Asking for the device is what joins the processes of a launcher.
+    device = config.sft.device
+    run_on_main(lambda: refuse_if_held(folder))
+    starting_point(config)
+    view = make_view(config.qriemann.display) if is_main_process() else make_view("none", Console(quiet=True))
     with _quiet_preparation(view):
         sources = _sources(config, train_dataset, eval_dataset)
         model, tokenizer = _base(config, model, tokenizer)
@@ -113,47 +138,91 @@ def _train(
         data = _tokens(config, sources, tokenizer)
         for notice in data.notices:
             view.note(notice)
+        defects = find_defects(data, tokenizer, model, config.sft.max_length)
+        if instead is None:
+            refuse(defects, config.qriemann.allow, view.note)
         data_print = fingerprint(data.train, data.held_out)
-        folder = Path(config.sft.output_dir)
-        if checkpoint is not None:
-            check_same_data(folder, data_print)
-        _adjust_evaluation(config, data, resuming=checkpoint is not None)
-        described = _describe(config, model, data, data_print, checkpoint)
-        monitor = Monitor(view, folder, config.sft.device, lambda step: begin_run(folder, config, step, described))
-        with no_trace_of_refusal(folder):
-            trainer = _trainer(config, model, tokenizer, data, adapter, optimizer, [monitor, *callbacks])
+        run_prints = fingerprints(config, model, data_print)
+        # Nothing is written before this, and the lock takes with it what an error leaves empty.
+        run_on_main(lambda: held.enter_context(hold(folder)))
+        found = starting_point(config)
+        if found.path is not None:
+            check_same_run(found.path, run_prints, config.qriemann.allow)
+            for line in found.passed_over:
+                view.note(f"passed over {line}")
+            view.note(f"resuming from {found.path}")
+        _adjust_evaluation(config, data, resuming=found.path is not None)
+        described = _describe(config, model, data, data_print, found)
+        monitor = Monitor(view, folder, device, lambda step: begin_run(folder, config, step, described))
+        stop = held.enter_context(GracefulStop())
+        dry_run = DryRun(config, data, defects, view.note, instead)
+        ours_first = [dry_run, *initialize, monitor, stop]
+        trainer = _trainer(config, model, tokenizer, data, adapter, optimizer, [*ours_first, *callbacks])
+        dry_run.trainer = trainer
+
+    def tell(event: StepEvent) -> None:
+        if is_main_process():
+            view.note(str(event))
+            records.append_metrics(folder, event.as_record())
+
+    guard = protect(
+        trainer,
+        max_skipped_steps=config.qriemann.max_skipped_steps,
+        run=run_prints,
+        on_event=tell,
+        note=view.note,
+    )
+
+    def keep_fit(fit: BatchFit) -> None:
+        view.note(str(fit))
+        described["auto_batch"] = asdict(fit)
+        if monitor.begun:
+            write_run(folder, described)
+
+    if config.qriemann.auto_batch:
+        AutoBatch(trainer, report=keep_fit)
     try:
-        with no_trace_of_refusal(folder):
-            trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
+        trainer.train(resume_from_checkpoint=found.path and str(found.path))
+        stop.raise_if_received()
+        save_adapter(trainer, folder)
         eval_loss = _final_eval_loss(trainer, data)
     except BaseException as error:
         view.stop()
         if monitor.begun:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
-            write_run(folder, {**described, "status": status, "wall_clock_s": _since(started)})
+            # The disk may be what failed.
+            with suppress(OSError):
+                write_run(folder, {**described, **_events(guard), "status": status, "wall_clock_s": _since(started)})
+        if is_failed_save(error):
+            raise save_failed(folder, error) from error
+        misfit = isinstance(error, RuntimeError | ValueError | LookupError | TypeError)
+        if found.path is not None and not monitor.begun and misfit and not isinstance(error, InputError):
+            raise InputError(
+                f"resume must be a checkpoint that fits this model and method, got {found.path}: {error}; name another"
+            ) from error
         raise
     result = _result(trainer, monitor, folder, eval_loss, started, tokenizer)
     if trainer.is_world_process_zero():
-        _finish(result, described, view)
-    if config.sft.push_to_hub:
-        trainer.push_to_hub(dataset_name=config.data.dataset_name)
+        _finish(result, {**described, **_events(guard)}, view)
+        publish(config, repository, view.console)
     return result
 
 
 def _optimizer_arguments(config: RunConfig) -> tuple[type, dict[str, Any]]:
     ours, sft, given = config.qriemann, config.sft, config.explicit
-    optimizer = for_trainer(
-        ours.method,
-        lr=sft.learning_rate if "learning_rate" in given else None,
-        momentum=ours.momentum,
-        weight_decay=sft.weight_decay if "weight_decay" in given else None,
-        start=ours.start,
-        alpha=ours.alpha,
-        **{"seed": sft.seed, **(ours.method_kwargs or {})},  # type: ignore[dict-item]
-    )
+    options: dict[str, Any] = {
+        "lr": sft.learning_rate if "learning_rate" in given else None,
+        "momentum": ours.momentum,
+        "weight_decay": sft.weight_decay if "weight_decay" in given else None,
+        "start": ours.start if "start" in given else None,
+        "alpha": ours.alpha if "alpha" in given else None,
+        **(ours.method_kwargs or {}),  # type: ignore[dict-item]
+    }
+    if find_method(ours.method).on_manifold:
+        options.setdefault("seed", sft.seed)
+    optimizer = for_trainer(ours.method, **options)
     # The trainer takes the rate from the optimizer; this is for its records and loggers.
-    sft.learning_rate = optimizer[1].get("lr", default_lr(ours.method))
+    sft.learning_rate = optimizer[1]["lr"]
     return optimizer
 
 
@@ -178,6 +247,7 @@ def _sources(
             train_split=given.dataset_train_split,
             test_split=given.dataset_test_split if "dataset_test_split" in config.explicit else None,
             eval_name=given.dataset_eval_name,
+            columns=given.dataset_columns,  # type: ignore[arg-type]
         )
     if given.max_train_rows is not None:
         train.rows = train.rows.select(range(min(given.max_train_rows, len(train.rows))))
@@ -225,6 +295,7 @@ def _tokens(
         seed=config.sft.seed,
         num_proc=config.sft.dataset_num_proc,
         max_held_out=config.data.max_eval_rows,
+        allow_untrained="no-trained-token" in config.qriemann.allow,
     )
     if data.held_out is None and wants_evaluation and "eval_strategy" in config.explicit:
         raise InputError(
@@ -260,7 +331,7 @@ def _trainer(
             eval_dataset=data.held_out,
             peft_config=adapter,
             optimizer_cls_and_kwargs=optimizer,
-            callbacks=[FixedRankCallback(), *callbacks],
+            callbacks=callbacks,
         )
     except InputError:
         raise
@@ -302,14 +373,16 @@ def _quiet_preparation(view: PlainView) -> Iterator[None]:
 
 
 def _describe(
-    config: RunConfig, model: Any, data: TokenizedData, data_print: str, checkpoint: str | None
+    config: RunConfig, model: Any, data: TokenizedData, data_print: str, found: FoundCheckpoint
 ) -> dict[str, Any]:
     held_out = data.held_out
     return {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "status": "running",
-        "resumed_from": checkpoint,
+        "resumed_from": found.path and str(found.path),
+        "passed_over": found.passed_over,
         "seed": config.sft.seed,
+        "written": sorted(config.explicit),
         "data": {
             "fingerprint": data_print,
             "format": data.row_format,
@@ -322,6 +395,11 @@ def _describe(
         "model": {"name_or_path": model.config._name_or_path, "parameters": model.num_parameters()},
         "config": config.as_dict(),
     }
+
+
+def _events(guard: StepGuard) -> dict[str, Any]:
+    """How many steps were not like the others; `metrics.jsonl` names each with its rows."""
+    return {"steps": {"skipped": guard.skipped_steps, "spikes": guard.spikes}}
 
 
 def _final_eval_loss(trainer: SFTTrainer, data: TokenizedData) -> float | None:
@@ -382,7 +460,7 @@ def _finish(result: TrainResult, described: dict[str, Any], view: PlainView) -> 
         ("orthonormality drift", _number(result.orthonormality_drift, "{:.1e}")),
         ("wall clock", f"{result.wall_clock_s:.0f} s"),
         ("adapter", str(folder)),
-        ("records", f"{records.METRICS}, {records.RUN}, {records.PLOT}"),
+        ("records", f"report.html, {records.METRICS}, {records.RUN}, {records.PLOT}"),
     ]
     if described["config"]["display"] != "none":
         view.console.print(summary_table(rows, title="run finished"))

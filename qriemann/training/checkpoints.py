@@ -1,0 +1,340 @@
+"""Complete checkpoints: a manifest with the size and SHA-256 of every file, written last, is what makes a folder one.
+
+transformers' Trainer writes a checkpoint into its final folder, file by file, so a folder named checkpoint-N proves nothing.
+Here the proof is `manifest.json`: every file and its folder are flushed to disk first, then the manifest is flushed beside
+and renamed into place. That rename is the one moment in which a checkpoint comes to exist: whatever fails before it, power
+included, leaves a folder that does not count, and whatever changes a file after it no longer fits the sums. So nothing has
+to be staged in another folder, no trainer has to be subclassed, and older checkpoints are deleted only after that moment.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import traceback
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals
+
+from qriemann.errors import InputError
+from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters, orthonormality_drift
+from qriemann.training.processes import wait_for_all
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+# Without these the trainer would resume all the same, with a fresh optimizer and from step 0.
+_NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+# A step keeps max |U^T U - I| below 1e-5; beyond this U S V^T is no longer the point that the optimizer believes in.
+_DRIFT_LIMIT = 1e-3
+
+
+@dataclass
+class FoundCheckpoint:
+    """The newest checkpoint that verifies, and why others were passed over.
+
+    Attributes:
+        path: None if there is none.
+        passed_over: one line for each folder that looks newer and does not count.
+    """
+
+    path: Path | None
+    passed_over: list[str] = field(default_factory=list)
+
+
+def commit(folder: Path, step: int, run: Mapping[str, Any] | None = None) -> None:
+    """Makes the files of the folder a checkpoint.
+
+    Args:
+        folder: checkpoint-N, every file written.
+        step: N.
+        run: what a run that goes on from here must have in common with this one; see `fingerprints`.
+
+    Raises:
+        OSError: the disk is full or refuses; the folder does not count then.
+    """
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
+        _sync(path)
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    for inner in (path for path in folder.rglob("*") if path.is_dir()):
+        _sync(inner)
+    serial = 1 + max((_serial(other) for other in _folders(folder.parent)), default=0)
+    content = {"format": _FORMAT, "step": step, "serial": serial, "files": files, "run": dict(run or {})}
+    write_whole(folder / MANIFEST, json.dumps(content, indent=1))
+    _sync(folder.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces the file in one move, flushed to disk: a crash leaves the old content or the new."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def find_defect(folder: Path) -> str | None:
+    """Why the folder is not a complete checkpoint, or None; reads every byte of it once."""
+    content = read_manifest(folder)
+    if content is None:
+        return f"it has no readable {MANIFEST}, so its save was not finished, or it was saved without one"
+    files = content["files"]
+    for name, expected in files.items():
+        path = folder / name
+        try:
+            # A manifest from elsewhere may name anything.
+            if not path.resolve().is_relative_to(folder.resolve()):
+                return f"its manifest names {name!r}, outside of the folder"
+            size = path.stat().st_size if path.is_file() else None
+            if size != expected.get("bytes"):
+                return f"{name} has {'no' if size is None else size} bytes instead of {expected.get('bytes')}"
+            if _sha256(path) != expected.get("sha256"):
+                return f"{name} is not the file that was saved: its SHA-256 differs"
+        except (OSError, ValueError) as error:
+            return f"{name!r} cannot be read: {getattr(error, 'strerror', None) or error}"
+    missing = [name for name in _NEEDED if name not in files]
+    if missing:
+        return f"it holds no {missing[0]} (save_only_model?), without which nothing goes on exactly"
+    if not any(name.endswith(".safetensors") for name in files):
+        return "it holds no weights as safetensors; pickled weights are not loaded"
+    return None
+
+
+def find_content_defect(folder: Path) -> str | None:
+    """Why the files of a folder cannot be loaded, or None: for checkpoints whose manifest may be anyone's."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                broken = [name for name in tensors.keys() if not tensors.get_tensor(name).isfinite().all()]  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            return f"{path.name} is not a whole safetensors file: {error}"
+        if broken:
+            return f"{path.name} holds numbers that are not finite, in {broken[0]}"
+    # What the trainer loads; training_args.bin, a pickle of classes, it only writes.
+    for name in ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth"):
+        path = folder / name
+        try:
+            if path.exists():
+                with safe_globals():
+                    torch.load(path, map_location="cpu", weights_only=True)
+        # The unpickler lets through whatever a broken file makes it stumble over.
+        except Exception as error:
+            return f"{name} cannot be loaded with weights_only=True: {type(error).__name__}"
+    try:
+        TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return f"trainer_state.json cannot be read: {type(error).__name__}"
+    return None
+
+
+def newest_checkpoint(folder: str | os.PathLike[str]) -> FoundCheckpoint:
+    """The checkpoint of a run's folder that was completed last among those that verify.
+
+    Reads the bytes of one checkpoint, or of more if the first does not verify.
+    """
+    folders = _folders(Path(folder))
+    committed = sorted((f for f in folders if _serial(f) > 0), key=_serial, reverse=True)
+    found = FoundCheckpoint(None)
+    for candidate in committed:
+        defect = find_defect(candidate)
+        if defect is None:
+            found.path = candidate
+            break
+        found.passed_over.append(f"{candidate.name}: {defect}")
+    step = -1 if found.path is None else _step(found.path)
+    for unfinished in (f for f in folders if f not in committed and _step(f) > step):
+        found.passed_over.append(f"{unfinished.name}: {find_defect(unfinished)}")
+    return found
+
+
+def rotate(folder: Path, keep: int, *, spare: Collection[Path] = ()) -> list[str]:
+    """Deletes all checkpoints but the `keep` completed last, and unfinished ones before them.
+
+    Args:
+        folder: of the run; a checkpoint was just completed in it.
+        keep: at least 1.
+        spare: checkpoints that stay whatever their age.
+
+    Returns:
+        One line for each folder that could not be deleted.
+    """
+    folders = _folders(folder)
+    newest = sorted((path for path in folders if _serial(path) > 0), key=_serial)[-keep:]
+    last = _step(newest[-1])
+    kept = {path.resolve() for path in (*newest, *spare)}
+    problems = []
+    for path in folders:
+        if path.resolve() in kept or (_serial(path) == 0 and _step(path) > last):
+            continue
+        try:
+            # First, so that a deletion that breaks off leaves nothing that counts.
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path)
+        except OSError as error:
+            problems.append(f"{path.name} could not be deleted: {error.strerror}")
+    return problems
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint; None where there is none that can be read."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        return None
+    files, run, serial = (content.get(key) for key in ("files", "run", "serial"))
+    well_formed = isinstance(files, dict) and all(isinstance(entry, dict) for entry in files.values())
+    return content if well_formed and isinstance(run, dict) and isinstance(serial, int) and serial > 0 else None
+
+
+def save_adapter(trainer: Trainer, folder: Path) -> None:
+    """Saves the trained adapter into the folder; each file is replaced in one move, so none is ever half of one."""
+    if not trainer.args.should_save:
+        return
+    partial = folder / ".adapter.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    trainer.save_model(str(partial))
+    for path in sorted(partial.iterdir()):
+        _sync(path)
+        os.replace(path, folder / path.name)
+    partial.rmdir()
+    _sync(folder)
+
+
+class CompleteCheckpoints(TrainerCallback):
+    """Completes what the trainer saves, and takes over the deletion of older checkpoints.
+
+    A point that left the manifold, or is not finite, stops the run: its checkpoint is not completed, and nothing repairs it.
+
+    Args:
+        report: takes one line about what could not be done and did not stop the run.
+        run: see `commit`.
+    """
+
+    def __init__(self, report: Callable[[str], None], run: Mapping[str, Any] | None = None) -> None:
+        self._report, self._run = report, run
+        self._keep: int | None = None
+        self._completed_step: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The trainer deletes older checkpoints before anyone can know whether the new one is whole.
+        if args.save_total_limit:
+            self._keep, args.save_total_limit = args.save_total_limit, None
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The same step once more would be written over the complete checkpoint of this step.
+        if control.should_save and self._completed_step == state.global_step:
+            control.should_save = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._check_manifold(args, state, kwargs["model"])
+        # Each process writes the state of its own generators into the folder.
+        wait_for_all()
+        if not args.should_save:
+            return
+        folder = Path(args.output_dir)
+        try:
+            commit(folder / f"checkpoint-{state.global_step}", state.global_step, self._run)
+        except OSError as error:
+            raise save_failed(folder, error) from error
+        self._completed_step = state.global_step
+        if self._keep:
+            best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint else []
+            for problem in rotate(folder, self._keep, spare=best):
+                self._report(problem)
+
+    def _check_manifold(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        points = fixed_rank_parameters(model.parameters())
+        broken = next((point.name for point in points if not _is_finite(point)), None)
+        drift = 0.0 if broken else orthonormality_drift(points)
+        if broken or not drift <= _DRIFT_LIMIT:
+            got = f"numbers that are not finite in {broken}" if broken else f"max |U^T U - I| = {drift:.1e}"
+            raise InputError(
+                f"the factors must be orthonormal at every save, got {got} at step {state.global_step}; "
+                f"{_go_on_from(Path(args.output_dir))}"
+            )
+
+
+def is_failed_save(error: BaseException) -> bool:
+    """Whether the exception came out of the trainer's writing of a checkpoint or of an adapter."""
+    saving = ("_save_checkpoint", "save_model")
+    inside = any(frame.f_code.co_name in saving for frame, _ in traceback.walk_tb(error.__traceback__))
+    # torch and safetensors write by themselves, and raise these.
+    return inside and isinstance(error, OSError | RuntimeError | SafetensorError)
+
+
+def save_failed(folder: Path, error: BaseException) -> InputError:
+    """What to tell when a checkpoint could not be written."""
+    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+    return InputError(
+        f"output_dir must have room for a checkpoint and be writable, got: {reason}; mend that, then {_go_on_from(folder)}"
+    )
+
+
+def _go_on_from(folder: Path) -> str:
+    last = newest_checkpoint(folder).path
+    if last is None:
+        return f"begin anew: {folder} holds no complete checkpoint"
+    return f"--resume goes on from the last complete checkpoint, {last}"
+
+
+def _is_finite(point: FixedRankParameter) -> bool:
+    return all(bool(part.isfinite().all()) for part in point.point())
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The checkpoint-N folders, whether complete or not, by step."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def _serial(folder: Path) -> int:
+    """The place of a checkpoint in the order of completion; 0 for a folder without a manifest."""
+    # Not the step, because a run may go on from an older checkpoint, and not the clock, because clocks are set back.
+    content = read_manifest(folder)
+    return 0 if content is None else content["serial"]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Flushes a file or a folder to disk."""
+    if os.name == "nt":
+        # Windows flushes through a writable handle, and has no handles of folders.
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

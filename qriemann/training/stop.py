@@ -1,0 +1,65 @@
+"""Ctrl-C and SIGTERM: once, the step is finished and saved; twice, the run stops where it is."""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qriemann.training.processes import largest_over_processes
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StoppedBySignal(KeyboardInterrupt):
+    """A run ended by a signal.
+
+    Attributes:
+        exit_status: 128 + the signal's number, as shells report it.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_status = 128 + number
+
+
+class GracefulStop(TrainerCallback):
+    """Turns the first SIGINT or SIGTERM inside of `with` into a save at the end of the step and the end of training.
+
+    Outside of the main thread, where Python allows no handlers, it leaves signals as they are.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "GracefulStop":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def raise_if_received(self) -> None:
+        """Raises StoppedBySignal if a signal came; to be called when everything is saved."""
+        number = largest_over_processes(self._received or 0)
+        if number:
+            raise StoppedBySignal(number)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # A signal reaches the processes of a run at different steps; all have to stop after the same one.
+        if largest_over_processes(self._received or 0):
+            control.should_save = control.should_training_stop = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None:
+            raise StoppedBySignal(number)
+        self._received = number
+        # print may be what the signal interrupted, and it cannot be entered twice.
+        os.write(2, b"qriemann: stopping after this step, which is saved; once more to stop at once\n")
