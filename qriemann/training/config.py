@@ -204,6 +204,8 @@ _HINTS |= {
     "rank_pattern": dict | None,
     "alpha_pattern": dict | None,
     "method_kwargs": dict | None,
+    # transformers answers a null with a warning about the old name of the key; here it is left out, as any other null.
+    "activation_checkpointing": bool,
     "dataset_columns": dict | None,
     "init_kwargs": dict | None,
 }

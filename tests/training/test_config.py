@@ -37,6 +37,11 @@ def test_a_null_learning_rate_leaves_the_choice_to_the_method(write_yaml):
     assert "learning_rate" not in load_config(write_yaml("learning_rate: null\n")).explicit
 
 
+def test_a_null_for_activation_checkpointing_leaves_the_choice_to_the_device(write_yaml):
+    chosen = load_config(write_yaml("")).sft.activation_checkpointing
+    assert load_config(write_yaml("activation_checkpointing: null\n")).sft.activation_checkpointing is chosen
+
+
 def test_the_resume_flag_alone_means_the_last_checkpoint(write_yaml):
     assert load_config(write_yaml(""), ["--resume"]).qriemann.resume == "auto"
     assert load_config(write_yaml(""), ["--resume", "out/checkpoint-4"]).qriemann.resume == "out/checkpoint-4"
