@@ -286,7 +286,8 @@ def config_from_values(values: Mapping[str, Any]) -> RunConfig:
     sft_values = {**_own_defaults(explicit, use_cpu=bool(checked.get("use_cpu"))), **picked[SFTConfig]}
     try:
         sft = SFTConfig(**sft_values)
-    except (ValueError, TypeError) as error:
+    # Some values are read as the name of a file or a package.
+    except (ValueError, TypeError, LookupError, AttributeError, OSError, ImportError) as error:
         raise InputError(f"the training arguments must agree with each other, got: {error}") from error
     qriemann = QRiemannConfig(**picked[QRiemannConfig])
     if isinstance(qriemann.resume, bool):

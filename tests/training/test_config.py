@@ -42,6 +42,11 @@ def test_a_null_for_activation_checkpointing_leaves_the_choice_to_the_device(wri
     assert load_config(write_yaml("activation_checkpointing: null\n")).sft.activation_checkpointing is chosen
 
 
+def test_a_value_that_is_read_as_a_files_name_is_refused_in_one_line(write_yaml):
+    with pytest.raises(InputError, match="training arguments"):
+        load_config(write_yaml("accelerator_config: nowhere.json\n"))
+
+
 def test_the_resume_flag_alone_means_the_last_checkpoint(write_yaml):
     assert load_config(write_yaml(""), ["--resume"]).qriemann.resume == "auto"
     assert load_config(write_yaml(""), ["--resume", "out/checkpoint-4"]).qriemann.resume == "out/checkpoint-4"
