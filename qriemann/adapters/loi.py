@@ -75,7 +75,7 @@ def locally_optimal_(
     from qriemann.adapters.base import protect_quantized_weights
 
     protect_quantized_weights(model)
-    with _preserved_rng():
+    with preserved_rng():
         drawn = list(batches)
         if not drawn:
             raise InputError("batches must hold at least one batch, got none; check the dataset and its split")
@@ -143,7 +143,7 @@ def own_loss(model: Any, batch: Any) -> Tensor:
 
 
 @contextmanager
-def _preserved_rng() -> Iterator[None]:
+def preserved_rng() -> Iterator[None]:
     """Within the block, random numbers may be drawn; the generators of Python, NumPy and torch are put back after it."""
     python, numpy = random.getstate(), np.random.get_state()
     # All devices by name, because torch warns when it has to choose among several.

@@ -254,7 +254,7 @@ class FactorBatch:
         in_core, squared = grams[:, :, :rank, rank:], grams[:, :, 2 * rank :, rank:]
         full = squared.diagonal(dim1=-2, dim2=-1).sum(-1)
         # ||A||^2 = ||D||^2 - ||U^T D||^2 on side 0; B is the whole of side 1. Where G lies in the span of U, a difference of
-        # rounding errors is left, which must not become a direction of length one.
+        # rounding errors is left, which must not become a direction of length one. 0 * NaN stays NaN, which is not counted.
         normal = full[0] - in_core[0].square().sum((-2, -1))
         normal = torch.where(normal > POLAR_RTOL**2 * full[0], normal, 0 * full[0])
         square_norms = torch.stack([normal, full[1]], -1)

@@ -35,10 +35,18 @@ class LayerSpectrum:
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of the normalized singular values [Roy and Vetterli 2007]; 0 of a layer that adds nothing."""
-        total = sum(self.values)
-        shares = [value / total for value in self.values if value > 0] if total else []
-        return math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0.0
+        """See `effective_rank`."""
+        return effective_rank(self.values)
+
+
+def effective_rank(values: list[float]) -> float:
+    """exp of the entropy of the normalized singular values: r for r equal ones, 0 for none above zero.
+
+    [Roy and Vetterli, "The effective rank", EUSIPCO 2007]
+    """
+    total = sum(values)
+    shares = [value / total for value in values if value > 0] if total else []
+    return math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0.0
 
 
 def read_spectrum(folder: Path, config: dict[str, Any]) -> list[LayerSpectrum]:

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from qriemann.errors import InputError
+from qriemann.publish.spectrum import effective_rank
 from qriemann.release.adapter import LoraFactors, SavedAdapter, read_adapter
 from qriemann.release.quiet import quiet_upstream
 from qriemann.release.weights import original_weights, tensor_names
@@ -49,10 +50,8 @@ class LayerSpectrum:
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of sigma / sum(sigma): r for r equal singular values, 0 for a change of nothing."""
-        total = sum(self.sigma)
-        shares = [value / total for value in self.sigma if value > 0] if total > 0 else []
-        return math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0.0
+        """See `qriemann.publish.spectrum.effective_rank`."""
+        return effective_rank(self.sigma)
 
     @property
     def kind(self) -> str:

@@ -7,19 +7,18 @@ way, bit for bit, with and without it.
 from __future__ import annotations
 
 import copy
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qriemann.adapters.loi import preserved_rng
 from qriemann.errors import InputError
 from qriemann.training.config import RunConfig
 from qriemann.training.data import TokenizedData
@@ -223,16 +222,12 @@ def longest_rows(dataset: Dataset, count: int) -> list[dict[str, Any]]:
 @contextmanager
 def _left_as_it_was(trainer: Any, *, keep_gradients: bool = False) -> Iterator[None]:
     """Undoes what a batch leaves: random numbers, gradients, train mode, and what a TRL trainer counts."""
-    devices = range(torch.cuda.device_count())
-    states = random.getstate(), np.random.get_state()
     counts = copy.deepcopy(trainer._metrics), trainer._total_train_tokens
     training = [(module, module.training) for module in trainer.model.modules()]
     try:
-        with torch.random.fork_rng(devices):
+        with preserved_rng():
             yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
         trainer._metrics, trainer._total_train_tokens = counts
         for module, mode in training:
             module.training = mode

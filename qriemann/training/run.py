@@ -14,14 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import datasets
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
-from transformers.utils import logging as hf_logging
 from trl import SFTTrainer
 
 from qriemann.adapters.base import load_base
@@ -43,6 +41,7 @@ from qriemann.training.methods import find_method
 from qriemann.training.processes import is_main_process, run_on_main
 from qriemann.training.protect import protect
 from qriemann.training.publishing import publish, take_over_push
+from qriemann.training.quiet import no_bars_without_terminal
 from qriemann.training.seam import for_trainer
 from qriemann.training.sources import Source, load_sources
 from qriemann.training.stop import GracefulStop
@@ -127,7 +126,7 @@ def _train(
     run_on_main(lambda: refuse_if_held(folder))
     starting_point(config)
     view = make_view(config.qriemann.display) if is_main_process() else make_view("none", Console(quiet=True))
-    with _quiet_preparation(view):
+    with no_bars_without_terminal(view.console):
         sources = _sources(config, train_dataset, eval_dataset)
         model, tokenizer = _base(config, model, tokenizer)
         adjust_tokenizer(tokenizer, eos_token=config.sft.eos_token, chat_template_path=config.sft.chat_template_path)
@@ -353,23 +352,6 @@ def _quiet_upstream() -> Iterator[None]:
         for message in ("Unable to fetch remote file", "Could not find a config file in"):
             warnings.filterwarnings("ignore", message=message, category=UserWarning)
         yield
-
-
-@contextmanager
-def _quiet_preparation(view: PlainView) -> Iterator[None]:
-    """No bars of `datasets` and transformers where there is no terminal: each redraws itself with control characters."""
-    libraries = (
-        (datasets.is_progress_bar_enabled, datasets.disable_progress_bars, datasets.enable_progress_bars),
-        (hf_logging.is_progress_bar_enabled, hf_logging.disable_progress_bar, hf_logging.enable_progress_bar),
-    )
-    hidden = [entry for entry in libraries if not view.console.is_terminal and entry[0]()]
-    for _, disable, _ in hidden:
-        disable()
-    try:
-        yield
-    finally:
-        for _, _, enable in hidden:
-            enable()
 
 
 def _describe(
