@@ -19,16 +19,27 @@ from qriemann.geometry.point import FixedRankPoint
 
 
 class _Dropout(NamedTuple):
-    """Which inputs are dropped, as a rate and a seed: drawn again for backward, and so kept by nobody."""
+    """Which inputs are dropped, as a rate and a seed: drawn again for backward, and so kept by nobody.
 
-    rate: float
+    The rate is a multiple of 2^-16, so that 16 random bits decide an input: on the CPU a twelfth of the time of
+    `bernoulli_`, which took a sixth of a training step.
+    """
+
+    sixteen_bit_rate: int
     seed: int
 
+    @property
+    def keeps(self) -> float:
+        """The share of the inputs that is not dropped."""
+        return 1 - self.sixteen_bit_rate / 2**16
+
     def mask(self, x: Float[Tensor, "*tokens n"]) -> Bool[Tensor, "*tokens n"]:
-        """False where `x` is dropped. The others stay as they are: 1 / (1 - rate) belongs to the scaling."""
+        """False where `x` is dropped. The others stay as they are: 1 / keeps belongs to the scaling."""
         # A tensor without content, whose bytes are being counted, has no generator of its own.
         generator = torch.Generator("cpu" if x.is_meta else x.device).manual_seed(self.seed)
-        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.rate, generator=generator)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
+        return bits.view(x.shape) >= self.sixteen_bit_rate - 2**15
 
 
 class _FixedRankProduct(torch.autograd.Function):
@@ -127,8 +138,8 @@ class FixedRankVariant(LoraVariant):
         dtype = torch.get_autocast_dtype(kind) if autocast else result.dtype
         dropout, layer_dropout = None, module.lora_dropout[active_adapter]
         if layer_dropout.training and (rate := getattr(layer_dropout, "p", 0.0)) > 0:
-            dropout = _Dropout(rate, int(torch.randint(2**62, (), device="cpu")))
-            scaling = scaling / (1 - rate) if rate < 1 else 0.0
+            dropout = _Dropout(round(rate * 2**16), int(torch.randint(2**62, (), device="cpu")))
+            scaling = scaling / dropout.keeps if dropout.keeps else 0.0
         with torch.autocast(kind, enabled=False) if autocast else nullcontext():
             update = _FixedRankProduct.apply(
                 x, point.u, point.v_transposed, point.s, scaling, point.offset, dtype, dropout

@@ -180,13 +180,14 @@ def test_the_lora_bias_gets_its_partial_derivative():
     ("dtype", "rtol"), [(torch.float32, FLOAT32_RTOL), (torch.bfloat16, BFLOAT16_RTOL)], ids=["float32", "bfloat16"]
 )
 def test_dropout_acts_on_the_adapters_input_alone(dtype, rtol, start):
-    case = Case(dtype, start, lora_dropout=0.4)
+    # A rate that 16 random bits hit exactly; others are off by less than 1e-5.
+    case = Case(dtype, start, lora_dropout=0.375)
     loss = case.loss if dtype == torch.float32 else case.linear_loss
-    case.drop(0.4, seed=5)
+    case.drop(0.375, seed=5)
     y = case.model(case.x)
     loss(y).backward()
-    # 200 draws of a coin of 0.4: five standard deviations are 0.17.
-    assert abs((case.mask == 0).double().mean() - 0.4) < 0.17
+    # 200 draws of a coin of 0.375: five standard deviations are 0.17.
+    assert abs((case.mask == 0).double().mean() - 0.375) < 0.17
     assert_matches(case, y, case.dense(loss), rtol)
 
 
