@@ -101,7 +101,8 @@ def float32_product(left: Float[Tensor, "*tokens m"], right: Float[Tensor, "*tok
     left, right = left.flatten(0, -2), right.flatten(0, -2)
     if left.dtype == torch.float32:
         return left.mT @ right
-    if left.is_cuda:
+    # ROCm builds of torch have had this argument only of late.
+    if left.is_cuda and torch.version.hip is None:
         return torch.mm(left.mT, right, out_dtype=torch.float32)
     return left.mT.float() @ right.float()
 

