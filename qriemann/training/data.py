@@ -7,6 +7,7 @@ that silently contributes nothing.
 
 import hashlib
 import json
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qriemann.errors import InputError
 from qriemann.training.sources import Source
-from qriemann.training.tokens import AssistantTokenizer, Message, RowError
+from qriemann.training.tokens import AssistantTokenizer, Example, Message, RowError
 
 IGNORED = -100
 _SHOWN_ROWS = 3
@@ -91,23 +92,33 @@ def prepare(
     """
     notices: list[str] = []
     row_format = recognize(train, text_field)
-    tokens = _tokenize(train, tokenizer, loss_on, text_field, max_length, num_proc, notices, allow_untrained)
+    options = (loss_on, text_field, max_length, num_proc, notices, allow_untrained)
+    tokens = _tokenize(train, tokenizer, *options)
     if held_out is not None:
-        kept = _tokenize(held_out, tokenizer, loss_on, text_field, max_length, num_proc, notices, allow_untrained)
-        return TokenizedData(tokens, kept, row_format, notices)
-    count = round(eval_size * len(tokens)) if eval_size < 1 else int(eval_size)
+        kept = _tokenize(held_out, tokenizer, *options)
+        return TokenizedData(_without_numbers(tokens), _without_numbers(kept), row_format, notices)
+    # A conversation that became several rows is held out whole.
+    by_row: dict[int, list[int]] = defaultdict(list)
+    for index, number in enumerate(tokens["row"]):
+        by_row[number].append(index)
+    tokens, members = _without_numbers(tokens), list(by_row.values())
+    count = round(eval_size * len(members)) if eval_size < 1 else int(eval_size)
     count = max(count, 1) if eval_size > 0 else 0
     count = min(count, max_held_out) if max_held_out is not None and eval_size < 1 else count
     if count == 0:
         return TokenizedData(tokens, None, row_format, notices)
-    if count >= len(tokens):
+    if count >= len(members):
         raise InputError(
-            f"eval_size must leave at least one of the {len(tokens)} rows of {train.name} to train on, got {eval_size:g}; "
+            f"eval_size must leave at least one of the {len(members)} rows of {train.name} to train on, got {eval_size:g}; "
             "lower it, or set eval_size: 0"
         )
-    parts = tokens.train_test_split(test_size=count, seed=seed)
-    notices.append(f"{count} of {len(tokens)} rows of {train.name} are held out (eval_size {eval_size:g})")
-    return TokenizedData(parts["train"], parts["test"], row_format, notices)
+    parts = Dataset.from_dict({"member": range(len(members))}).train_test_split(test_size=count, seed=seed)
+    trained, kept = (
+        tokens.select([index for member in parts[name]["member"] for index in members[member]])
+        for name in ("train", "test")
+    )
+    notices.append(f"{count} of {len(members)} rows of {train.name} are held out (eval_size {eval_size:g})")
+    return TokenizedData(trained, kept, row_format, notices)
 
 
 def recognize(source: Source, text_field: str = "text") -> str:
@@ -170,8 +181,9 @@ def _tokenize(
 ) -> Dataset:
     row_format = recognize(source, text_field)
     if row_format == "input_ids":
-        examples = source.rows.select_columns(["input_ids", "labels"]).add_column("problem", [""] * len(source.rows))
-        examples = examples.add_column("straddles", [False] * len(source.rows))
+        given = len(source.rows)
+        examples = source.rows.select_columns(["input_ids", "labels"]).add_column("problem", [""] * given)
+        examples = examples.add_column("straddles", [False] * given).add_column("row", list(range(given)))
     else:
         chat = row_format in ("messages", "conversations") or (
             row_format == "prompt-completion" and not isinstance(source.rows[0]["prompt"], str)
@@ -184,7 +196,9 @@ def _tokenize(
         if row_format == "text" and loss_on == "assistant":
             notices.append(f"{source.name} has texts without roles: every token is trained")
         examples = source.rows.map(
-            _example,
+            _examples,
+            with_indices=True,
+            batched=True,
             fn_kwargs={"convert": _row_converter(row_format, tokenizer, loss_on, text_field)},
             remove_columns=source.rows.column_names,
             num_proc=num_proc,
@@ -198,8 +212,19 @@ def _tokenize(
             f"{straddling} of {len(examples)} rows of {source.name} start a turn inside a token of the prompt; that token is "
             "trained"
         )
-    examples = examples.select_columns(["input_ids", "labels"])
+    parts = Counter(examples["row"])
+    split = sum(count > 1 for count in parts.values())
+    if split:
+        notices.append(
+            f"{split} of {len(parts)} rows of {source.name} become one for each answer, {len(examples)} in all: the chat "
+            "template rewrites what came before"
+        )
+    examples = examples.select_columns(["input_ids", "labels", "row"])
     return _drop_untrained(source, examples, max_length, notices, allow_untrained)
+
+
+def _without_numbers(examples: Dataset) -> Dataset:
+    return examples.select_columns(["input_ids", "labels"])
 
 
 def _drop_untrained(
@@ -207,6 +232,7 @@ def _drop_untrained(
 ) -> Dataset:
     """The rows with a trained token; raises if a row never had one, gives notice of those that truncation leaves bare."""
     bare, cut, truncated = [], [], 0
+    numbers = examples["row"]
     for index, labels in enumerate(_label_rows(examples)):
         # The first label is never predicted: nothing comes before it.
         (trained,) = np.nonzero(labels[1:] != IGNORED)
@@ -218,7 +244,8 @@ def _drop_untrained(
     if bare and (not allow_untrained or len(bare) == len(examples)):
         raise InputError(
             f"every row of {source.name} must have a token to train on, got {len(bare)} of {len(examples)} rows with every "
-            f"token masked: {_rows(bare)}; remove them, set loss_on: all, or --allow no-trained-token to leave them out"
+            f"token masked: {_rows(numbers[i] for i in bare)}; remove them, set loss_on: all, or --allow no-trained-token to "
+            "leave them out"
         )
     if len(cut) == len(examples):
         raise InputError(
@@ -234,14 +261,15 @@ def _drop_untrained(
     if cut:
         notices.append(
             f"{len(cut)} of {len(examples)} rows of {source.name} have no trained token within max_length {max_length} and "
-            f"are left out: {_rows(cut)}"
+            f"are left out: {_rows(numbers[i] for i in cut)}"
         )
     dropped = {*cut, *bare}
     return examples.select([index for index in range(len(examples)) if index not in dropped])
 
 
 def _raise_first_problem(source: Source, examples: Dataset) -> None:
-    problems = [(index, problem) for index, problem in enumerate(examples["problem"]) if problem]
+    found = zip(examples["row"], examples["problem"], strict=True)
+    problems = [(number, problem) for number, problem in found if problem]
     if not problems:
         return
     first = problems[0][1]
@@ -258,30 +286,36 @@ def _rows(indices: Iterable[int]) -> str:
     return f"row{'s' if len(numbers) > 1 else ''} {shown}{more}"
 
 
-def _example(
-    row: dict[str, Any], convert: Callable[[dict[str, Any]], tuple[list[int], list[bool], bool]]
-) -> dict[str, Any]:
-    try:
-        ids, mask, straddles = convert(row)
-    except RowError as error:
-        return {"input_ids": [0], "labels": [0], "problem": json.dumps(error.args), "straddles": False}
-    labels = [token if trained else IGNORED for token, trained in zip(ids, mask, strict=True)]
-    return {"input_ids": ids, "labels": labels, "problem": "", "straddles": straddles}
+def _examples(
+    rows: dict[str, list[Any]], numbers: list[int], convert: Callable[[dict[str, Any]], list[Example]]
+) -> dict[str, list[Any]]:
+    made: dict[str, list[Any]] = {"input_ids": [], "labels": [], "problem": [], "straddles": [], "row": []}
+    for place, number in enumerate(numbers):
+        problem = ""
+        try:
+            examples = convert({key: column[place] for key, column in rows.items()})
+        except RowError as error:
+            examples, problem = [([0], [True], False)], json.dumps(error.args)
+        for ids, mask, straddles in examples:
+            labels = [token if trained else IGNORED for token, trained in zip(ids, mask, strict=True)]
+            for key, value in zip(made, (ids, labels, problem, straddles, number), strict=True):
+                made[key].append(value)
+    return made
 
 
 def _row_converter(
     row_format: str, tokenizer: PreTrainedTokenizerBase, loss_on: str, text_field: str
-) -> Callable[[dict[str, Any]], tuple[list[int], list[bool], bool]]:
+) -> Callable[[dict[str, Any]], list[Example]]:
     encoder = AssistantTokenizer(tokenizer)
 
-    def conversation(row: dict[str, Any], messages: list[Message], first_trained: int = 0) -> Any:
+    def conversation(row: dict[str, Any], messages: list[Message], first_trained: int = 0) -> list[Example]:
         tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) and row["tools"] else row.get("tools")
         options = {"tools": tools or None, "template_kwargs": row.get("chat_template_kwargs")}
         if loss_on == "all":
-            return encoder.whole_conversation(messages, **options)
-        return encoder.conversation(messages, first_trained=first_trained, **options)
+            return [encoder.whole_conversation(messages, **options)]
+        return encoder.conversations(messages, first_trained=first_trained, **options)
 
-    def convert(row: dict[str, Any]) -> tuple[list[int], list[bool], bool]:
+    def convert(row: dict[str, Any]) -> list[Example]:
         if row_format in ("messages", "conversations"):
             return conversation(row, _messages(row[row_format]))
         if row_format == "alpaca":
@@ -289,23 +323,21 @@ def _row_converter(
             if tokenizer.chat_template:
                 turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
                 return conversation(row, turns)
-            return _plain(encoder, question + "\n\n", answer, loss_on)
+            return [_plain(encoder, question + "\n\n", answer, loss_on)]
         if row_format == "prompt-completion":
             if not isinstance(row["prompt"], list):
-                return _plain(encoder, _string(row, "prompt"), _string(row, "completion"), loss_on)
+                return [_plain(encoder, _string(row, "prompt"), _string(row, "completion"), loss_on)]
             prompt = _messages(row["prompt"])
             return conversation(row, prompt + _messages(row["completion"]), first_trained=len(prompt))
         text = _string(row, text_field)
         if not text.strip():
             raise RowError("some text", "remove the empty rows")
-        return encoder.text(text)
+        return [encoder.text(text)]
 
     return convert
 
 
-def _plain(
-    encoder: AssistantTokenizer, prompt: str, completion: str, loss_on: str
-) -> tuple[list[int], list[bool], bool]:
+def _plain(encoder: AssistantTokenizer, prompt: str, completion: str, loss_on: str) -> Example:
     if not completion.strip():
         raise RowError("an assistant turn that is not empty (the completion is)", "fill it or remove the row")
     ids, mask, straddles = encoder.completion(prompt, completion)

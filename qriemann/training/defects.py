@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qriemann.errors import InputError
 from qriemann.training.data import IGNORED, TokenizedData
+from qriemann.training.tokens import end_of_turn
 
 # Below this share of rows, an end token that is rarely trained is worth a line.
 _MOST_ROWS = 0.5
@@ -149,23 +150,7 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
     generation = getattr(model, "generation_config", None)
     configured = getattr(generation, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    return sorted(end for end in ends | {_end_of_turn(tokenizer)} if end is not None)
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes after what an assistant says."""
-    if not tokenizer.chat_template:
-        return None
-    said = "qriemann"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    # A template may refuse these turns; its rows were rendered all the same.
-    except Exception:
-        return None
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
-    return next((token for token in after if token in special), None)
+    return sorted(end for end in ends | {end_of_turn(tokenizer)} if end is not None)
 
 
 def preview(

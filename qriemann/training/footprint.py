@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import IntervalStrategy
 
 from qriemann.adapters.base import read_config
+from qriemann.adapters.host_embedding import refuse_tied_embeddings
 from qriemann.adapters.layer import FixedRankVariant
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter
@@ -78,6 +79,7 @@ class Footprint:
         self.load = Load(
             sft.per_device_train_batch_size, sft.per_device_eval_batch_size, sft.max_length, bool(checkpointing)
         )
+        self.offloads_embeddings = config.qriemann.offload_embeddings
         self.on_manifold = find_method(config.qriemann.method).on_manifold
         self._models: dict[int | None, PeftModel] = {}
         self._peaks: dict[Load, tuple[str, Counter[str]]] = {}
@@ -92,6 +94,8 @@ class Footprint:
         shape = self.shape if layers is None else _shallow(self.shape, layers)
         quantized = self.config.quantize is not None
         base = shapes_of(shape, self.dtype, quantized=quantized, eager=self.attention == "eager")
+        if self.offloads_embeddings:
+            refuse_tied_embeddings(base, self.name)
         adapter = adapter_config(self.config.model)
         check_targets(base, adapter)
         with warnings.catch_warnings():
@@ -120,6 +124,8 @@ class Footprint:
         for name, parameter in model.named_parameters():
             if id(parameter) not in four_bit:
                 (frozen if not parameter.requires_grad else factors if "lora_" in name else others).append(parameter)
+        if self.offloads_embeddings and self.on_gpu:
+            frozen = [tensor for tensor in frozen if tensor is not model.get_input_embeddings().weight]
         factor_bytes, other_bytes = _bytes(factors), _bytes(others)
         ours = self.config.qriemann
         blocks = _STATE_BLOCKS.get(ours.method, _ONE_BLOCK)
@@ -138,6 +144,14 @@ class Footprint:
             ("CUDA context and libraries (assumed)", CONTEXT) if self.on_gpu else ("Python and libraries", _PROCESS),
         ]
         return [(name, size) for name, size in rows if size]
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of the input embeddings that host memory can hold, or holds, in place of the card; 0 if it cannot."""
+        model = self.model()
+        matrix, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+        tied = head is not None and head.weight is matrix
+        return 0 if tied or matrix.requires_grad or not self.on_gpu else _bytes([matrix])
 
     def computed(self, load: Load) -> tuple[str, Counter[str]]:
         """The phase of a step in which most bytes live beyond what is stored, and those bytes by part."""

@@ -258,6 +258,8 @@ def count_step(
             counter.part = "loss"
             flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
             loss = _TiledLogProb.apply(flat, base.get_output_embeddings().weight, on_gpu).sum()
+            # As the trainer does, which keeps nothing but the loss: what backward is done with is free.
+            del hidden, flat
             if training:
                 counter.part = "backward: gradients in flight, tiles of the loss"
                 loss.backward()

@@ -147,6 +147,8 @@ class _Search:
                 f"attention: {'the matrix of tokens by tokens, kept' if eager else 'fused kernels'}",
                 "no run on a GPU has confirmed these numbers; `qriemann check` measures on the card itself",
             ]
+        if self.footprint.offloads_embeddings and (size := self.footprint.embedding_bytes):
+            notes.append(f"the input embeddings take {size / GIB:.2f} GiB of host memory in place of the card's")
         if self.config.sft.activation_offloading:
             notes.append("activation_offloading is not counted: the run needs less")
         return notes
@@ -165,6 +167,9 @@ class _Search:
     def _remedy(self, vram_gib: float, room: int, phase: str, largest_batch: int) -> dict[str, Any]:
         """The first change that fits, from those that cost nothing but time to those that change what is learned."""
         load = self.load
+        movable = 0 if self.footprint.offloads_embeddings else self.footprint.embedding_bytes
+        if movable and self._bytes(load) <= room + int(movable / (1 + _BAND)):
+            return {"offload_embeddings": True}
         if phase == "evaluation":
             rows = _largest(load.eval_batch, room, lambda n: self._bytes(replace(load, eval_batch=n)))
             if rows:
@@ -181,6 +186,10 @@ class _Search:
         if self.config.quantize is None:
             quantized = replace(self.config, qriemann=replace(self.config.qriemann, quantize="nf4"))
             return {"quantize": "nf4", **_Search(quantized).plan(vram_gib).remedy}
+        if movable:
+            offloaded = replace(self.config, qriemann=replace(self.config.qriemann, offload_embeddings=True))
+            if further := _Search(offloaded).plan(vram_gib).remedy:
+                return {"offload_embeddings": True, **further}
         if longest := self._longest(room, replace(load, batch=1, eval_batch=1)):
             return {
                 "activation_checkpointing": True,

@@ -8,6 +8,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qriemann.adapters.host_embedding import HostEmbedding
 from qriemann.errors import InputError
 from qriemann.training.config import ModelSettings
 
@@ -60,10 +61,15 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
                 f"the rank must be at most min(out_features, in_features) = {min(rows, columns)} of {name} ({rows} x "
                 f"{columns}), got {rank}; lower lora_r or name this layer in rank_pattern"
             )
-    known = [name for name, _ in model.named_modules()]
     for wanted in config.modules_to_save or []:
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in known):
+        meant = [m for name, m in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
+        if not meant:
             raise InputError(f"every name in lora_modules_to_save must be a module of the model, got {wanted!r}")
+        if any(isinstance(module, HostEmbedding) for module in meant):
+            raise InputError(
+                f"lora_modules_to_save must not name the input embeddings with offload_embeddings, got {wanted!r}; what "
+                "stays in host memory is frozen; remove one of the two keys"
+            )
 
 
 def _matched(model: nn.Module, target: Any, linear: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -1,9 +1,12 @@
 """Which tokens of a row are trained: the assistant's turns, found with the chat template as it is.
 
 A template without `{% generation %}` markers does not say where an assistant's turn begins, but rendering does: the
-prompt of turn i is the conversation before it plus the generation prompt, and the turn ends where the conversation up to
-and including it ends. Both are prefixes of the whole conversation, unless the template rewrites what came before (some drop
-the reasoning of earlier turns); then no sequence is right for every turn, and the row is refused by name.
+prompt of turn i is the conversation before it plus the generation prompt, and the turn ends with its end token where the
+conversation up to and including it ends. Both are prefixes of the whole conversation, unless the template rewrites what came
+before. Where it rewrites answers (Qwen3 drops the reasoning of earlier turns), no sequence is right for every turn, and each
+turn becomes a row of its own, read as the model will read it; where it rewrites a question once it is answered (Mistral's
+system message), the row is refused by name. What a template writes after the last end token only
+because nothing follows (Phi's end of text) is no part of a turn.
 
 TRL's `assistant_only_loss` instead replaces the template of the families it knows and fails on the others, SmolLM2 among
 them.
@@ -32,6 +35,14 @@ class RowError(ValueError):
         self.remedy = remedy
 
 
+class RewrittenHistoryError(RowError):
+    """The template writes earlier answers differently when the conversation goes on."""
+
+
+#: Token ids of a row, whether each is trained, and whether a token straddles the start of a turn.
+Example = tuple[list[int], list[bool], bool]
+
+
 class AssistantTokenizer:
     """Token ids of a row, and for each token whether it belongs to an assistant's turn.
 
@@ -41,7 +52,20 @@ class AssistantTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.special_ids = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
+        self.special_ids = _special_ids(tokenizer)
+        end = end_of_turn(tokenizer)
+        self.end: str | None = None if end is None else tokenizer.convert_ids_to_tokens(end)
+
+    def conversations(self, messages: Sequence[Message], *, first_trained: int = 0, **options: Any) -> list[Example]:
+        """The rows that train every turn of a conversation: one, or one a turn where the template rewrites its history.
+
+        Args, Raises: as `conversation`.
+        """
+        try:
+            return [self.conversation(messages, first_trained=first_trained, **options)]
+        except RewrittenHistoryError:
+            turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i >= first_trained]
+            return [self.conversation(messages[: i + 1], first_trained=i, **options) for i in turns]
 
     def conversation(
         self,
@@ -50,7 +74,7 @@ class AssistantTokenizer:
         first_trained: int = 0,
         tools: list[Any] | None = None,
         template_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[list[int], list[bool], bool]:
+    ) -> Example:
         """Token ids, assistant mask and whether a token straddles the start of a turn.
 
         Args:
@@ -74,12 +98,17 @@ class AssistantTokenizer:
             if message["role"] != "assistant" or index < first_trained:
                 continue
             prompt, turn = self._turn_texts(messages, index, options)
-            if not (text.startswith(turn) and turn.startswith(prompt)):
-                raise RowError(
+            if not text.startswith(turn):
+                raise RewrittenHistoryError(
                     "a conversation that the chat template renders the same when it goes on (this one rewrites the turns up "
                     f"to {index + 1})",
-                    "split it into one row for each assistant turn, name a template that keeps the history with "
-                    "chat_template_path, or set loss_on: all",
+                    "split it into one row for each assistant turn",
+                )
+            if not turn.startswith(prompt):
+                raise RowError(
+                    f"a question that the chat template renders the same once it is answered (turn {index} changes)",
+                    "put the text of a system turn into the first user turn, or name another template with "
+                    "chat_template_path",
                 )
             prompt_ids = self._encode(prompt)
             start = _common_prefix_length(prompt_ids, ids)
@@ -95,12 +124,12 @@ class AssistantTokenizer:
         *,
         tools: list[Any] | None = None,
         template_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[list[int], list[bool], bool]:
+    ) -> Example:
         """The same with every token trained, the template's own included."""
         ids = self._encode(self._render(messages, {"tools": tools, **(template_kwargs or {})}))
         return ids, [True] * len(ids), False
 
-    def completion(self, prompt: str, completion: str) -> tuple[list[int], list[bool], bool]:
+    def completion(self, prompt: str, completion: str) -> Example:
         """The same for two plain strings; the end-of-sequence token is appended to the completion and trained."""
         prompt_ids = self.tokenizer(prompt)["input_ids"] if prompt else []
         ids = self._with_end(self.tokenizer(prompt + completion)["input_ids"])
@@ -110,7 +139,7 @@ class AssistantTokenizer:
         start = _common_prefix_length(prompt_ids, ids)
         return ids, [index >= start for index in range(len(ids))], start < len(prompt_ids)
 
-    def text(self, text: str) -> tuple[list[int], list[bool], bool]:
+    def text(self, text: str) -> Example:
         """The same for a text without roles: every token is trained, the appended end token included."""
         ids = self._with_end(self.tokenizer(text)["input_ids"])
         return ids, [True] * len(ids), False
@@ -138,7 +167,21 @@ class AssistantTokenizer:
             raise RowError(
                 "a conversation that does not open with the assistant", "put a user turn first or drop that turn"
             )
-        return self._render(messages[:index], options, prompt=True), self._render(messages[: index + 1], options)
+        prompt = self._render(messages[:index], options, prompt=True)
+        turn = self._render(messages[: index + 1], options)
+        return prompt, turn[: self._end_of(turn, len(prompt), str(messages[index].get("content")))]
+
+    def _end_of(self, turn: str, start: int, content: str) -> int | None:
+        """Where the end token of a turn stops, past those that the turn quotes; None if it ends otherwise."""
+        if self.end is None:
+            return None
+        stop = start
+        for _ in range(content.count(self.end) + 1):
+            found = turn.find(self.end, stop)
+            if found < 0:
+                return None
+            stop = found + len(self.end)
+        return stop
 
     def _trim_after_end_token(self, ids: list[int], start: int, stop: int) -> int:
         last = next((i for i in range(stop - 1, start - 1, -1) if ids[i] in self.special_ids), None)
@@ -164,6 +207,21 @@ class AssistantTokenizer:
             start = _common_prefix_length(prompt_ids, ids)
             mask[:start] = [False] * start
         return mask
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes after what an assistant says; None where there is none."""
+    if not tokenizer.chat_template:
+        return None
+    said = "qriemann"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    # A template may refuse these turns; a row that it refuses is told so when it is rendered.
+    except Exception:
+        return None
+    after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
+    return next((token for token in after if token in _special_ids(tokenizer)), None)
 
 
 def adjust_tokenizer(
@@ -197,6 +255,10 @@ def adjust_tokenizer(
     if not template:
         raise InputError(f"chat_template_path must name a chat template, got a tokenizer without one at {str(path)!r}")
     tokenizer.chat_template = template
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
 
 
 def _common_prefix_length(ids: Sequence[int], others: Sequence[int]) -> int:

@@ -309,6 +309,19 @@ def test_a_gguf_file_and_a_folder_of_the_same_weights_quantize_to_the_same_bytes
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_pickled_weights_are_refused_unless_asked_for(folder: Path, original: LlamaForCausalLM, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        if not path.name.endswith(".safetensors"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    torch.save(original.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"must be in safetensors.*allow_pickle=True") as caught:
+        load_base(tmp_path, quantize=None)
+    assert "\n" not in str(caught.value)
+    model, _ = load_base(tmp_path, quantize=None, allow_pickle=True)
+    for name, weight in original.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+
+
 def test_peft_dispatches_its_4_bit_layer_on_a_loaded_base(folder: Path) -> None:
     model, _ = load_base(folder)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))

@@ -118,6 +118,8 @@ def rows_like(columns: dict[str, str] | None, name: str) -> list[dict[str, str]]
         return [{column: f"{column} {n}" for column in columns} for n in range(12)]
     if "messages" in name:
         return chat_rows(12)
+    if name.endswith(".jsonl"):
+        return [{"prompt": f"say {n}", "completion": f"it is {n}"} for n in range(12)]
     return [{"instruction": f"say {n}", "input": "", "output": f"it is {n}"} for n in range(12)]
 
 
@@ -129,8 +131,8 @@ def test_every_recipe_trains_a_small_model_of_its_architecture(path, tmp_path):
     published = PUBLISHED[written.model.model_name_or_path]
     AutoModelForCausalLM.from_config(small(published, len(tokenizer))).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    conversations = "ultrachat" in written.data.dataset_name
-    rows = rows_like(written.data.dataset_columns, "messages" if conversations else "")
+    name = written.data.dataset_name
+    rows = rows_like(written.data.dataset_columns, "messages" if "ultrachat" in name else name)
     Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
     arguments = {
         "model_name_or_path": tmp_path / "model",

@@ -43,6 +43,16 @@ MODELS = {
         num_key_value_heads=4,
         max_position_embeddings=1024,
     ),
+    # Never given weights: embeddings that outweigh what a step computes.
+    "wordy": LlamaConfig(
+        vocab_size=60000,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+    ),
     "qwen": Qwen2Config(
         vocab_size=500,
         hidden_size=64,
@@ -220,6 +230,34 @@ def test_what_does_not_fit_does_with_the_change_that_is_named(model, settings, c
     assert mended.sft.per_device_train_batch_size * mended.sft.gradient_accumulation_steps == settings[ROWS]
 
 
+def test_embeddings_in_host_memory_free_their_bytes_on_a_gpu_and_none_on_the_cpu(make_config):
+    for use_cpu, freed in ((False, 2 * 60000 * 256), (True, 0)):
+        settings = {"max_length": 64, "use_cpu": use_cpu, "dtype": "bfloat16"}
+        kept, offloaded = (plan(make_config("wordy", **settings, offload_embeddings=where)) for where in (False, True))
+        assert kept.peak - offloaded.peak == freed
+        assert offloaded.computed == kept.computed
+
+
+def test_offloading_the_embeddings_is_named_where_it_is_enough(make_config):
+    settings = {"max_length": 64, "eval_strategy": "no"}
+    card = (plan(make_config("wordy", **settings, offload_embeddings=True)).high + 1024) / GIB
+    result = plan(make_config("wordy", **settings), card)
+    assert not result.fits
+    assert result.remedy == {"offload_embeddings": True}
+    assert plan(make_config("wordy", **settings, **result.remedy), card).fits
+
+
+def test_offloading_comes_before_shorter_rows(make_config):
+    settings = {"per_device_train_batch_size": 1, "eval_strategy": "no", "max_length": 512}
+    fitting = make_config("wordy", **{**settings, "max_length": 256}, offload_embeddings=True)
+    card = (plan(fitting).high + 1024) / GIB
+    result = plan(make_config("wordy", **settings), card)
+    assert result.remedy["offload_embeddings"] is True
+    mended = plan(make_config("wordy", **{**settings, **result.remedy}), card)
+    assert mended.fits
+    assert mended.load.length >= 256
+
+
 def test_packed_samples_need_the_mask_that_keeps_them_apart(make_config):
     packed = {
         "packing": True,
@@ -243,6 +281,11 @@ BAD = {
     "no model": ({"model_name_or_path": None}, None, "model_name_or_path"),
     "a model that is not there": ({"model_name_or_path": "./no/such"}, None, "./no/such"),
     "targets that match nothing": ({"lora_target_modules": ["q_prj"]}, None, "q_prj"),
+    "tied embeddings in host memory": (
+        {"model": "qwen", "offload_embeddings": True},
+        None,
+        "offload_embeddings must be",
+    ),
 }
 
 

@@ -1,0 +1,83 @@
+"""Input embeddings whose matrix stays in host memory: rows are looked up there and sent to the model's device.
+
+A step reads a few thousand rows of a matrix of a hundred thousand and, frozen as it is, writes none: in an 8B Llama that is
+1.05 GB of a card for nothing. The price is one copy of the rows (batch x length x width) and one wait for the token ids a
+forward pass.
+
+The matrix is not pinned: the processor gathers the rows, so no transfer would be faster for it, and locked memory is what a
+small machine has least of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qriemann.errors import InputError
+
+_HOST = torch.device("cpu")
+
+
+class HostEmbedding(nn.Module):
+    """What is mixed into the class of an embedding, whatever that class makes of the rows.
+
+    Attributes:
+        place: the device of the model, which is where the rows go.
+    """
+
+    place: torch.device
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(input.to(_HOST), *args, **kwargs).to(self.place)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # What moves the model must not move the matrix: Accelerate and the Trainer call .to(device) on what they prepare.
+        self.place = fn(torch.empty(0, device=self.place)).device
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype), recurse)
+
+
+def refuse_tied_embeddings(model: PreTrainedModel, name: str) -> None:
+    """Raises InputError if the output head of `model` is its embedding matrix."""
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is model.get_input_embeddings().weight:
+        raise InputError(
+            f"offload_embeddings must be false for a model whose output head is its embedding matrix, got true for {name}; "
+            "the head reads all of it at every step"
+        )
+
+
+def keep_embeddings_on_host(model: PreTrainedModel, name: str) -> None:
+    """Moves the input embeddings of `model` to host memory, for good; its output stays the same.
+
+    Args:
+        model: on one device; changed in place. Its `device` goes on being that one.
+        name: for the message.
+
+    Raises:
+        InputError: the output head is the same matrix.
+    """
+    refuse_tied_embeddings(model, name)
+    embeddings: Any = model.get_input_embeddings()
+    place = embeddings.weight.device
+    embeddings.to(_HOST)
+    _mix_in(embeddings, HostEmbedding)
+    embeddings.place = place
+    _mix_in(model, _DeviceOfTheRest)
+
+
+class _DeviceOfTheRest:
+    """transformers takes the device of the first parameter for the model's, and that is the embeddings'."""
+
+    @property
+    def device(self: Any) -> torch.device:
+        return self.get_input_embeddings().place
+
+
+def _mix_in(module: nn.Module, part: type) -> None:
+    # The name stays: transformers writes it into the configuration, and PEFT and the Trainer look it up.
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (part, kind), {"__module__": kind.__module__})
