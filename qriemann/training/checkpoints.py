@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import safe_globals
 
+from qriemann.adapters.saved import finite_tensors
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters, orthonormality_drift
 from qriemann.training.processes import wait_for_all
@@ -63,29 +64,40 @@ def commit(folder: Path, step: int, run: Mapping[str, Any] | None = None) -> Non
     """
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
+        open_like_its_folder(path)
         _sync(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     for inner in (path for path in folder.rglob("*") if path.is_dir()):
         _sync(inner)
     serial = 1 + max((_serial(other) for other in _folders(folder.parent)), default=0)
     content = {"format": _FORMAT, "step": step, "serial": serial, "files": files, "run": dict(run or {})}
-    write_whole(folder / MANIFEST, json.dumps(content, indent=1))
+    replace_file(folder / MANIFEST, lambda partial: partial.write_text(json.dumps(content, indent=1), encoding="utf-8"))
     _sync(folder.parent)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces the file in one move, flushed to disk: a crash leaves the old content or the new."""
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Replaces the file in one move, flushed to disk: a crash leaves the old content or the new.
+
+    Args:
+        path: of the file.
+        write: makes a file of the new content at the path that it is given.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write(partial)
+        _sync(partial)
         os.replace(partial, path)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
     _sync(path.parent)
+
+
+def open_like_its_folder(path: Path) -> None:
+    """Lets who may enter the folder read the file: safetensors leaves it to its owner alone, whatever the umask."""
+    # File systems without modes refuse.
+    with suppress(OSError):
+        path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def find_defect(folder: Path) -> str | None:
@@ -119,12 +131,10 @@ def find_content_defect(folder: Path) -> str | None:
     """Why the files of a folder cannot be loaded, or None: for checkpoints whose manifest may be anyone's."""
     for path in sorted(folder.rglob("*.safetensors")):
         try:
-            with safe_open(path, framework="pt") as tensors:
-                broken = [name for name in tensors.keys() if not tensors.get_tensor(name).isfinite().all()]  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
-            return f"{path.name} is not a whole safetensors file: {error}"
-        if broken:
-            return f"{path.name} holds numbers that are not finite, in {broken[0]}"
+            for _ in finite_tensors(path):
+                pass
+        except InputError as error:
+            return str(error)
     # What the trainer loads; training_args.bin, a pickle of classes, it only writes.
     for name in ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth"):
         path = folder / name
@@ -211,6 +221,7 @@ def save_adapter(trainer: Trainer, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     trainer.save_model(str(partial))
     for path in sorted(partial.iterdir()):
+        open_like_its_folder(path)
         _sync(path)
         os.replace(path, folder / path.name)
     partial.rmdir()

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from qriemann.errors import InputError
 from qriemann.training.checkpoints import newest_checkpoint
-from qriemann.training.order import pin_order, rows_of_step, seed_generators
+from qriemann.training.order import pin_batches, pin_order, rows_of_step, seed_generators
 from qriemann.training.processes import process_count, sum_over_processes
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,9 @@ class StepGuard(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        pin_order(kwargs["train_dataloader"], _order_seed(args), int(state.epoch or 0))
+        dataloader, seed, epoch = kwargs["train_dataloader"], _order_seed(args), int(state.epoch or 0)
+        pin_order(dataloader, seed, epoch)
+        pin_batches(dataloader, seed, epoch, state.global_step, args.gradient_accumulation_steps, args.process_index)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

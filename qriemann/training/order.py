@@ -9,21 +9,40 @@ import copy
 import hashlib
 import math
 import random
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 
 def seed_generators(seed: int, step: int, process: int = 0) -> None:
     """Seeds Python's, NumPy's and torch's generators, on all devices, for one step."""
-    value = _derived(seed, "step", step, process)
-    random.seed(value)
-    np.random.seed(value % 2**32)
-    torch.manual_seed(value)
+    _seed_all(_derived(seed, "step", step, process))
+
+
+def pin_batches(dataloader: DataLoader, seed: int, epoch: int, step: int, accumulation: int, process: int = 0) -> None:
+    """Makes what a collator draws a function of seed, epoch and batch; to be called before the epoch is iterated.
+
+    A batch is put together before the step that it is for begins, the first of the next step even before this one ends.
+
+    Args:
+        dataloader: of the training. Workers that outlive an epoch (persistent_workers) do not hear of the next one.
+        seed, epoch: as for `pin_order`.
+        step: optimizer steps before the first that this iteration is for.
+        accumulation: batches a step.
+        process: this one's number.
+    """
+    # A stream that is gone on with is put together from its beginning once more.
+    batches = 0 if _sampler(dataloader) is None else len(dataloader)
+    first = step % math.ceil(batches / accumulation) * accumulation if batches else 0
+    # accelerate iterates over the loader that it wraps.
+    inner: Any = getattr(dataloader, "base_dataloader", dataloader)
+    collate = inner.collate_fn.collate if isinstance(inner.collate_fn, _SeededCollator) else inner.collate_fn
+    inner.collate_fn = _SeededCollator(collate, (seed, "batch", epoch, process), first)
 
 
 def pin_order(dataloader: DataLoader, seed: int, epoch: int) -> None:
@@ -62,6 +81,22 @@ def rows_of_step(dataloader: DataLoader, seed: int, step: int, accumulation: int
     return [row for batch in islice(batch_sampler, first, first + batches) for row in batch]
 
 
+class _SeededCollator:
+    """A collator before whose every batch the generators are seeded, wherever it runs."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any], seed: tuple[object, ...], first: int) -> None:
+        self.collate, self._seed, self._first = collate, seed, first
+        self._made = 0
+
+    def __call__(self, rows: list[Any]) -> Any:
+        worker = get_worker_info()
+        # Worker w of W puts together batches w, w + W, ...
+        place = self._made if worker is None else self._made * worker.num_workers + worker.id
+        _seed_all(_derived(*self._seed, self._first + place))
+        self._made += 1
+        return self.collate(rows)
+
+
 def _sampler(dataloader: DataLoader) -> Any:
     """The sampler of rows under the batches; None for a stream of rows."""
     return getattr(_whole_batch_sampler(dataloader), "sampler", None)
@@ -71,6 +106,12 @@ def _whole_batch_sampler(dataloader: DataLoader) -> Any:
     """The sampler of the batches of all processes, of which each takes its share."""
     batch_sampler: Any = getattr(dataloader, "batch_sampler", None)
     return batch_sampler.batch_sampler if isinstance(batch_sampler, BatchSamplerShard) else batch_sampler
+
+
+def _seed_all(value: int) -> None:
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
 
 
 def _derived(*parts: object) -> int:

@@ -2,9 +2,10 @@
 
 trainer = SFTTrainer(...)
 qriemann.protect(trainer)
-trainer.train(resume_from_checkpoint=qriemann.newest_checkpoint("out").path)
+trainer.train(resume_from_checkpoint=True)
 """
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 from transformers import Trainer
 
 from qriemann.adapters.attach import accept_offset_checkpoints
-from qriemann.training.checkpoints import CompleteCheckpoints
+from qriemann.errors import InputError
+from qriemann.training.checkpoints import CompleteCheckpoints, newest_checkpoint
 from qriemann.training.guard import StepEvent, StepGuard
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,8 @@ def protect(
 ) -> StepGuard:
     """Adds complete checkpoints, exact resume and skipping of non-finite steps to a trainer of transformers or TRL.
 
-    Call it once, before `train`. It switches logging_nan_inf_filter off and takes over save_total_limit.
+    Call it once, before `train`. It switches logging_nan_inf_filter off, takes over save_total_limit, and lets
+    `train(resume_from_checkpoint=True)` take the newest checkpoint that verifies, not the one of the highest number.
 
     Args:
         trainer: of transformers or TRL, before it trains.
@@ -43,5 +46,29 @@ def protect(
     accept_offset_checkpoints(trainer.model)
     guard = StepGuard(trainer, max_skipped_steps=max_skipped_steps, report=on_event)
     trainer.add_callback(guard)
-    trainer.add_callback(CompleteCheckpoints(note or (lambda line: logger.warning("%s", line)), run))
+    tell = note or (lambda line: logger.warning("%s", line))
+    trainer.add_callback(CompleteCheckpoints(tell, run))
+    trainer.train = _resuming_from_a_whole_one(trainer, tell)  # type: ignore[method-assign]
     return guard
+
+
+def _resuming_from_a_whole_one(trainer: Trainer, note: Callable[[str], None]) -> Callable[..., Any]:
+    """The trainer's `train`, whose own choice would be whatever a save that broke off has left."""
+    train = trainer.train
+
+    @functools.wraps(train)
+    def train_from_a_whole_one(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            found = newest_checkpoint(str(trainer.args.output_dir))
+            if found.path is None:
+                passed_over = f" ({'; '.join(found.passed_over)})" if found.passed_over else ""
+                raise InputError(
+                    "resume_from_checkpoint=True must find a complete checkpoint in output_dir, got none in "
+                    f"{trainer.args.output_dir}{passed_over}; leave it out, or name the folder of one"
+                )
+            for line in found.passed_over:
+                note(f"passed over {line}")
+            resume_from_checkpoint = str(found.path)
+        return train(resume_from_checkpoint, *args, **kwargs)
+
+    return train_from_a_whole_one

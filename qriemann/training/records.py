@@ -6,17 +6,17 @@ Every file is replaced in one move, so a reader or a crash never sees half of on
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import qriemann
+from qriemann.training.checkpoints import replace_file
 
 METRICS, RUN, PLOT = "metrics.jsonl", "run.json", "loss.png"
 # The files that say a folder holds a run, and that `overwrite` removes; anything else in the folder is left alone.
@@ -41,7 +41,7 @@ def remove_run(folder: Path) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replaces the file by the content; numbers that JSON has no word for become strings."""
-    _replace(
+    replace_file(
         path, lambda partial: partial.write_text(json.dumps(finite(dict(content)), indent=2) + "\n", encoding="utf-8")
     )
 
@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The mapping in the file; an empty one if a file of that name is not ours."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -78,7 +78,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def rewind_metrics(folder: Path, step: int) -> None:
     """Keeps the records up to a step: a resumed run repeats the steps after its checkpoint and logs them again."""
     kept = [record for record in read_metrics(folder) if record["step"] <= step and "train_runtime" not in record]
-    _replace(folder / METRICS, lambda partial: partial.write_text("".join(json.dumps(r) + "\n" for r in kept)))
+    replace_file(folder / METRICS, lambda partial: partial.write_text("".join(json.dumps(r) + "\n" for r in kept)))
 
 
 def curve(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
@@ -103,7 +103,7 @@ def plot_losses(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     axes.grid(visible=True, alpha=0.3)
     if axes.has_data():
         axes.legend()
-    _replace(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
+    replace_file(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -139,15 +139,6 @@ def peak_gib(device: torch.device) -> float:
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if platform.system() == "Darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def finite(value: Any) -> Any:

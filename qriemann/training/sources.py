@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
@@ -69,6 +70,13 @@ def _pick(splits: DatasetDict, split: str, name: str, key: str, columns: Mapping
     rows = splits[split]
     if len(rows) == 0:
         raise InputError(f"split {split!r} of {name} must hold at least one row, got an empty split; check the dataset")
+    try:
+        # A Parquet file may say of any bytes that they are text; whoever read a row of it would fail.
+        rows.data.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise InputError(
+            f"split {split!r} of {name} must hold what its types say, got: {_first_line(error)}; write the file again"
+        ) from error
     for old, new in (columns or {}).items():
         if old not in rows.column_names:
             raise InputError(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qriemann.errors import InputError
@@ -20,22 +21,17 @@ from qriemann.training.checkpoints import MANIFEST, find_content_defect, find_de
 from qriemann.training.config import _FIELDS, load_config
 from qriemann.training.data import prepare
 from qriemann.training.sources import load_sources
-from tests.training.conftest import make_tokenizer
+from tests.fuzz import at_length, damage, damages, hostile_input, scalars, values
 from tests.training.runs import protected_trainer
 
-# Seconds of work that one reading may take; nothing here is longer than a few kB.
-_PATIENCE = 5.0
-_SLOW = pytest.mark.slow
-# Upstream's own line about a key that it will drop: it names the key.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
-_FEW = 60
+pytestmark = [
+    # Upstream's own line about a key that it will drop: it names the key.
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning"),
+    # `datasets` leaves a CSV file open that pandas cannot read.
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"),
+]
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-values = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
 keys = st.sampled_from(sorted(_FIELDS)) | st.text(max_size=12)
 turns = st.dictionaries(st.sampled_from(["role", "content", "from", "value", "x"]), values, max_size=3)
 rows = st.dictionaries(
@@ -45,33 +41,12 @@ rows = st.dictionaries(
 )
 
 
-@contextmanager
-def only_our_error():
-    """Lets InputError pass, and fails for a reading that takes long."""
-    began = time.process_time()
-    with suppress(InputError):
-        yield
-    assert time.process_time() - began < _PATIENCE
-
-
-def at_length(property_test: Callable, strategies: dict) -> tuple[Callable, Callable]:
-    """The property on a few cases for every run, and on 10,000 for a slow one."""
-
-    def made(cases: int) -> Callable:
-        quiet = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-        # The few are the same in every run, so that a change is blamed for what it did; the many search.
-        few = cases == _FEW
-        return settings(max_examples=cases, derandomize=few, **quiet)(given(**strategies)(property_test))
-
-    return made(_FEW), _SLOW(made(10_000))
-
-
 def read_yaml_settings(tmp_path, content):
     path = tmp_path / "run.yaml"
     path.write_bytes(content if isinstance(content, bytes) else yaml.safe_dump(content).encode())
     environment = dict(os.environ)
     try:
-        with only_our_error():
+        with hostile_input(tmp_path):
             load_config(path)
     finally:
         os.environ.clear()
@@ -93,22 +68,68 @@ def test_a_yaml_cannot_construct_objects(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def read_dataset(tmp_path, content, suffix):
+def as_csv(content) -> bytes:
+    text = io.StringIO()
+    names = sorted({name for row in content for name in row})
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    # A text cell stays as it is; anything else is the JSON that people put into cells.
+    writer.writerows({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in content)
+    return text.getvalue().encode(errors="surrogatepass")
+
+
+def as_parquet(content) -> bytes:
+    sink = io.BytesIO()
+    try:
+        pq.write_table(pa.Table.from_pylist(content), sink)
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        # Parquet has no place for these rows.
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"text": [json.dumps(row) for row in content]}), sink)
+    return sink.getvalue()
+
+
+WRITERS = {
+    ".jsonl": lambda content: "".join(json.dumps(row) + "\n" for row in content).encode(),
+    ".json": lambda content: json.dumps(content if len(content) != 2 else {"data": content}).encode(),
+    ".csv": as_csv,
+    ".parquet": as_parquet,
+}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """Where `datasets` keeps what it has read."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def read_dataset(tmp_path, cache, tokenizer, content, suffix, broken):
     path = tmp_path / f"rows{suffix}"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in content))
-    with only_our_error():
-        train, held_out = load_sources(str(path))
-        prepare(train, held_out, make_tokenizer(), max_length=64)
+    written = content if isinstance(content, bytes) else WRITERS[suffix](content)
+    path.write_bytes(written if broken is None else damage(written, *broken[:2], cut=broken[2]))
+    try:
+        with hostile_input(tmp_path):
+            train, held_out = load_sources(str(path))
+            prepare(train, held_out, tokenizer, max_length=64)
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
 
 
 dataset_contents = {
     "content": st.lists(rows, max_size=3) | st.binary(max_size=100),
-    "suffix": st.sampled_from([".jsonl", ".json", ".csv", ".parquet"]),
+    "suffix": st.sampled_from(sorted(WRITERS)),
+    "broken": st.none() | damages,
 }
 test_any_dataset_file_is_rows_or_one_line, test_10_000_dataset_files = at_length(read_dataset, dataset_contents)
+
+
+def test_bytes_of_a_parquet_file_that_are_no_text_are_one_line(tmp_path, cache):
+    buffers = [None, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\x80")]
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 1, buffers)}), tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match="Invalid UTF8") as caught:
+        load_sources(str(tmp_path / "rows.parquet"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -119,42 +140,42 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder / "checkpoint-1"
 
 
-def read_damaged_checkpoint(tmp_path, checkpoint, name, place, change):
+def read_damaged_checkpoint(tmp_path, checkpoint, name, broken):
     run = tmp_path / "run"
     shutil.rmtree(run, ignore_errors=True)
     damaged = Path(shutil.copytree(checkpoint, run / checkpoint.name))
     path = damaged / name
     content = path.read_bytes()
-    at = int(place * len(content))
-    path.write_bytes(content[:at] + change + content[at + len(change) :])
+    path.write_bytes(damage(content, *broken[:2], cut=broken[2]))
     intact = path.read_bytes() == content
-    began = time.process_time()
-    found = newest_checkpoint(run)
-    # A manifest of the same meaning may be other bytes: spaces, say.
-    assert (found.path is not None) == intact or name == MANIFEST
-    # What a stranger's manifest would vouch for.
-    assert "\n" not in (find_content_defect(damaged) or "")
-    assert time.process_time() - began < _PATIENCE
+    with hostile_input(run):
+        found = newest_checkpoint(run)
+        # A manifest of the same meaning may be other bytes: spaces, say.
+        assert (found.path is not None) == intact or name == MANIFEST
+        # What a stranger's manifest would vouch for.
+        assert "\n" not in (find_content_defect(damaged) or "")
 
 
-damage = {
+damaged_checkpoints = {
     "name": st.sampled_from(
         ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", MANIFEST]
     ),
-    "place": st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 0.0001, 0.001]),
-    "change": st.binary(min_size=1, max_size=64),
+    "broken": damages,
 }
-test_any_damage_to_a_checkpoint_is_found, test_10_000_damaged_checkpoints = at_length(read_damaged_checkpoint, damage)
+test_any_damage_to_a_checkpoint_is_found, test_10_000_damaged_checkpoints = at_length(
+    read_damaged_checkpoint, damaged_checkpoints
+)
 
 
-def read_manifest_of_anyone(tmp_path, checkpoint, content):
+def read_manifest_of_anyone(tmp_path, content):
     run = tmp_path / "run"
     shutil.rmtree(run, ignore_errors=True)
     (tmp_path / "outside").write_text("")
     (run / "checkpoint-1").mkdir(parents=True)
     (run / "checkpoint-1" / MANIFEST).write_text(json.dumps(content))
-    assert find_defect(run / "checkpoint-1") is not None
-    assert newest_checkpoint(run).path is None
+    with hostile_input(run):
+        assert find_defect(run / "checkpoint-1") is not None
+        assert newest_checkpoint(run).path is None
 
 
 manifests = st.fixed_dictionaries(
@@ -173,4 +194,23 @@ manifests = st.fixed_dictionaries(
 )
 test_no_manifest_of_anyone_makes_a_checkpoint, test_10_000_manifests = at_length(
     read_manifest_of_anyone, {"content": manifests}
+)
+
+
+def read_state_of_anyone(tmp_path, content):
+    (tmp_path / "trainer_state.json").write_text(json.dumps(content))
+    with hostile_input(tmp_path):
+        defect = find_content_defect(tmp_path)
+        assert "\n" not in (defect or "")
+        assert defect is None or "trainer_state.json" in defect
+
+
+states = st.dictionaries(
+    st.sampled_from(["global_step", "epoch", "max_steps", "log_history", "stateful_callbacks", "best_metric"])
+    | st.text(max_size=8),
+    values,
+    max_size=4,
+)
+test_any_trainer_state_is_read_or_refused, test_10_000_trainer_states = at_length(
+    read_state_of_anyone, {"content": states | values}
 )

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import os
+import random
+import stat
+
+import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 import qriemann
+from qriemann.errors import InputError
+from qriemann.training.checkpoints import save_adapter
 from qriemann.training.methods import METHODS
 from tests.training.runs import assert_same, logged, outcome, protected_trainer
 
@@ -59,6 +68,123 @@ def test_every_method_resumes_exactly(tmp_path, method):
     resumed, _ = protected_trainer(tmp_path / "resumed", save_strategy="no", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert_same(outcome(resumed), outcome(whole))
+
+
+STARTS = {"zero": {"options": {"start": "zero"}}, "offset": {"options": {"start": "offset"}}, "loi": {"loi": True}}
+MATRIX = {
+    f"{name} {start}": {"method": name, **changes}
+    for name, method in METHODS.items()
+    for start, changes in (STARTS if method.on_manifold else {"": {}}).items()
+}
+# Four steps an epoch, the last of one batch.
+PACKED = {"packing": True, "max_length": 16, "eval_packing": False, "per_device_train_batch_size": 1}
+
+
+class KilledError(Exception):
+    """Ends a run between two batches of a step."""
+
+
+class KillWithin(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KilledError
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*packing.*:UserWarning", "ignore:.*attention implementation.*:UserWarning")
+@pytest.mark.parametrize("packing", [{}, PACKED], ids=["", "packed"])
+@pytest.mark.parametrize("case", MATRIX.values(), ids=MATRIX.keys())
+def test_wherever_a_run_of_any_method_is_interrupted_it_ends_where_the_whole_one_does(tmp_path, case, packing):
+    settings = {"max_steps": STEPS, "num_train_epochs": 9, "lora": {"lora_dropout": 0.2}, **case, **packing}
+    whole, _ = protected_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    epoch = math.ceil(len(whole.get_train_dataloader()) / 2)
+    assert 2 < epoch < STEPS - 1
+    for step in (epoch - 1, epoch, epoch + 1):
+        resumed, _ = protected_trainer(tmp_path / f"resumed-{step}", **settings, save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert_same(outcome(resumed), outcome(whole))
+    killed, _ = protected_trainer(tmp_path / "killed", **settings)
+    killed.add_callback(KillWithin(2))
+    with pytest.raises(KilledError):
+        killed.train()
+    resumed, _ = protected_trainer(tmp_path / "killed", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(outcome(resumed), outcome(whole))
+    assert logged(resumed) == logged(whole)
+
+
+class DrawingCollator:
+    """Leaves tokens out of the loss by numbers from each of the three generators."""
+
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, rows):
+        batch = self.collate(rows)
+        shape = batch["labels"].shape
+        left_out = torch.rand(shape) + torch.from_numpy(np.random.random(shape)) < 2 * random.random()
+        # Every row keeps a token to train on.
+        left_out[:, 1] = False
+        batch["labels"] = batch["labels"].masked_fill(left_out, -100)
+        return batch
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_collator_draws_is_drawn_again(tmp_path, workers):
+    def drawing(folder, **settings):
+        trainer, _ = protected_trainer(folder, max_steps=5, dataloader_num_workers=workers, **settings)
+        trainer.data_collator = DrawingCollator(trainer.data_collator)
+        return trainer
+
+    whole = drawing(tmp_path / "whole")
+    whole.train()
+    for step in (1, 3, 4):
+        resumed = drawing(tmp_path / f"resumed-{step}", save_strategy="no")
+        torch.randn(7), np.random.random(3), random.random()  # whatever the process drew before
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert_same(outcome(resumed), outcome(whole))
+        assert logged(resumed) == logged(whole)
+
+
+def test_a_stock_trainers_own_choice_passes_over_a_save_that_broke_off(tmp_path):
+    lines = []
+    whole, _ = protected_trainer(tmp_path, max_steps=4)
+    whole.train()
+    (tmp_path / "checkpoint-4" / "manifest.json").unlink()
+    os.truncate(tmp_path / "checkpoint-4" / "optimizer.pt", 1000)
+    again, _ = protected_trainer(tmp_path, max_steps=4, protection={"note": lines.append})
+    again.train(resume_from_checkpoint=True)
+    assert [line.partition(": ")[0] for line in lines] == ["passed over checkpoint-4"]
+    assert_same(outcome(again), outcome(whole))
+
+
+def test_a_stock_trainer_without_a_whole_checkpoint_is_told_in_one_line(tmp_path):
+    whole, _ = protected_trainer(tmp_path, max_steps=1)
+    whole.train()
+    os.truncate(tmp_path / "checkpoint-1" / "optimizer.pt", 1000)
+    again, _ = protected_trainer(tmp_path, max_steps=1)
+    with pytest.raises(InputError, match=r"checkpoint-1: optimizer.pt has 1000 bytes") as caught:
+        again.train(resume_from_checkpoint=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_whoever_may_read_the_other_files_may_read_the_weights(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        trainer, _ = protected_trainer(tmp_path / "run", max_steps=1)
+        trainer.train()
+        save_adapter(trainer, tmp_path / "run")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.parent.name for path in files} >= {"run", "checkpoint-1"}
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in files} == {path.name: mode for path in files}
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
