@@ -254,13 +254,26 @@ def _released(result: Any) -> int:
 
 def _add_eval(commands: Any) -> None:
     parser = _command(
-        commands, "eval", _eval, "loss, perplexity and exact match on held-out rows, with 95-percent intervals"
+        commands, "eval", _eval, "loss, perplexity and right answers on held-out rows, with 95-percent intervals"
     )
-    parser.add_argument("model", metavar="DIR", help="an adapter's folder, a model's folder, a Hub id or a .gguf file")
-    parser.add_argument("other", nargs="?", metavar="DIR2", help="a second one, compared row by row")
-    parser.add_argument("data", metavar="DATA", help="rows; those with an `answer` are answered and compared with it")
+    parser.usage = "qriemann eval DIR [DIR2] DATA [options]\n       qriemann eval DIR [DIR2] --tasks NAME,... [options]"
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="DIR [DIR2] DATA",
+        help="an adapter's folder, a model's folder, a Hub id or a .gguf file; a second one, compared row by row; the "
+        "rows, of which those with an `answer` are answered",
+    )
+    parser.add_argument(
+        "--scorer",
+        metavar="NAME",
+        help="when an answer is right: exact (default), last-number, choice, contains, reasoning-gym",
+    )
+    parser.add_argument(
+        "--tasks", metavar="NAME,...", help="instead of rows, tasks of lm-evaluation-harness (pip install lm-eval)"
+    )
     parser.add_argument("--base", metavar="MODEL", help="instead of the base that an adapter names")
-    parser.add_argument("--max-rows", type=int, metavar="N", help="the first N rows")
+    parser.add_argument("--max-rows", type=int, metavar="N", help="the first N rows, of each task if there are any")
     parser.add_argument("--output", metavar="FILE", help="write the figures and answers there, as JSON")
 
 
@@ -268,13 +281,28 @@ def _eval(arguments: argparse.Namespace) -> int:
     import json
 
     console = _console()
-    from qriemann.release.evaluate import as_dict, evaluate
+    paths, tasks, scorer = arguments.paths, arguments.tasks, arguments.scorer
+    options = {"base": arguments.base, "max_rows": arguments.max_rows, "console": console}
+    wanted = (1, 2) if tasks else (2, 3)
+    if len(paths) not in wanted or (tasks and scorer):
+        raise InputError(
+            "eval must be given one or two models and then rows, or --tasks and neither rows nor a scorer, got "
+            f"{' '.join(paths)}{' --tasks' if tasks else ''}{' --scorer' if scorer else ''}; see qriemann eval --help"
+        )
+    if tasks:
+        from qriemann.release.harness import run_tasks
 
-    given = {name: getattr(arguments, name) for name in ("model", "data", "other", "base", "max_rows")}
-    found = evaluate(console=console, **given)
+        figures = run_tasks(paths, tasks.split(","), **options)
+    else:
+        from qriemann.release.evaluate import as_dict, evaluate
+
+        *models, data = paths
+        other = models[1] if len(models) == 2 else None
+        found = evaluate(models[0], data, other=other, scorer=scorer or "exact", **options)
+        figures = [as_dict(evaluation) for evaluation in found]
     if arguments.output:
         with open(arguments.output, "w", encoding="utf-8") as file:
-            json.dump([as_dict(evaluation) for evaluation in found], file, indent=2)
+            json.dump(figures, file, indent=2, default=str)
     return 0
 
 

@@ -132,6 +132,7 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
     from qriemann.adapters.base import EMBEDDED_MODEL, load_base
     from qriemann.training import records
     from qriemann.training.config import config_from_values
+    from qriemann.training.publishing import publish
     from qriemann.training.run import train
 
     console = Console()
@@ -206,6 +207,8 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
         "wall_clock_s": round(time.perf_counter() - started, 1),
     }
     records.write_json(folder / "quickstart.json", report)
+    # Once more, now with the answers before and after.
+    publish(config, None, console)
     show(console, report)
     return report
 

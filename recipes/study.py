@@ -38,7 +38,8 @@ class Plan:
 
     Attributes:
         base: what `load_base` takes.
-        rank, steps, batch: of every run, unless an arm says otherwise.
+        rank: of every run; several make an arm of each ("muon-r8", "muon-r64").
+        steps, batch: of every run, unless an arm says otherwise.
         seeds: the first one chooses the learning rates.
         tasks: by name; `reasoning_gym` (the dataset and its options) or the files `train` and `test`.
         arms: by name; `lrs` in ascending order, and any key of a recipe.
@@ -50,7 +51,7 @@ class Plan:
     base: str
     tasks: dict[str, dict[str, Any]]
     arms: dict[str, dict[str, Any]]
-    rank: int = 8
+    rank: int | list[int] = 8
     steps: int = 60
     batch: int = 8
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -86,6 +87,11 @@ def read_plan(path: str | Path) -> Plan:
     counts = {len(arm["lrs"]) for arm in content["arms"].values()}
     if len(counts) > 1:
         raise InputError(f"every arm must get the same number of learning rates, got {sorted(counts)} in {path}")
+    ranks = content.get("rank", Plan.rank)
+    if isinstance(ranks, list):
+        content["arms"] = {
+            f"{name}-r{rank}": {**arm, "lora_r": rank} for rank in ranks for name, arm in content["arms"].items()
+        }
     plan = Plan(**{**content, "seeds": tuple(content.get("seeds", Plan.seeds))})
     if not plan.seeds:
         raise InputError(f"seeds must name at least one, got none in {path}")
@@ -259,6 +265,7 @@ def run_job(job: Job, results: Path) -> dict[str, Any]:
         "tokens": max((record.get("num_tokens", 0) for record in history), default=0),
         "tokens_per_s": result.tokens_per_s,
         "wall_clock_s": result.wall_clock_s,
+        "cpu_s": time.process_time(),
         "optimizer_ms": clock.median_ms,
         "peak_gib": result.peak_gib,
         "resumed": resume,

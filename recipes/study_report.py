@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ _REFERENCE = "adamw"
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 _NEAR_BEST = 1.01
+_EARLY = 20
 
 Run = dict[str, Any]
 
@@ -77,6 +79,12 @@ def paired(ours: dict[int, float], reference: dict[int, float]) -> tuple[float, 
     return statistics.mean(differences), half
 
 
+def reference_arm(arm: str) -> str:
+    """The arm that an arm is compared with: AdamW of the same rank ("muon-r64" with "adamw-r64")."""
+    rank = re.search(r"-r\d+$", arm)
+    return _REFERENCE + (rank[0] if rank else "")
+
+
 def table(runs: list[Run], task: str) -> str:
     """A Markdown table of one task, best test loss first."""
     tested: dict[str, list[Run]] = defaultdict(list)
@@ -84,37 +92,49 @@ def table(runs: list[Run], task: str) -> str:
     for run in runs:
         if run["task"] == task:
             (tested if run["test"] else searched)[run["arm"]].append(run)
-    reference = {run["seed"]: run["test"]["loss"] for run in tested.get(_REFERENCE, [])}
-    goals = {run["seed"]: run["validation_loss"] for run in tested.get(_REFERENCE, [])}
     header = (
-        "| arm | lr | test loss | minus adamw, paired 95 % | exact match | steps to adamw's loss | lr range within 1 % | "
-        "optimizer ms | s | runs |"
+        f"| arm | lr | test loss | minus adamw, paired 95 % | exact match | training loss, first {_EARLY} steps | "
+        "steps to adamw's loss | time to it | lr range within 1 % | s | GiB |"
     )
-    lines = [header, "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [header, "|---" * 11 + "|"]
     for arm in sorted(tested, key=lambda name: statistics.mean(_order(run["test"]["loss"]) for run in tested[name])):
-        group = tested[arm]
-        losses = {run["seed"]: run["test"]["loss"] for run in group}
-        gap = paired(losses, reference) if arm != _REFERENCE else None
-        right, rows = (sum(run["test"][key] for run in group) for key in ("right", "rows"))
-        reached = [
-            (steps_to_reach(run, goals[run["seed"]]), run["values"]["max_steps"])
-            for run in group
-            if run["seed"] in goals
-        ]
-        cells = [
-            arm,
-            f"{group[0]['lr']:g}",
-            _spread(list(losses.values())),
-            "" if gap is None else f"{gap[0]:+.3f} ± {gap[1]:.3f}",
-            f"{right / rows:.0%}",
-            _reached(reached),
-            f"{sensitivity(searched[arm]):.1f}x" if searched[arm] else "",
-            f"{statistics.median(run['optimizer_ms'] for run in group):.0f}",
-            f"{statistics.median(run['wall_clock_s'] for run in group):.0f}",
-            str(len(group)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(_cells(arm, tested[arm], tested.get(reference_arm(arm), []), searched[arm]))} |")
     return "\n".join(lines)
+
+
+def _cells(arm: str, group: list[Run], reference: list[Run], searched: list[Run]) -> list[str]:
+    losses = {run["seed"]: run["test"]["loss"] for run in group}
+    of_reference = {run["seed"]: run for run in reference}
+    gap = None
+    if arm != reference_arm(arm):
+        gap = paired(losses, {seed: run["test"]["loss"] for seed, run in of_reference.items()})
+    right, rows = (sum(run["test"][key] for run in group) for key in ("right", "rows"))
+    steps, seconds = [], []
+    for run in group:
+        if run["seed"] in of_reference:
+            other = of_reference[run["seed"]]
+            reached = steps_to_reach(run, other["validation_loss"])
+            share = None if reached is None else reached / other["values"]["max_steps"]
+            steps.append(share)
+            seconds.append(share and share * _seconds(run) / _seconds(other))
+    return [
+        arm,
+        f"{group[0]['lr']:g}",
+        _spread(list(losses.values())),
+        "" if gap is None else f"{gap[0]:+.3f} ± {gap[1]:.3f}",
+        f"{right / rows:.0%}",
+        _spread([statistics.mean(loss for _, loss in run["curve"][:_EARLY]) for run in group]),
+        _reached(steps),
+        _reached(seconds),
+        f"{sensitivity(searched):.1f}x" if searched else "",
+        f"{statistics.median(map(_seconds, group)):.0f}",
+        f"{max(run['peak_gib'] for run in group):.2f}",
+    ]
+
+
+def _seconds(run: Run) -> float:
+    """Of the whole run; on a CPU those that it computed, because runs share the cores with others."""
+    return run["cpu_s"] if run["machine"]["device"]["type"] == "cpu" else run["wall_clock_s"]
 
 
 def _spread(values: list[float]) -> str:
@@ -122,13 +142,12 @@ def _spread(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
-def _reached(found: list[tuple[float | None, int]]) -> str:
-    steps = [step / total for step, total in found if step is not None]
-    if not found:
-        return ""
-    if len(steps) < len(found):
-        return f"not reached by {len(found) - len(steps)} of {len(found)}"
-    return f"{statistics.mean(steps):.2f} of them"
+def _reached(shares: list[float | None]) -> str:
+    """The mean share of AdamW's own steps or seconds, or in how many runs its loss was not reached."""
+    found = [share for share in shares if share is not None]
+    if len(found) < len(shares):
+        return f"never in {len(shares) - len(found)} of {len(shares)}"
+    return f"{statistics.mean(found):.2f}x" if found else ""
 
 
 def write_report(folder: Path) -> str:

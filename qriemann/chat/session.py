@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as hf_logging
 
 from qriemann.adapters.base import load_base
+from qriemann.adapters.saved import adapter_folder, read_adapter, saved_tokenizer
 from qriemann.errors import InputError
 from qriemann.publish.folder import ModelFolder, read_folder
+from qriemann.training.fingerprints import other_base
 
 # C0 and C1 control characters but newline and tab: a model's output must not drive the terminal.
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -223,13 +225,13 @@ def load_session(
     Raises:
         InputError: neither is in the folder, or the base cannot be had.
     """
-    found = read_folder(folder)
+    found = read_folder(adapter_folder(folder))
     if found.kind == "run":
         raise InputError(
             f"the folder must hold an adapter or a merged model, got {found.path} with neither; finish the run"
         )
     with _quiet_loading():
-        session = _load(found, base, quantize, device)
+        session = _load(found, folder, base, quantize, device)
     if session.tokenizer.chat_template is None:
         session.notes.append("the tokenizer has no chat template: what you write is continued as plain text")
     stored = session.model.generation_config
@@ -241,7 +243,9 @@ def load_session(
     return session
 
 
-def _load(found: ModelFolder, base: str | None, quantize: str | None, device: str | None) -> Session:
+def _load(
+    found: ModelFolder, named: str | os.PathLike[str], base: str | None, quantize: str | None, device: str | None
+) -> Session:
     if found.kind == "model":
         if base is not None:
             raise InputError(f"base must be left out for a merged model, got {base!r}; {found.path} holds all weights")
@@ -250,28 +254,21 @@ def _load(found: ModelFolder, base: str | None, quantize: str | None, device: st
     name = base or found.base
     if not name:
         raise InputError(f"the adapter must name its base model, got none in {found.path}; name it with --base")
+    adapter = read_adapter(named)
     stored = quantize or found.settings.get("quantize", "nf4")
     revision = None if base else found.config.get("revision")
     model, tokenizer = load_base(name, quantize=None if stored == "none" else "nf4", device=device, revision=revision)
     tokenizer = _own_tokenizer(found.path, tokenizer)
-    return Session(_with_adapter(model, found.path, name), tokenizer, found.path.resolve().name, name)
-
-
-def _with_adapter(base: PreTrainedModel, folder: Path, name: str) -> PeftModel:
-    try:
-        return PeftModel.from_pretrained(base, str(folder)).eval()
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise InputError(
-            f"the adapter must fit its base, got {folder} on {name}: {' '.join(lines[:2])}; name the right base with --base"
-        ) from error
+    other = other_base(found.path, model, name)
+    session = Session(adapter.put_on(model, name), tokenizer, found.path.resolve().name, name)
+    session.notes += [] if other is None else [other]
+    return session
 
 
 def _own_tokenizer(folder: Path, of_base: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved with the adapter, whose template and end token it was trained with."""
-    if not (folder / "tokenizer_config.json").is_file():
+    tokenizer = saved_tokenizer(folder)
+    if tokenizer is None:
         return of_base
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = of_base.pad_token
     return tokenizer

@@ -26,8 +26,6 @@ _UPSTREAM = (
     "[More Information Needed]",
     "This model card has been generated automatically according to the information the Trainer had access to",
     "It has been trained using [TRL]",
-    # Of `qriemann merge`, which repeats below what it says.
-    "## Is it what was trained?",
 )
 
 
@@ -125,7 +123,8 @@ def _summary(found: ModelFolder, base: str) -> str:
     if found.kind == "adapter":
         rank = f" of rank {found.config['r']}" if "r" in found.config else ""
         return f"A LoRA adapter{rank} for `{base}`, trained{method} on the frozen base{frozen}. Any PEFT loads it."
-    return f"`{base}` with a LoRA adapter, trained{method} on the frozen base{frozen}, merged into its weights."
+    into = f" ({found.proof['into']})" if "into" in found.proof else ""
+    return f"`{base}` with a LoRA adapter, trained{method} on the frozen base{frozen}, merged into its weights{into}."
 
 
 def _use(found: ModelFolder, repo: str) -> str:
@@ -159,12 +158,15 @@ def _proof(found: ModelFolder) -> str:
     rows = proof_rows(found.proof)
     if not rows:
         return ""
-    prompts, prefer = found.proof.get("prompts") or {}, (found.proof.get("prefer") or {}).get("why", "")
-    on = f"{prompts.get('tokens', '?')} tokens of {prompts.get('source', 'unknown rows')}"
+    prompts = found.proof.get("prompts") or {}
     text = (
-        f"Reloaded and compared with the trained model (4-bit base and adapter) on {on}; KL in nats a token. {prefer}"
+        "Reloaded and compared with the trained model (4-bit base and adapter) on "
+        f"{prompts.get('tokens', '?')} tokens of {prompts.get('source', 'unknown rows')}; KL in nats a token; same top: the "
+        "share of tokens with the same most likely one; weights: the largest relative difference of a tensor from base plus "
+        "adapter."
     )
-    return f"## Is it what was trained?\n\n{text.strip()}\n\n{_table(rows[0], rows[1:])}"
+    remarks = "\n".join(f"- {line}" for line in found.proof.get("conclusions", []))
+    return f"## Is it what was trained?\n\n{text}\n\n{_table(rows[0], rows[1:])}\n\n{remarks}".rstrip()
 
 
 def _training(found: ModelFolder, base_id: str | None) -> str:

@@ -44,6 +44,8 @@ _MAIN_SETTINGS = (
     "seed",
 )
 
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
 
 @dataclass(frozen=True)
 class ModelFolder:
@@ -149,27 +151,33 @@ def curve(metrics: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
 
 
 def proof_rows(proof: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The comparison of merged models with the trained one: a head, the yardstick, and a row for each base."""
+    """The comparison of merged models with the trained one: a head, the trained, the yardstick, and a row for each base."""
     merged = [entry for entry in proof.get("merged", []) if isinstance(entry, dict)]
     if not merged:
         return []
-    named: list[tuple[str, Mapping[str, Any], str]] = [("untrained base", proof.get("untrained_base") or {}, "")]
+    trained = _mapping(proof.get("trained")).get("loss")
+    rows: list[tuple[str, ...]] = [
+        ("model", "mean KL", "worst KL", "same top", "held-out loss", "weights", "verdict"),
+        ("trained", "0", "0", "100 %", _figure(trained, ".3f"), "", ""),
+        ("untrained base", *_compared(_mapping(proof.get("untrained_base")), trained), "", ""),
+    ]
     for entry in merged:
+        name = f"{entry.get('into')}, {_SHORT.get(entry.get('dtype', ''), entry.get('dtype'))}"
+        weights = _mapping(entry.get("weights")).get("largest_relative_difference")
         verdict = "accepted" if entry.get("accepted") else f"rejected: {'; '.join(map(str, entry.get('reasons', [])))}"
-        named.append((f"{entry.get('into')}, {entry.get('dtype')}", entry, verdict))
-    rows: list[tuple[str, ...]] = [("model", "mean KL", "worst KL", "same top token", "held-out loss", "verdict")]
-    for name, figures, verdict in named:
-        cells = [
-            form.format(figures[key]) if isinstance(figures.get(key), int | float) else ""
-            for key, form in (
-                ("mean_kl", "{:.2e}"),
-                ("worst_kl", "{:.2e}"),
-                ("top_agreement", "{:.2%}"),
-                ("loss", "{:.4f}"),
-            )
-        ]
-        rows.append((name, *cells, verdict))
+        rows.append((name, *_compared(entry, trained), _figure(weights, ".0e"), verdict))
     return rows
+
+
+def _compared(figures: Mapping[str, Any], trained: Any) -> tuple[str, ...]:
+    loss = figures.get("loss")
+    more = f" ({loss - trained:+.3f})" if isinstance(loss, int | float) and isinstance(trained, int | float) else ""
+    forms = (("mean_kl", ".1e"), ("worst_kl", ".1e"), ("top_agreement", ".1%"))
+    return (*(_figure(figures.get(key), form).replace("%", " %") for key, form in forms), _figure(loss, ".3f") + more)
+
+
+def _figure(value: Any, form: str) -> str:
+    return f"{value:{form}}" if isinstance(value, int | float) else ""
 
 
 def is_hub_id(name: str) -> bool:
@@ -187,7 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The mapping in the file; an empty one if there is none that can be read."""
     try:
         return _mapping(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

@@ -133,8 +133,8 @@ def _proof(proof: Mapping[str, Any]) -> str:
         return ""
     prompts = proof.get("prompts") or {}
     on = f"{prompts.get('tokens', '?')} tokens of {prompts.get('source', 'unknown rows')}; KL in nats a token."
-    prefer = (proof.get("prefer") or {}).get("why", "")
-    return _table(rows[0], rows[1:]) + f'<p class="dim">{escape(on)} {escape(str(prefer))}</p>'
+    remarks = "".join(f'<p class="dim">{escape(str(line))}</p>' for line in proof.get("conclusions", []))
+    return _table(rows[0], rows[1:]) + f'<p class="dim">{escape(on)}</p>{remarks}'
 
 
 def _spectrum(spectra: Sequence[LayerSpectrum]) -> str:

@@ -1,4 +1,4 @@
-"""`eval`: loss, perplexity and exact match of one model, or of two on the same rows, with 95 % intervals."""
+"""`eval`: loss, perplexity and right answers of one model, or of two on the same rows, with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from qriemann.adapters.base import load_base
-from qriemann.release.adapter import read_adapter
+from qriemann.adapters.saved import adapter_folder, read_adapter
 from qriemann.release.quiet import quiet_upstream
 from qriemann.release.reload import logits_of_rows
 from qriemann.release.rows import Rows, load_rows
+from qriemann.release.scorers import find_scorer
 from qriemann.release.trained import load_trained
 
 _RESAMPLES, _LEVEL = 2_000, 0.95
@@ -45,14 +46,16 @@ class Evaluation:
         losses: summed negative log likelihood of each row's counted tokens, nats.
         tokens: counted tokens of each row.
         answers: greedy answers; empty if the rows have no `answer`.
-        matches: whether each is the right one.
+        scores: of each answer, 1 for right and 0 for wrong; some scorers give shares.
+        scorer: the rule that gave them.
     """
 
     name: str
     losses: list[float]
     tokens: list[int]
     answers: list[str]
-    matches: list[bool]
+    scores: list[float]
+    scorer: str = "exact"
 
     @property
     def loss(self) -> Interval:
@@ -65,9 +68,13 @@ class Evaluation:
         return Interval(math.exp(loss.value), math.exp(loss.low), math.exp(loss.high))
 
     @property
-    def exact_match(self) -> Interval | None:
-        """Share of right answers; Wilson's interval."""
-        return wilson(sum(self.matches), len(self.matches)) if self.matches else None
+    def score(self) -> Interval | None:
+        """Share of right answers with Wilson's interval, or the mean of scores between, with a bootstrap's."""
+        if not self.scores:
+            return None
+        if set(self.scores) <= {0.0, 1.0}:
+            return wilson(int(sum(self.scores)), len(self.scores))
+        return _bootstrap(np.array(self.scores), np.ones(len(self.scores)))
 
 
 def evaluate(
@@ -77,6 +84,7 @@ def evaluate(
     other: str | Path | None = None,
     base: str | None = None,
     max_rows: int | None = None,
+    scorer: str = "exact",
     console: Console | None = None,
 ) -> list[Evaluation]:
     """Scores one model or two on the same held-out rows and prints a table.
@@ -84,18 +92,24 @@ def evaluate(
     Args:
         model: a folder with an adapter, whose base is loaded in 4 bit, or whatever `load_base` takes, loaded as it is.
         data: rows as the recipe takes them, or `prompt` with `answer`. The loss is on the assistant's tokens. Rows with an
-            `answer` are also answered, greedily, and compared with it, white space at the ends aside.
+            `answer` are also answered, greedily, and the answer is scored.
         other: a second model.
         base: of the adapters, instead of the one that they name.
         max_rows: the first so many rows.
+        scorer: "exact" is equal to the row's `answer`, white space at the ends aside; "last-number" compares the number
+            after "####" or else the last one; "choice" the first word, or the first after "answer is" or "answer:";
+            "contains" looks for the answer as whole words; "reasoning-gym" asks the data set that the row's `metadata` names.
         console: where the table is printed; None for nowhere.
 
     Raises:
         InputError: a model or the rows cannot be used.
     """
+    find_scorer(scorer)
     console = console or Console(quiet=True)
     with quiet_upstream(console):
-        found = [_score(str(name), data, base, max_rows, console) for name in (model, other) if name is not None]
+        found = [
+            _score(str(name), data, base, max_rows, scorer, console) for name in (model, other) if name is not None
+        ]
     if len(found) == 2 and found[0].tokens != found[1].tokens:
         console.print(
             "note: the two models count the rows' tokens differently, so their losses a token do not compare",
@@ -114,9 +128,8 @@ def difference(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
     found = {}
     if first.tokens == second.tokens:
         found["loss"] = _bootstrap(np.array(second.losses) - np.array(first.losses), np.array(first.tokens))
-    if first.matches and second.matches:
-        gain = np.array(second.matches, dtype=float) - np.array(first.matches, dtype=float)
-        found["exact match"] = _bootstrap(gain, np.ones(len(gain)))
+    if first.scores and second.scores:
+        found["score"] = _bootstrap(np.array(second.scores) - np.array(first.scores), np.ones(len(first.scores)))
     return found
 
 
@@ -146,9 +159,10 @@ def table(found: list[Evaluation]) -> Table:
         ),
         ("perplexity", [e.perplexity.text(".3f") for e in found], ""),
     ]
-    if all(e.matches for e in found):
-        shares = [e.exact_match.text(".1%") for e in found if e.exact_match]
-        rows.append(("exact match", shares, paired["exact match"].text("+.1%") if paired else ""))
+    if all(e.scores for e in found):
+        shares = [e.score.text(".1%") for e in found if e.score]
+        name = "exact match" if found[0].scorer == "exact" else f"right, by {found[0].scorer}"
+        rows.append((name, shares, paired["score"].text("+.1%") if paired else ""))
     for name, cells, last in rows:
         drawn.add_row(name, *cells, *([last] if paired else []))
     return drawn
@@ -156,20 +170,22 @@ def table(found: list[Evaluation]) -> Table:
 
 def as_dict(evaluation: Evaluation) -> dict[str, Any]:
     """For a file: the figures, and each row's answer."""
-    match = evaluation.exact_match
+    score = evaluation.score
     return {
         "model": evaluation.name,
         "rows": len(evaluation.tokens),
         "tokens": sum(evaluation.tokens),
         "loss": asdict(evaluation.loss),
         "perplexity": asdict(evaluation.perplexity),
-        "exact_match": None if match is None else asdict(match),
+        "scorer": evaluation.scorer,
+        "score": None if score is None else asdict(score),
+        "scores": evaluation.scores,
         "answers": evaluation.answers,
     }
 
 
-def _score(name: str, data: str, base: str | None, max_rows: int | None, console: Console) -> Evaluation:
-    model, tokenizer = _load(name, base, console)
+def _score(name: str, data: str, base: str | None, max_rows: int | None, scorer: str, console: Console) -> Evaluation:
+    model, tokenizer = load_model(name, base, console)
     rows = load_rows(data, tokenizer, max_rows=max_rows)
     for notice in rows.notices:
         console.print(f"note: {notice}", highlight=False)
@@ -177,20 +193,26 @@ def _score(name: str, data: str, base: str | None, max_rows: int | None, console
     for index, logits in logits_of_rows(model, rows.rows):
         losses[index] = F.cross_entropy(logits, torch.tensor(rows.rows[index]["targets"]), reduction="sum").item()
     tokens = [len(row["positions"]) for row in rows.rows]
+    rule = find_scorer(scorer)
+    scoring = [rule.prepare(right, row) for right, row in zip(rows.answers, rows.extra, strict=True)]
     answers: list[str] = []
     if rows.answers:
         console.print(f"Answering {len(rows.answers)} prompts ...", highlight=False)
-        answers = greedy_answers(model, tokenizer, rows)
-    matches = [said == right for said, right in zip(answers, rows.answers, strict=True)]
+        answers = greedy_answers(model, tokenizer, rows, _MAX_ANSWER if rule.reads_on else None)
+    scores = [score(said) for score, said in zip(scoring, answers, strict=True)]
     # Another model may be about to be loaded.
     del model
     gc.collect()
-    return Evaluation(Path(name).name, losses, tokens, answers, matches)
+    return Evaluation(Path(name).name, losses, tokens, answers, scores, scorer)
 
 
-def greedy_answers(model: Any, tokenizer: Any, rows: Rows) -> list[str]:
-    """What the model says after each row's prompt, cut a little after where the longest right answer ends."""
-    limit = 8 + max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in rows.answers)
+def greedy_answers(model: Any, tokenizer: Any, rows: Rows, limit: int | None = None) -> list[str]:
+    """What the model says after each row's prompt.
+
+    Args:
+        limit: tokens of an answer; None cuts a little after where the longest right one ends.
+    """
+    limit = limit or 8 + max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in rows.answers)
     prompts = [row["ids"][: row["positions"][0] + 1] for row in rows.rows]
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -207,12 +229,12 @@ def greedy_answers(model: Any, tokenizer: Any, rows: Rows) -> list[str]:
     return texts
 
 
-def _load(name: str, base: str | None, console: Console) -> tuple[Any, Any]:
-    folder = Path(name).expanduser()
-    if not (folder / "adapter_config.json").is_file():
+def load_model(name: str, base: str | None, console: Console) -> tuple[Any, Any]:
+    """An adapter on its base in 4 bit, or a model as it is stored; and its tokenizer."""
+    if not (adapter_folder(name) / "adapter_config.json").is_file():
         console.print(f"Loading {name} ...", highlight=False, soft_wrap=True)
         return load_base(name, quantize=None)
-    trained = load_trained(read_adapter(folder), base, None, console, dtype=None)
+    trained = load_trained(read_adapter(name), base, None, console, dtype=None)
     return trained.peft, trained.tokenizer
 
 

@@ -15,9 +15,9 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qriemann.adapters.saved import LoraFactors, read_adapter
 from qriemann.errors import InputError
 from qriemann.release import reload, report
-from qriemann.release.adapter import LoraFactors, read_adapter
 from qriemann.release.folder import check_output, move_into_place, written_or_nothing
 from qriemann.release.proof import Verdict, record
 from qriemann.release.quiet import quiet_upstream

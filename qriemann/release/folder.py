@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qriemann.errors import InputError
+from qriemann.training.checkpoints import open_like_its_folder
 
 
 def check_output(out: Path) -> None:
@@ -43,6 +44,9 @@ def written_or_nothing(partial: Path) -> Iterator[None]:
 
 def move_into_place(partial: Path, folder: Path) -> None:
     """Renames in one move; an empty folder of that name gives way."""
+    for path in partial.rglob("*"):
+        if path.is_file():
+            open_like_its_folder(path)
     if folder.is_dir():
         folder.rmdir()
     partial.rename(folder)

@@ -15,9 +15,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from qriemann.adapters.saved import read_adapter
 from qriemann.errors import InputError
+from qriemann.publish.card import write_card
+from qriemann.publish.folder import PROOF, read_folder
 from qriemann.release import report
-from qriemann.release.adapter import read_adapter
 from qriemann.release.folder import check_output, move_into_place, written_or_nothing
 from qriemann.release.proof import Verdict, Written, judge, record, worst_weight
 from qriemann.release.quiet import quiet_upstream
@@ -30,6 +32,7 @@ from qriemann.release.weights import (
     stored_4bit,
     tensor_names,
 )
+from qriemann.training.records import write_json
 
 Into = Literal["nf4-dequantized", "original", "nf4"]
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -124,12 +127,15 @@ def merge(
             console.print("Loading what was written in a fresh process ...", highlight=False)
             verdicts = judge([written[name] for name in bases], recording)
         content = report.complete(described, verdicts)
-        report.write(partial, content)
+        write_json(partial / PROOF, content)
+        for one in written.values():
+            write_json(one.folder / PROOF, {**content, "into": one.into})
+            write_card(read_folder(one.folder))
         accepted = all(verdict.accepted for verdict in verdicts)
         folder = out if accepted else out.with_name(f"{out.name}.rejected")
         move_into_place(partial, folder)
     console.print(report.table(content))
-    for line in report.conclusions(content):
+    for line in content["conclusions"]:
         console.print(line, highlight=False)
     return MergeResult(folder, accepted, verdicts, content)
 

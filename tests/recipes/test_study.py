@@ -77,6 +77,19 @@ def test_runs_of_changed_settings_are_run_again():
     assert len(study.next_jobs(plan(steps=61), done)) == 4
 
 
+def test_several_ranks_make_an_arm_of_each_which_is_compared_with_adamw_of_its_rank(tmp_path):
+    path = tmp_path / "plan.yaml"
+    arms = {"adamw": {"method": "adamw", "lrs": [1e-3]}, "ours": {"method": "riemannion", "lrs": [1e-2]}}
+    path.write_text(
+        yaml.safe_dump({"base": "b", "tasks": {"t": {"train": "a", "test": "b"}}, "arms": arms, "rank": [8, 64]})
+    )
+    jobs = study.next_jobs(study.read_plan(path), [])
+    assert [(job.arm, job.values["lora_r"]) for job in jobs] == [
+        ("adamw-r8", 8), ("ours-r8", 8), ("adamw-r64", 64), ("ours-r64", 64),
+    ]  # fmt: skip
+    assert [report.reference_arm(job.arm) for job in jobs] == ["adamw-r8", "adamw-r8", "adamw-r64", "adamw-r64"]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

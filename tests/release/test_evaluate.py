@@ -68,8 +68,8 @@ def test_exact_match_counts_the_rows_whose_answer_is_the_right_one(tmp_path, cap
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (found,) = evaluate(save_parrot(tmp_path / "parrot", "yes"), str(path))
     assert found.answers == ["yes"] * 20
-    assert found.matches == [bool(n % 5) for n in range(20)]
-    assert found.exact_match == wilson(16, 20)
+    assert found.scores == [float(n % 5 > 0) for n in range(20)]
+    assert found.score == wilson(16, 20)
 
 
 def test_wilsons_interval_is_the_published_one():
@@ -80,8 +80,8 @@ def test_wilsons_interval_is_the_published_one():
     assert (round(interval.low, 4), round(interval.high, 4)) == (0.0, 0.1611)
 
 
-def evaluation(losses: np.ndarray, matches: np.ndarray) -> Evaluation:
-    return Evaluation("m", losses.tolist(), [10] * len(losses), ["a"] * len(losses), matches.tolist())
+def evaluation(losses: np.ndarray, right: np.ndarray) -> Evaluation:
+    return Evaluation("m", losses.tolist(), [10] * len(losses), ["a"] * len(losses), right.astype(float).tolist())
 
 
 def test_the_bootstrap_interval_of_a_mean_is_near_the_normal_one():
@@ -102,7 +102,7 @@ def test_a_paired_comparison_sees_a_difference_that_two_intervals_hide():
     found = difference(first, second)
     assert found["loss"].value == pytest.approx(-0.05, abs=0.01)
     assert found["loss"].high < 0
-    assert found["exact match"].value == pytest.approx(0.05)
+    assert found["score"].value == pytest.approx(0.05)
 
 
 def test_two_models_are_compared_in_one_table_and_file(base: Path, adapter: Path, rows: Path, tmp_path, capsys):

@@ -12,8 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qriemann.adapters.saved import LoraFactors
 from qriemann.cli import main
-from qriemann.release.adapter import LoraFactors
 from qriemann.release.export import export, truncate
 from tests.models import relative
 from tests.release.conftest import save_adapter, save_chat_base

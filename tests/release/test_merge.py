@@ -100,12 +100,14 @@ def test_merge_back_into_4_bit_keeps_more_of_the_adapter_than_quantizing_the_deq
 def test_the_folder_holds_a_model_and_its_proof_and_no_path(merged: Merged, base: Path):
     folder = merged.result.folder
     assert files(folder.parent) == {"out"}
-    assert files(folder) == {"README.md", "merge_report.json", "nf4", "nf4-dequantized", "original"}
+    assert files(folder) == {"merge_report.json", "nf4", "nf4-dequantized", "original"}
     for model in ("nf4", "nf4-dequantized", "original"):
         assert files(folder / model) == {
+            "README.md",
             "chat_template.jinja",
             "config.json",
             "generation_config.json",
+            "merge_report.json",
             "model.safetensors",
             "tokenizer.json",
             "tokenizer_config.json",

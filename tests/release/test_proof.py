@@ -22,7 +22,9 @@ def test_the_report_compares_every_base_with_the_untrained_one_and_prefers_the_n
     assert report["prefer"]["into"] == min(kl, key=kl.get) == "nf4-dequantized"
     untrained = report["untrained_base"]["mean_kl"]
     assert kl["nf4-dequantized"] < 1e-8 < kl["original"]
-    for text in (merged.shown, (merged.result.folder / "README.md").read_text()):
+    card = (merged.result.folder / "nf4" / "README.md").read_text()
+    assert "merged into its weights (nf4)" in card
+    for text in (merged.shown, card):
         assert f"{kl['original']:.1e}" in text
         assert f"{untrained:.1e}" in text
         assert ("original is farther from the trained model" in text) == (kl["original"] > untrained)

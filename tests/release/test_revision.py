@@ -1,0 +1,128 @@
+"""A base of the same name and shape but other weights is noticed by everything that puts a trained adapter on it."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+import qriemann
+from qriemann.chat.session import load_session
+from qriemann.release.evaluate import evaluate
+from qriemann.release.export import export
+from qriemann.release.merge import merge
+from qriemann.training.config import config_from_values
+from qriemann.training.fingerprints import base_fingerprint
+from tests.models import with_lora
+from tests.release.conftest import save_chat_base
+from tests.training.conftest import chat_rows
+
+WARNING = "trained on another revision of"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base and a run of one step on it in 4 bit."""
+    folder = tmp_path_factory.mktemp("revision")
+    base, rows = save_chat_base(folder / "base"), folder / "train.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(8)))
+    settings = {
+        "model_name_or_path": str(base),
+        "dataset_name": str(rows),
+        "output_dir": str(folder / "run"),
+        "lora_r": 4,
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "eval_size": 0,
+        "save_strategy": "no",
+        "display": "none",
+    }
+    qriemann.train(config_from_values(settings)).trainer.end()
+    return base, folder / "run"
+
+
+@pytest.fixture
+def run(trained: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the run, whose base is another one now: a single weight of one layer differs."""
+    base, run = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in trained)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[5, 7] += 1.0
+    shutil.rmtree(base)
+    model.save_pretrained(base)
+    make_tokenizer_beside(trained[0], base)
+    path = run / "adapter_config.json"
+    path.write_text(path.read_text().replace(str(trained[0]), str(base)))
+    return run
+
+
+def make_tokenizer_beside(source: Path, folder: Path) -> None:
+    for path in source.iterdir():
+        if "token" in path.name or path.name == "chat_template.jinja":
+            shutil.copy(path, folder)
+
+
+def do_merge(run: Path, out: Path, rows: Path, console: Console) -> None:
+    merge(run, out, data=str(rows), console=console)
+
+
+def do_export(run: Path, out: Path, rows: Path, console: Console) -> None:
+    export(run, out, rank=1, data=str(rows), max_kl=100.0, console=console)
+
+
+def do_eval(run: Path, out: Path, rows: Path, console: Console) -> None:
+    evaluate(run, str(rows), max_rows=2, console=console)
+
+
+def warnings_of(command: Callable, folder: Path, out: Path, rows: Path) -> list[str]:
+    console = Console(file=io.StringIO(), width=200)
+    command(folder, out, rows, console)
+    return [line for line in console.file.getvalue().splitlines() if "warning" in line]
+
+
+@pytest.mark.parametrize("command", [do_merge, do_export, do_eval])
+def test_another_revision_is_one_line_with_both_fingerprints(command: Callable, run: Path, rows: Path, tmp_path: Path):
+    (line,) = warnings_of(command, run, tmp_path / "out", rows)
+    recorded = json.loads((run / "run.json").read_text())["model"]["fingerprint"]
+    found = base_fingerprint(qriemann.load_base(run.parent / "base")[0])
+    assert recorded != found
+    assert WARNING in line
+    assert recorded[:12] in line
+    assert found[:12] in line
+
+
+def test_the_base_that_was_trained_on_gives_no_warning(trained: tuple[Path, Path], rows: Path, tmp_path: Path):
+    assert warnings_of(do_eval, trained[1], tmp_path / "out", rows) == []
+
+
+def test_an_adapter_of_another_tool_gives_no_warning(adapter: Path, rows: Path, tmp_path: Path):
+    assert warnings_of(do_eval, adapter, tmp_path / "out", rows) == []
+
+
+def test_a_chat_begins_with_the_same_line(trained: tuple[Path, Path], run: Path):
+    assert not load_session(trained[1]).notes
+    (note,) = load_session(run).notes
+    assert WARNING in note
+
+
+def test_a_base_in_floats_does_not_compare_with_one_in_4_bit(run: Path):
+    assert not load_session(run, quantize="none").notes
+
+
+def test_an_adapter_changes_nothing_of_the_fingerprint_of_its_base(base: Path):
+    model, _ = qriemann.load_base(base)
+    before = base_fingerprint(model)
+    assert base_fingerprint(with_lora(model, modules_to_save=["lm_head"])) == before
+
+
+def test_the_precision_of_a_base_stored_in_bfloat16_does_not_change_its_fingerprint(tmp_path: Path):
+    folder = save_chat_base(tmp_path / "base", dtype=torch.bfloat16)
+    prints = {base_fingerprint(qriemann.load_base(folder, dtype=dtype)[0]) for dtype in ("float32", "bfloat16")}
+    assert len(prints) == 1
