@@ -34,7 +34,8 @@ def compare(options: argparse.Namespace, note: Any) -> list[dict[str, Any]]:
     from datasets import Dataset
     from quickstart import make_questions
 
-    from qriemann.adapters.base import EMBEDDED_MODEL, load_base
+    from qriemann.adapters.base import load_base
+    from qriemann.adapters.gguf import EMBEDDED_MODEL
 
     base, tokenizer = load_base(EMBEDDED_MODEL)
     results = []

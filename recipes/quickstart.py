@@ -129,7 +129,8 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
     from datasets import Dataset
     from rich.console import Console
 
-    from qriemann.adapters.base import EMBEDDED_MODEL, load_base
+    from qriemann.adapters.base import load_base
+    from qriemann.adapters.gguf import EMBEDDED_MODEL
     from qriemann.training import records
     from qriemann.training.config import config_from_values
     from qriemann.training.publishing import publish
