@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,6 @@ def run_job(job: Job, results: Path) -> dict[str, Any]:
     resume = any(folder.glob("checkpoint-*"))
     config = config_from_values({**job.values, "output_dir": str(folder), "resume": resume, "overwrite": not resume})
     clock = _clock()
-    _score_trained_tokens_only()
     result = train(
         config,
         train_dataset=Dataset.from_list([{"messages": row["messages"]} for row in train_rows]),
@@ -276,11 +276,17 @@ def run_job(job: Job, results: Path) -> dict[str, Any]:
     return run
 
 
-def _score_trained_tokens_only() -> None:
+@contextmanager
+def _trained_tokens_scored_alone() -> Iterator[None]:
     """Without Triton, TRL 1.16 projects every position onto the vocabulary: a fifth of a step, for the same loss."""
-    import trl.trainer.utils
+    import trl.trainer.utils as upstream
 
-    trl.trainer.utils._use_triton = lambda _device: True  # type: ignore[attr-defined]
+    before = upstream._use_triton  # type: ignore[attr-defined]
+    upstream._use_triton = lambda _device: True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        upstream._use_triton = before  # type: ignore[attr-defined]
 
 
 def _test(result: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -399,7 +405,8 @@ def _work(results: Path, job: Job) -> Path:
 
 def _finish_job(text: str, results: Path) -> int:
     job = Job(**json.loads(text))
-    line = json.dumps(run_job(job, results)) + "\n"
+    with _trained_tokens_scored_alone():
+        line = json.dumps(run_job(job, results)) + "\n"
     # One write, so that lines of runs that end together do not mix.
     with (results / RUNS).open("a", encoding="utf-8") as lines:
         lines.write(line)
@@ -433,7 +440,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.job is not None:
             return _finish_job(options.job, Path(options.results))
         if options.report is not None:
-            console.print(write_report(Path(options.report)), highlight=False, markup=False)
+            console.print(write_report(Path(options.report)), highlight=False, markup=False, soft_wrap=True)
             return 0
         path = Path(options.plan)
         plan = read_plan(path)
@@ -445,7 +452,7 @@ def main(arguments: Sequence[str]) -> int:
         if complete:
             shutil.rmtree(results / "work", ignore_errors=True)
         if read_runs(results):
-            console.print(write_report(results), highlight=False, markup=False)
+            console.print(write_report(results), highlight=False, markup=False, soft_wrap=True)
         return 0 if complete else 3
     except InputError as error:
         print(f"study: {' '.join(str(error).split())}", file=sys.stderr)

@@ -116,7 +116,9 @@ def _cells(arm: str, group: list[Run], reference: list[Run], searched: list[Run]
             reached = steps_to_reach(run, other["validation_loss"])
             share = None if reached is None else reached / other["values"]["max_steps"]
             steps.append(share)
-            seconds.append(share and share * _seconds(run) / _seconds(other))
+            mine, theirs = _seconds(run), _seconds(other)
+            if mine and theirs:
+                seconds.append(share and share * mine / theirs)
     return [
         arm,
         f"{group[0]['lr']:g}",
@@ -125,21 +127,24 @@ def _cells(arm: str, group: list[Run], reference: list[Run], searched: list[Run]
         f"{right / rows:.0%}",
         _spread([statistics.mean(loss for _, loss in run["curve"][:_EARLY]) for run in group]),
         _reached(steps),
-        _reached(seconds),
+        _reached(seconds) if len(seconds) == len(steps) else "",
         f"{sensitivity(searched):.1f}x" if searched else "",
-        f"{statistics.median(map(_seconds, group)):.0f}",
+        _spread([seconds for run in group if (seconds := _seconds(run))], digits=0),
         f"{max(run['peak_gib'] for run in group):.2f}",
     ]
 
 
-def _seconds(run: Run) -> float:
-    """Of the whole run; on a CPU those that it computed, because runs share the cores with others."""
-    return run["cpu_s"] if run["machine"]["device"]["type"] == "cpu" else run["wall_clock_s"]
+def _seconds(run: Run) -> float | None:
+    """Of the whole run; on a CPU those that it computed, where they were recorded, because runs share the cores."""
+    return run.get("cpu_s") if run["machine"]["device"]["type"] == "cpu" else run["wall_clock_s"]
 
 
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+def _spread(values: list[float], digits: int = 3) -> str:
+    """Mean and standard deviation."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def _reached(shares: list[float | None]) -> str:

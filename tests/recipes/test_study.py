@@ -226,6 +226,15 @@ def test_every_arm_sees_the_same_rows_and_the_report_says_what_the_runs_gave(tmp
     assert not list((results / "work").glob("*"))
 
 
+def test_the_readmes_table_is_what_the_committed_runs_give():
+    runs = report.read_runs(RECIPES / "results" / "cpu")
+    readme = (RECIPES.parent / "README.md").read_text(encoding="utf-8")
+    tasks = {run["task"] for run in runs}
+    assert tasks
+    for task in tasks:
+        assert report.table(runs, task) in readme
+
+
 @pytest.mark.slow
 def test_the_script_runs_a_plan_to_its_end_and_runs_nothing_twice(tmp_path, small_plan):
     def run() -> subprocess.CompletedProcess[str]:
