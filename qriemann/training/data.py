@@ -127,6 +127,9 @@ def recognize(source: Source, text_field: str = "text") -> str:
     Raises:
         InputError: naming the columns found and those accepted.
     """
+    # datasets loses such a name on its way through Arrow and then fails on the rows.
+    if "\\x00" in repr(source.rows.features):
+        raise InputError(f"{source.name} must have keys without NUL characters, got one that has; rename it")
     columns = set(source.rows.column_names)
     # Alpaca comes before text: its copies on the Hub carry the rendered prompt in a text column as well.
     for name, needed in (
