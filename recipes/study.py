@@ -232,6 +232,7 @@ def run_job(job: Job, results: Path) -> dict[str, Any]:
     """
     from datasets import Dataset
 
+    from qriemann.publish.folder import curve, read_json
     from qriemann.training import records
     from qriemann.training.config import config_from_values
     from qriemann.training.run import train
@@ -253,14 +254,14 @@ def run_job(job: Job, results: Path) -> dict[str, Any]:
     if job.test and searched is not None:
         return {**searched, "key": job.key, "test": _test(result, test)}
     history = records.read_metrics(folder)
-    described = records.read_json(folder / records.RUN)
+    described = read_json(folder / records.RUN)
     run = {
         "key": job.key,
         **{key: value for key, value in vars(job).items() if key not in ("source", "base")},
         "base": job.base,
         "source": {key: value for key, value in job.source.items() if key not in ("train", "test")},
-        "curve": records.curve(history, "loss"),
-        "validation": records.curve(history, "eval_loss"),
+        "curve": curve(history, "loss"),
+        "validation": curve(history, "eval_loss"),
         "validation_loss": result.eval_loss,
         "tokens": max((record.get("num_tokens", 0) for record in history), default=0),
         "tokens_per_s": result.tokens_per_s,

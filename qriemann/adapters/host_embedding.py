@@ -40,10 +40,15 @@ class HostEmbedding(nn.Module):
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype), recurse)
 
 
+def has_tied_embeddings(model: Any) -> bool:
+    """Whether the output head of a language model, with an adapter or without, is its embedding matrix."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
 def refuse_tied_embeddings(model: PreTrainedModel, name: str) -> None:
     """Raises InputError if the output head of `model` is its embedding matrix."""
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is model.get_input_embeddings().weight:
+    if has_tied_embeddings(model):
         raise InputError(
             f"offload_embeddings must be false for a model whose output head is its embedding matrix, got true for {name}; "
             "the head reads all of it at every step"

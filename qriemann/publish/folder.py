@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -140,7 +140,7 @@ def read_folder(folder: str | os.PathLike[str], *, run: str | os.PathLike[str] |
     )
 
 
-def curve(metrics: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+def curve(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
     """(step, value) of every log event that has a finite value under the key."""
     pairs = [(record.get("step"), record.get(key)) for record in metrics]
     return [

@@ -69,7 +69,7 @@ def commit(folder: Path, step: int, run: Mapping[str, Any] | None = None) -> Non
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     for inner in (path for path in folder.rglob("*") if path.is_dir()):
         _sync(inner)
-    serial = 1 + max((_serial(other) for other in _folders(folder.parent)), default=0)
+    serial = 1 + max((_serial(other) for other in checkpoint_folders(folder.parent)), default=0)
     content = {"format": _FORMAT, "step": step, "serial": serial, "files": files, "run": dict(run or {})}
     replace_file(folder / MANIFEST, lambda partial: partial.write_text(json.dumps(content, indent=1), encoding="utf-8"))
     _sync(folder.parent)
@@ -157,7 +157,7 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> FoundCheckpoint:
 
     Reads the bytes of one checkpoint, or of more if the first does not verify.
     """
-    folders = _folders(Path(folder))
+    folders = checkpoint_folders(Path(folder))
     committed = sorted((f for f in folders if _serial(f) > 0), key=_serial, reverse=True)
     found = FoundCheckpoint(None)
     for candidate in committed:
@@ -172,6 +172,26 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> FoundCheckpoint:
     return found
 
 
+def whole_checkpoint(folder: str | os.PathLike[str], *, asked: str, remedy: str) -> FoundCheckpoint:
+    """As `newest_checkpoint`, for who cannot go on without one.
+
+    Args:
+        folder: of the run.
+        asked: how it was asked for, for the message.
+        remedy: what to do without one.
+
+    Raises:
+        InputError: none verifies.
+    """
+    found = newest_checkpoint(folder)
+    if found.path is None:
+        passed_over = f" ({'; '.join(found.passed_over)})" if found.passed_over else ""
+        raise InputError(
+            f"{asked} must find a complete checkpoint in output_dir, got none in {folder}{passed_over}; {remedy}"
+        )
+    return found
+
+
 def rotate(folder: Path, keep: int, *, spare: Collection[Path] = ()) -> list[str]:
     """Deletes all checkpoints but the `keep` completed last, and unfinished ones before them.
 
@@ -183,7 +203,7 @@ def rotate(folder: Path, keep: int, *, spare: Collection[Path] = ()) -> list[str
     Returns:
         One line for each folder that could not be deleted.
     """
-    folders = _folders(folder)
+    folders = checkpoint_folders(folder)
     newest = sorted((path for path in folders if _serial(path) > 0), key=_serial)[-keep:]
     last = _step(newest[-1])
     kept = {path.resolve() for path in (*newest, *spare)}
@@ -313,7 +333,7 @@ def _is_finite(point: FixedRankParameter) -> bool:
     return all(bool(part.isfinite().all()) for part in point.point())
 
 
-def _folders(folder: Path) -> list[Path]:
+def checkpoint_folders(folder: Path) -> list[Path]:
     """The checkpoint-N folders, whether complete or not, by step."""
     if not folder.is_dir():
         return []

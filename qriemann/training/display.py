@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qriemann.training.records import append_metrics, curve, peak_gib
+from qriemann.publish.folder import curve
+from qriemann.training.records import append_metrics, peak_gib
 from qriemann.training.seam import fixed_rank_optimizer
 
 Record = Mapping[str, Any]

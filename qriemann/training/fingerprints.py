@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qriemann.errors import InputError
+from qriemann.publish.folder import read_json
 from qriemann.training.checkpoints import read_manifest
-from qriemann.training.records import RUN, finite, read_json
+from qriemann.training.records import RUN, finite
 
 if TYPE_CHECKING:
     # TRL, which it imports, takes a second that `chat` need not wait.

@@ -5,7 +5,7 @@ from typing import Any
 
 from qriemann.errors import InputError
 from qriemann.training import records
-from qriemann.training.checkpoints import FoundCheckpoint, find_content_defect, find_defect, newest_checkpoint
+from qriemann.training.checkpoints import FoundCheckpoint, find_content_defect, find_defect, whole_checkpoint
 from qriemann.training.config import RunConfig
 
 
@@ -32,12 +32,7 @@ def starting_point(config: RunConfig) -> FoundCheckpoint:
 
 def _checkpoint(folder: Path, resume: str, *, allow: list[str]) -> FoundCheckpoint:
     if resume == "auto":
-        found = newest_checkpoint(folder)
-        if found.path is None:
-            passed_over = f" ({'; '.join(found.passed_over)})" if found.passed_over else ""
-            raise InputError(
-                f"resume must find a complete checkpoint in output_dir, got none in {folder}{passed_over}; leave resume out"
-            )
+        found = whole_checkpoint(folder, asked="resume", remedy="leave resume out")
     else:
         found = FoundCheckpoint(Path(resume))
         defect = find_defect(Path(resume))

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import IntervalStrategy
 
 from qriemann.adapters.base import read_config
-from qriemann.adapters.host_embedding import refuse_tied_embeddings
+from qriemann.adapters.host_embedding import has_tied_embeddings, refuse_tied_embeddings
 from qriemann.adapters.layer import FixedRankVariant
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter
@@ -149,9 +149,8 @@ class Footprint:
     def embedding_bytes(self) -> int:
         """Bytes of the input embeddings that host memory can hold, or holds, in place of the card; 0 if it cannot."""
         model = self.model()
-        matrix, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-        tied = head is not None and head.weight is matrix
-        return 0 if tied or matrix.requires_grad or not self.on_gpu else _bytes([matrix])
+        matrix = model.get_input_embeddings().weight
+        return 0 if has_tied_embeddings(model) or matrix.requires_grad or not self.on_gpu else _bytes([matrix])
 
     def computed(self, load: Load) -> tuple[str, Counter[str]]:
         """The phase of a step in which most bytes live beyond what is stored, and those bytes by part."""

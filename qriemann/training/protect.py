@@ -13,8 +13,7 @@ from typing import Any
 from transformers import Trainer
 
 from qriemann.adapters.attach import accept_offset_checkpoints
-from qriemann.errors import InputError
-from qriemann.training.checkpoints import CompleteCheckpoints, newest_checkpoint
+from qriemann.training.checkpoints import CompleteCheckpoints, whole_checkpoint
 from qriemann.training.guard import StepEvent, StepGuard
 
 logger = logging.getLogger(__name__)
@@ -59,13 +58,11 @@ def _resuming_from_a_whole_one(trainer: Trainer, note: Callable[[str], None]) ->
     @functools.wraps(train)
     def train_from_a_whole_one(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
-            found = newest_checkpoint(str(trainer.args.output_dir))
-            if found.path is None:
-                passed_over = f" ({'; '.join(found.passed_over)})" if found.passed_over else ""
-                raise InputError(
-                    "resume_from_checkpoint=True must find a complete checkpoint in output_dir, got none in "
-                    f"{trainer.args.output_dir}{passed_over}; leave it out, or name the folder of one"
-                )
+            found = whole_checkpoint(
+                str(trainer.args.output_dir),
+                asked="resume_from_checkpoint=True",
+                remedy="leave it out, or name the folder of one",
+            )
             for line in found.passed_over:
                 note(f"passed over {line}")
             resume_from_checkpoint = str(found.path)

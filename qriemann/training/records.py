@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 
 import qriemann
-from qriemann.training.checkpoints import replace_file
+from qriemann.publish.folder import curve
+from qriemann.training.checkpoints import checkpoint_folders, replace_file
 
 METRICS, RUN, PLOT = "metrics.jsonl", "run.json", "loss.png"
 # The files that say a folder holds a run, and that `overwrite` removes; anything else in the folder is left alone.
 _RUN_FILES = (RUN, METRICS, PLOT, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -29,8 +28,7 @@ def run_files(folder: Path) -> list[Path]:
     """The records, adapter files and checkpoints of a run in this folder."""
     if not folder.is_dir():
         return []
-    checkpoints = [path for path in folder.iterdir() if path.is_dir() and _CHECKPOINT.fullmatch(path.name)]
-    return [folder / name for name in _RUN_FILES if (folder / name).exists()] + sorted(checkpoints)
+    return [folder / name for name in _RUN_FILES if (folder / name).exists()] + sorted(checkpoint_folders(folder))
 
 
 def remove_run(folder: Path) -> None:
@@ -44,15 +42,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     replace_file(
         path, lambda partial: partial.write_text(json.dumps(finite(dict(content)), indent=2) + "\n", encoding="utf-8")
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in the file; an empty one if a file of that name is not ours."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
@@ -79,12 +68,6 @@ def rewind_metrics(folder: Path, step: int) -> None:
     """Keeps the records up to a step: a resumed run repeats the steps after its checkpoint and logs them again."""
     kept = [record for record in read_metrics(folder) if record["step"] <= step and "train_runtime" not in record]
     replace_file(folder / METRICS, lambda partial: partial.write_text("".join(json.dumps(r) + "\n" for r in kept)))
-
-
-def curve(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value) of every record that has a finite value under the key."""
-    pairs = [(record["step"], record.get(key)) for record in records]
-    return [(step, float(value)) for step, value in pairs if isinstance(value, int | float) and math.isfinite(value)]
 
 
 def plot_losses(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

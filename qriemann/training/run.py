@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTTrainer
 
 from qriemann.errors import InputError
+from qriemann.publish.folder import curve
 from qriemann.training import records
 from qriemann.training.assembly import (
     adjust_evaluation,
@@ -304,9 +305,9 @@ def _result(
     started: float,
     tokenizer: PreTrainedTokenizerBase,
 ) -> TrainResult:
-    losses = records.curve(monitor.records, "loss")
-    before = next((value for step, value in records.curve(monitor.records, "eval_loss") if step == 0), None)
-    drifts = records.curve(monitor.records, "orthonormality_drift")
+    losses = curve(monitor.records, "loss")
+    before = next((value for step, value in curve(monitor.records, "eval_loss") if step == 0), None)
+    drifts = curve(monitor.records, "orthonormality_drift")
     return TrainResult(
         output_dir=folder,
         steps=trainer.state.global_step,

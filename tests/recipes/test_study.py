@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qriemann import InputError
-from tests.training.conftest import make_tokenizer
+from tests.training.conftest import make_tokenizer, save_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -160,19 +158,6 @@ def test_the_paired_interval_is_students_t():
     assert report.paired({0: 1.0}, {0: 1.0}) is None
 
 
-def write_base(folder: Path) -> Path:
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def small_plan(tmp_path) -> Path:
     """Two arms of one learning rate, two seeds, four steps of a tiny model."""
@@ -186,7 +171,7 @@ def small_plan(tmp_path) -> Path:
     for name, part in (("train", rows[:18]), ("test", rows[18:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     content = {
-        "base": str(write_base(tmp_path / "base")),
+        "base": str(save_model(tmp_path / "base", make_tokenizer())),
         "rank": 2,
         "steps": 4,
         "batch": 2,

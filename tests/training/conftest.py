@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qriemann import cli
 
 # SmolLM2's template: no generation markers, a default system prompt, a newline after every end token.
 CHATML = (
@@ -46,8 +49,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A local model folder: hidden size 32, two layers."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
+    return save_model(tmp_path_factory.mktemp("model"), tokenizer)
+
+
+def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Path:
+    """The same, with weights of any seed."""
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -62,6 +69,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrained
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def run_cli(tmp_path: Path, settings: dict[str, Any], *arguments: str) -> int:
+    """`qriemann train` on these settings, and its exit status."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return cli.main(["train", str(path), *arguments])
 
 
 @pytest.fixture

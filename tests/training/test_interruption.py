@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from qriemann import cli
 from qriemann.training.checkpoints import newest_checkpoint
 from qriemann.training.config import config_from_values
 from qriemann.training.run import train
 from qriemann.training.stop import StoppedBySignal
-from tests.training.conftest import chat_rows, make_tokenizer
+from tests.training.conftest import chat_rows, make_tokenizer, run_cli, save_model
 from tests.training.test_lock import hold_until_killed
 
 
@@ -45,12 +44,6 @@ def settings(tmp_path, model_folder, write_rows):
         "eval_size": 0,
         "display": "none",
     }
-
-
-def run_cli(tmp_path, settings, *arguments):
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return cli.main(["train", str(path), *arguments])
 
 
 def final(folder) -> dict[str, torch.Tensor]:
@@ -151,23 +144,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_writes_nothing(tmp_path,
 
 def other_base(folder):
     """A model that differs from the fixture's in its weights alone."""
-    tokenizer = make_tokenizer()
-    torch.manual_seed(1)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return str(save_model(folder, make_tokenizer(), seed=1))
 
 
 def test_what_changed_since_the_checkpoint_is_named_and_can_be_allowed_by_name(tmp_path, settings, capfd):

@@ -20,7 +20,7 @@ from qriemann.training.config import config_from_values
 from qriemann.training.data import prepare
 from qriemann.training.run import train
 from qriemann.training.sources import Source
-from tests.training.conftest import chat_rows, make_tokenizer
+from tests.training.conftest import chat_rows, make_tokenizer, run_cli
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -39,12 +39,6 @@ def settings(tmp_path, model_folder, write_rows):
         "display": "plain",
         "hub_token": "hf_sesame",
     }
-
-
-def run_cli(tmp_path, settings, *arguments):
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return cli.main(["train", str(path), *arguments])
 
 
 def test_plain_trl_builds_the_same_labels_for_prompt_and_completion(model_folder, tokenizer, tmp_path):
