@@ -349,15 +349,18 @@ def run_plan(plan: Plan, results: Path, *, jobs: int, threads: int, minutes: flo
             busy = {job.key for job in running.values()}
             missing = next_jobs(plan, read_runs(results))
             todo = [job for job in missing if job.key not in busy | failed]
-            late = deadline is not None and time.monotonic() > deadline
+            late = deadline is not None and time.monotonic() >= deadline
             if late or (not todo and not running):
                 break
             while todo and len(running) < jobs:
                 job = todo.pop(0)
                 console.print(f"starts: {job.key}", highlight=False)
                 running[_start(job, results, threads)] = job
-            time.sleep(0.5)
-            for process in [p for p in running if p.poll() is not None]:
+            ended: list[subprocess.Popen[bytes]] = []
+            while not ended and (deadline is None or time.monotonic() < deadline):
+                time.sleep(0.5)
+                ended = [process for process in running if process.poll() is not None]
+            for process in ended:
                 job = running.pop(process)
                 if process.returncode != 0:
                     failed.add(job.key)

@@ -128,7 +128,7 @@ def _cells(arm: str, group: list[Run], reference: list[Run], searched: list[Run]
         _spread([statistics.mean(loss for _, loss in run["curve"][:_EARLY]) for run in group]),
         _reached(steps),
         _reached(seconds) if len(seconds) == len(steps) else "",
-        f"{sensitivity(searched):.1f}x" if searched else "",
+        f"{sensitivity(searched):.1f}x" if len(searched) > 1 else "",
         _spread([seconds for run in group if (seconds := _seconds(run))], digits=0),
         f"{max(run['peak_gib'] for run in group):.2f}",
     ]
