@@ -2,9 +2,11 @@
 
 A tap stands for a layer's adapter: it passes the layer's output through and leaves G V or G^T U in its backward, for a basis
 of any width. So one pass over the batches applies G or its transpose in all layers at once, and 2 (q + 1) passes are a
-randomized singular value decomposition with q power iterations.
+randomized singular value decomposition with q power iterations. What the last iteration but one saw is kept beside what the
+last one saw (a block Krylov space): where singular values fall slowly, the same passes then find more.
 
 [H11] Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011), Algorithms 4.4 and 5.1.
+[MM15] Musco, Musco, "Randomized block Krylov methods for stronger and faster approximate SVD", NeurIPS 2015.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 Layers = Sequence[tuple[str, LoraLayer, str]]
 
+# What an earlier direction has beside the later basis must be this long: its rounding errors are divided by the length.
+_NEAR = 0.1
+
 # Singular vectors do not depend on it. In float16 the gradients of a mean over thousands of tokens would underflow; a power
 # of two changes no digit in the other dtypes.
 _LOSS_SCALE = 2.0**10
@@ -37,7 +42,7 @@ class GradientSVD(NamedTuple):
     """Leading singular triplets of one layer's gradient.
 
     Attributes:
-        u: (m, k), orthonormal columns.
+        u: (m, k), orthonormal columns; k is 2 r, or min(m, n) where that is less.
         sigma: (k,), descending, up to a factor that all layers share; zero in a layer that the loss does not reach.
         v: (n, k), orthonormal columns.
     """
@@ -87,10 +92,11 @@ def gradient_svd(
         _read(model, batches, loss_fn, seed, report)
         for _ in range(passes - 1):
             for tap in taps:
-                # Without QR the columns would all turn to the first singular vector. [H11, Algorithm 4.4]
-                tap.aim(torch.linalg.qr(tap.product())[0].float())
+                tap.turn()
             _read(model, batches, loss_fn, seed, report)
-    found = [_decompose(tap.basis, tap.product()) for tap in taps]
+    taps.reverse()
+    # A tap is let go with its blocks once it is decomposed.
+    found = [taps.pop().decompose(2 * layer.r[adapter]) for _, layer, adapter in layers]
     unreached = [name for (name, *_), triplets in zip(layers, found, strict=True) if not triplets.sigma[0] > 0]
     if len(unreached) == len(found):
         raise InputError(
@@ -134,20 +140,19 @@ def _read(
         # Whatever is random in the model is the same in each pass, or they would see different gradients.
         torch.manual_seed(seed + index)
         loss = loss_fn(model, send_to_device(batch, device))
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            got = f"{list(loss.shape)}, requires_grad {loss.requires_grad}" if isinstance(loss, Tensor) else repr(loss)
+            raise InputError(
+                f"the loss must be one number with a gradient, got {got}; is the adapter merged or disabled, or gradient "
+                "computation off?"
+            )
         if not loss.isfinite().all():
             raise InputError(
                 f"the loss must be finite at the start, got {loss.item()} in batch {index + 1} of {len(batches)}; check "
                 "the data and the compute dtype"
             )
-        (loss * _LOSS_SCALE).backward()
+        (loss.sum() * _LOSS_SCALE).backward()
         report()
-
-
-def _decompose(basis: Float[Tensor, "m k"], product: Float[Tensor, "n k"]) -> GradientSVD:
-    """The singular triplets of Q Q^T G from Q and G^T Q. [H11, Algorithm 5.1]"""
-    q, r = torch.linalg.qr(product)
-    left, sigma, right = torch.linalg.svd(r.mT)
-    return GradientSVD((basis.double() @ left).float(), sigma.float(), (q @ right.mT).float())
 
 
 class _GradientTap(LoraVariant):
@@ -159,9 +164,10 @@ class _GradientTap(LoraVariant):
     def __init__(self, name: str, rows: int, columns: int, sketch: Float[Tensor, "n k"]) -> None:
         self._name, self._heights = name, (rows, columns)
         self._transposed = True
-        self.aim(sketch)
+        self._earlier: tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]] | None = None
+        self._aim(sketch)
 
-    def aim(self, basis: Float[Tensor, "_ k"]) -> None:
+    def _aim(self, basis: Float[Tensor, "_ k"]) -> None:
         """Takes the next basis: V and U in turn."""
         self._transposed = not self._transposed
         self.basis = basis
@@ -169,7 +175,32 @@ class _GradientTap(LoraVariant):
         anchor = torch.zeros((), device=basis.device).expand(self._heights[self._transposed], basis.shape[1])
         self._anchor = anchor.requires_grad_()
 
-    def product(self) -> Float[Tensor, "_ k"]:
+    def turn(self) -> None:
+        """Takes the range of the product as the next basis."""
+        product = self._product()
+        if self._transposed:
+            # In the host's memory: a GPU has the same peak as without them.
+            self._earlier = self.basis.cpu(), product.float().cpu()
+        # Without QR the columns would all turn to the first singular vector. [H11, Algorithm 4.4]
+        self._aim(torch.linalg.qr(product)[0].float())
+
+    def decompose(self, columns: int) -> GradientSVD:
+        """The leading singular triplets of Q Q^T G from G^T Q, where Q spans the basis and the earlier one. [H11, 5.1]"""
+        basis, product = self.basis.double(), self._product()
+        if self._earlier is not None:
+            q, z = (block.to(basis.device, torch.float64) for block in self._earlier)
+            overlap = basis.mT @ q
+            left, r = torch.linalg.qr(q - basis @ overlap)
+            turn, sigma, right = torch.linalg.svd(r)
+            new = sigma > _NEAR
+            basis = torch.cat([basis, left @ turn[:, new]], 1)
+            product = torch.cat([product, (z - product @ overlap) @ right[new].mT / sigma[new]], 1)
+        q, r = torch.linalg.qr(product)
+        left, sigma, right = torch.linalg.svd(r.mT, full_matrices=False)
+        u, v = basis @ left[:, :columns], q @ right[:columns].mT
+        return GradientSVD(u.float(), sigma[:columns].float(), v.float())
+
+    def _product(self) -> Float[Tensor, "_ k"]:
         """G V or G^T U, summed over batches and processes, in float64."""
         total = self._anchor.new_zeros(self._anchor.shape) if self._anchor.grad is None else self._anchor.grad
         if torch.distributed.is_available() and torch.distributed.is_initialized():

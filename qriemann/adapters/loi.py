@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import numbers
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ def locally_optimal_(
     2 r + oversampling columns, and of its activations the input, as in training. Dropout is off; gradient checkpointing
     stays on. In several processes the gradients of all are summed.
     """
-    check_options(start, alpha, oversampling, power_iterations)
+    check_options(start, alpha, oversampling, power_iterations, seed)
     layers = lora_layers(model)
     _check_zero(layers)
     # Imported late: base.py is about bitsandbytes, which a model need not use.
@@ -76,6 +77,8 @@ def locally_optimal_(
 
     protect_quantized_weights(model)
     with preserved_rng():
+        if not isinstance(batches, Iterable):
+            raise InputError(f"batches must be an iterable of training batches, got {batches!r}")
         drawn = list(batches)
         if not drawn:
             raise InputError("batches must hold at least one batch, got none; check the dataset and its split")
@@ -96,11 +99,13 @@ def locally_optimal_(
     return points
 
 
-def check_options(start: str, alpha: float, oversampling: int, power_iterations: int) -> None:
+def check_options(start: str, alpha: float, oversampling: int, power_iterations: int, seed: int) -> None:
     """Raises InputError for an option out of range."""
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+        raise InputError(f"alpha must be a number, got {alpha!r}")
     check_start(start, alpha)
-    for key, value in (("oversampling", oversampling), ("power_iterations", power_iterations)):
-        if not isinstance(value, int) or value < 0:
+    for key, value in (("oversampling", oversampling), ("power_iterations", power_iterations), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise InputError(f"{key} must be an integer >= 0, got {value!r}")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from qriemann.adapters.attach import Start, describe_saved_rank
-from qriemann.adapters.loi import check_options, locally_optimal_, own_loss
+from qriemann.adapters.loi import check_options, locally_optimal_, own_loss, preserved_rng
 from qriemann.errors import InputError
-from qriemann.geometry.parameter import fixed_rank_parameters
+from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters
 from qriemann.training.seam import FixedRankCallback
 from qriemann.training.values import nearest
 
@@ -42,7 +42,8 @@ class LocallyOptimalInit(FixedRankCallback):
 
     Args:
         batches: training batches of the device's size to look at, >= 1.
-        start, alpha, oversampling, power_iterations: as in `locally_optimal_`.
+        start, alpha: as in `locally_optimal_`; None keeps what the optimizer attached the adapter with.
+        oversampling, power_iterations: as in `locally_optimal_`.
         seed: of the sample and the sketch; None takes the trainer's.
         loss_fn: called with (model, batch); None takes the loss the model returns. Trainers whose batches have no labels
             (DPO, GRPO) need one.
@@ -56,23 +57,25 @@ class LocallyOptimalInit(FixedRankCallback):
         self,
         batches: int = 8,
         *,
-        start: Start = "offset",
-        alpha: float = 1.0,
+        start: Start | None = None,
+        alpha: float | None = None,
         oversampling: int = 16,
         power_iterations: int = 1,
         seed: int | None = None,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
-        if not isinstance(batches, int) or batches < 1:
+        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise InputError(f"batches must be an integer >= 1, got {batches!r}")
-        check_options(start, alpha, oversampling, power_iterations)
+        check_options(
+            "offset" if start is None else start,
+            1.0 if alpha is None else alpha,
+            oversampling,
+            power_iterations,
+            0 if seed is None else seed,
+        )
         self._batches, self._seed, self._loss_fn = batches, seed, loss_fn
-        self._options: dict[str, Any] = {
-            "start": start,
-            "alpha": alpha,
-            "oversampling": oversampling,
-            "power_iterations": power_iterations,
-        }
+        self._start, self._alpha = start, alpha
+        self._options: dict[str, Any] = {"oversampling": oversampling, "power_iterations": power_iterations}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -91,27 +94,51 @@ class LocallyOptimalInit(FixedRankCallback):
                 f"{_NAME} must have an adapter on the fixed-rank manifold, got plain factors; give the trainer "
                 "optimizer_cls_and_kwargs=qriemann.for_trainer('riemannion'), or leave the initialization out"
             )
+        if self._loss_fn is None and (changed := _changed_loss(args)):
+            console.print(f"{_NAME}: the gradient is that of the model's own loss, without {changed}")
         seed = args.seed if self._seed is None else self._seed
-        console.print(f"{_NAME}: {2 * (self._options['power_iterations'] + 1)} passes over {self._batches} batches")
+        with preserved_rng():
+            batches = list(self._draw(kwargs["train_dataloader"], args.train_batch_size, seed + args.process_index))
+        passes = 2 * (self._options["power_iterations"] + 1)
+        console.print(f"{_NAME}: {passes} passes over {self._batches} batches")
         started = time.perf_counter()
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task(_NAME, total=None)
+
+            def show(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+                if not console.is_terminal and done % len(batches) == 0 and done < total:
+                    console.print(f"{_NAME}: pass {done // len(batches)} of {passes} done")
+
             locally_optimal_(
                 model,
-                self._draw(kwargs["train_dataloader"], args.train_batch_size, seed + args.process_index),
+                batches,
                 self._loss_fn or _lean_loss,
+                start=self._start or _attached_start(points),
+                alpha=_attached_alpha(points) if self._alpha is None else self._alpha,
                 **self._options,
                 seed=seed,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=show,
             )
         console.print(f"{_NAME}: done in {time.perf_counter() - started:.0f} s")
 
     def _draw(self, loader: DataLoader, batch_size: int, seed: int) -> Iterator[Any]:
         """The batches to look at, from a loader of their own: iterating over the trainer's would move its samplers on."""
-        dataset: Any = loader.dataset
+        dataset: Any = getattr(loader, "dataset", None)
+        if dataset is None:
+            raise InputError(
+                f"the trainer's data must come from a torch DataLoader, got {type(loader).__name__}; pass the batches to "
+                "qriemann.locally_optimal_ before training"
+            )
+        if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
+            raise InputError(
+                "the training data must be readable more than once, got an IterableDataset that is its own iterator; "
+                "the batches looked at would be missing from training"
+            )
         own = DataLoader(
             dataset,
-            batch_size,
+            # Without a size and without a sampler of batches, the dataset's items are batches.
+            None if loader.batch_size is None and loader.batch_sampler is None else batch_size,
             # The sampler that shuffles refuses an empty dataset in words of its own.
             shuffle=not isinstance(dataset, IterableDataset) and len(dataset) > 0,
             generator=torch.Generator().manual_seed(seed),
@@ -126,6 +153,23 @@ class LocallyOptimalInit(FixedRankCallback):
                 f"batches must be at most what the training data has, got {self._batches} of {drawn} batches of "
                 f"{batch_size}; lower batches"
             )
+
+
+def _attached_start(points: Sequence[FixedRankParameter]) -> Start:
+    return "zero" if all(point.offset is None for point in points) else "offset"
+
+
+def _attached_alpha(points: Sequence[FixedRankParameter]) -> float:
+    """The scale of S at an offset start, where S = alpha I; 1 at S = 0, which has none."""
+    return next((point.s[0, 0].item() for point in points if point.offset is not None), 1.0)
+
+
+def _changed_loss(args: TrainingArguments) -> str | None:
+    """What the trainer's arguments add to the loss that the model returns."""
+    if args.label_smoothing_factor:
+        return f"label_smoothing_factor {args.label_smoothing_factor:g}"
+    kind = getattr(args, "loss_type", None)
+    return f"loss_type {kind}" if isinstance(kind, str) and "nll" not in kind else None
 
 
 def recipe_callbacks(

@@ -233,6 +233,29 @@ def test_processes_with_different_batches_start_at_the_point_of_all_batches(tmp_
             assert relative(got, point.point().dense()) < 1e-3, name
 
 
+# Which start.
+
+
+@pytest.mark.parametrize(
+    ("attached", "asked", "rank", "scale"),
+    [
+        ({"start": "zero"}, {}, RANK, 0),
+        ({"alpha": 0.25}, {}, 2 * RANK, 0.25),
+        ({"start": "zero"}, {"start": "offset", "alpha": 0.5}, 2 * RANK, 0.5),
+        ({"alpha": 0.25}, {"start": "zero"}, RANK, 0),
+    ],
+    ids=str,
+)
+def test_the_start_is_the_optimizers_unless_the_callback_names_one(attached, asked, rank, scale, tmp_path):
+    watch = Watch()
+    method = qriemann.for_trainer("riemannion", lr=0.05, **attached)
+    trainer = sft_trainer(tiny_llama(), tmp_path, [LocallyOptimalInit(1, **asked), watch], method, max_steps=1)
+    trainer.train()
+    for name, x in watch.at_start.items():
+        assert torch.linalg.svdvals(x)[:RANK] == pytest.approx(scale, rel=1e-5), name
+    assert trainer.model.peft_config["default"].r == rank
+
+
 # What is refused.
 
 
@@ -244,12 +267,13 @@ def test_a_method_off_the_manifold_is_refused_with_the_remedy(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_more_batches_than_there_are_is_refused_with_both_numbers(streaming, tmp_path):
+def test_more_batches_than_there_are_is_refused_with_both_numbers(streaming, tmp_path, capsys):
     trainer = sft_trainer(tiny_llama(), tmp_path, [LocallyOptimalInit(7)])
     if streaming:
         trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
     with pytest.raises(InputError, match="batches must be at most what the training data has, got 7 of 6 batches of 4"):
         trainer.train()
+    assert "locally optimal initialization" not in capsys.readouterr().err
 
 
 def test_an_empty_dataset_is_refused():
@@ -259,6 +283,50 @@ def test_an_empty_dataset_is_refused():
     state, args = TrainerState(), TrainingArguments(use_cpu=True)
     with pytest.raises(InputError, match="batches must hold at least one batch, got none"):
         LocallyOptimalInit(2).on_train_begin(args, state, None, model=model, optimizer=None, train_dataloader=loader)
+
+
+def begin(loader: Any, batches: int = 2) -> None:
+    """The callback at the start of a training that reads from `loader`."""
+    model = with_lora(tiny_llama(), r=RANK)
+    qriemann.attach(model, seed=5)
+    args = TrainingArguments(use_cpu=True)
+    LocallyOptimalInit(batches).on_train_begin(args, TrainerState(), None, model=model, train_dataloader=loader)
+
+
+class ReadOnce(torch.utils.data.IterableDataset):
+    """Rows that are gone when they were read."""
+
+    def __init__(self) -> None:
+        self.left = [{"input_ids": row, "labels": row} for row in token_batch(rows=24, length=9)]
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.left:
+            raise StopIteration
+        return self.left.pop()
+
+
+def test_data_that_can_be_read_once_is_refused_before_a_row_is_gone():
+    dataset = ReadOnce()
+    with pytest.raises(
+        InputError, match="must be readable more than once, got an IterableDataset that is its own iterator"
+    ):
+        begin(torch.utils.data.DataLoader(dataset, 4))
+    assert len(dataset.left) == 24
+
+
+def test_a_list_in_the_place_of_a_dataloader_is_refused():
+    with pytest.raises(InputError, match="must come from a torch DataLoader, got list"):
+        begin([{"input_ids": token_batch(), "labels": token_batch()}])
+
+
+def test_a_dataset_of_ready_batches_is_read_as_it_is():
+    ready = [{"input_ids": token_batch(seed), "labels": token_batch(seed)} for seed in range(3)]
+    begin(torch.utils.data.DataLoader(ready, batch_size=None))
+    with pytest.raises(InputError, match="got 4 of 3 batches"):
+        begin(torch.utils.data.DataLoader(ready, batch_size=None), batches=4)
 
 
 # https://github.com/huggingface/trl: disable_gradient_checkpointing of TRL 1.16 uses names that transformers 5.23 deprecates.
@@ -289,6 +357,9 @@ def test_batches_without_labels_are_refused_unless_a_loss_is_given(given, tmp_pa
     [
         ({"batches": 0}, "batches must be an integer >= 1, got 0"),
         ({"batches": 1.5}, "batches must be an integer >= 1, got 1.5"),
+        ({"batches": True}, "batches must be an integer >= 1, got True"),
+        ({"alpha": True}, "alpha must be a number, got True"),
+        ({"seed": "x"}, "seed must be an integer >= 0, got 'x'"),
         ({"start": "ofset"}, "start must be one of 'zero', 'offset', got 'ofset'"),
         ({"alpha": float("nan")}, "alpha must be a finite number > 0, got nan"),
         ({"oversampling": -1}, "oversampling must be an integer >= 0, got -1"),
