@@ -436,10 +436,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit status: 0 for a complete study or report, 3 for an incomplete one, 2 for something to mend."""
+    """The exit status: 0 for a complete study or report, 3 for an incomplete one, 2 for something to mend, 130 when stopped."""
     from rich.console import Console
 
     options, console = parse(arguments), Console()
+    if options.job is None:
+        # The runs end with this process, each at its next step.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if options.job is not None:
             return _finish_job(options.job, Path(options.results))
@@ -461,6 +464,9 @@ def main(arguments: Sequence[str]) -> int:
     except InputError as error:
         print(f"study: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("study: stopped; the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,17 @@ def test_the_script_runs_a_plan_to_its_end_and_runs_nothing_twice(tmp_path, smal
     assert again.returncode == 0
     assert "starts" not in again.stdout
     assert lines.read_bytes() == before
+
+
+@pytest.mark.slow(reason="starts the script and waits for its run to stop")
+def test_a_study_that_is_terminated_ends_its_runs_and_says_how_to_go_on(tmp_path, small_plan):
+    arguments = [sys.executable, str(RECIPES / "study.py"), "--plan", str(small_plan), "--threads", "1"]
+    study = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert study.stdout.readline().startswith("starts")
+    time.sleep(5)
+    study.terminate()
+    _, told = study.communicate(timeout=300)
+    assert study.returncode == 130
+    assert told == "study: stopped; the same command goes on\n"
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in listed
