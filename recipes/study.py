@@ -436,7 +436,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit status: 0 for a complete study or report, 3 for an incomplete one, 130 for a stopped one, 2 for what to mend."""
+    """The exit status: 0 for a complete study or report, 3 an incomplete one, 130 a stopped one, 2 for what to mend."""
     from rich.console import Console
 
     options, console = parse(arguments), Console()
