@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qriemann import attach, locally_optimal_
+from qriemann import Riemannion, attach, locally_optimal_
 from qriemann.adapters.attach import lora_layers
 from qriemann.adapters.gradient import gradient_svd
+from qriemann.training.memory import LiveBytes
 from tests.adapters.test_loi import BATCHES, KEPT, RANK, dequantized, loss
 from tests.dense import best_approximation, tangent_projection
 from tests.models import (
@@ -159,3 +160,25 @@ def test_the_probe_keeps_no_more_than_a_training_step(start, folder):
     training = saved_bytes(model, lambda: loss(model, ids).backward())
     assert training > 8 * 48 * 64 * 4 * 14  # at least an input a layer
     assert probe <= 1.15 * training  # the bound of the issue
+
+
+def test_the_probe_allocates_at_most_15_percent_more_than_a_training_step(folder):
+    ids = [token_batch(seed, rows=8, length=48) for seed in (1, 2)]
+    peaks = {}
+    for kind in ("train", "probe"):
+        model = with_lora(load_nf4(folder), r=RANK).train()
+        attach(model, seed=5)
+        optimizer = Riemannion(model, lr=1e-2)
+        parameters = list(model.parameters())
+        live = LiveBytes(parameters)
+        live.window = kind
+        with live:
+            if kind == "probe":
+                locally_optimal_(model, ids, loss)
+            else:
+                for batch in ids:
+                    loss(model, batch).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        peaks[kind] = sum(p.nbytes for p in parameters) + sum(live.peaks[kind].values())
+    assert peaks["probe"] <= 1.15 * peaks["train"]  # the bound of the issue
