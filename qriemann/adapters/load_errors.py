@@ -10,10 +10,9 @@ from safetensors import SafetensorError
 
 from qriemann.adapters.gguf import EMBEDDED_MODEL
 
-# What transformers, safetensors and gguf raise on a model that is not there, is broken, or is of an unknown kind.
-# Anything else (out of memory, a bug of ours) keeps its own type and traceback.
-DAMAGE_ERRORS = (struct.error, IndexError, SafetensorError)
-LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, NotImplementedError, *DAMAGE_ERRORS)
+_DAMAGE_ERRORS = (struct.error, IndexError, SafetensorError)
+# Their messages are made for people; those of others say too little without the type.
+_TELLING_ERRORS = (OSError, ValueError, ImportError)
 
 
 def explain(name: str, error: BaseException) -> str:
@@ -47,10 +46,18 @@ def explain(name: str, error: BaseException) -> str:
             f"model must be reachable, got {name!r}, which is neither a local folder nor in the Hub cache, and the Hub "
             f"cannot be reached from here; give a local folder or .gguf file, or {EMBEDDED_MODEL!r}"
         )
-    if caused_by(*DAMAGE_ERRORS):
+    if caused_by(*_DAMAGE_ERRORS):
         return (
             f"model files must be complete, got {name!r}, which is damaged or cut short; download or convert it again"
         )
-    first_line = next((line.strip(" :") for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    hint = "; the file may be damaged or cut short" if Path(name).is_file() else ""
-    return f"model must be a causal language model that transformers can load, got {name!r}: {first_line}{hint}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    kind = hint = ""
+    if not isinstance(error, _TELLING_ERRORS):
+        kind, hint = f"{type(error).__name__}: ", "; check its config.json and tokenizer"
+    # The validation of a configuration names the field first, and below what is wrong with it.
+    if lines[0].endswith(":") and len(lines) > 1:
+        kind, lines = "", [" ".join(lines[:2])]
+    if Path(name).is_file():
+        hint = "; the file may be damaged or cut short"
+    reason = f"{kind}{lines[0]}".strip(" :") or type(error).__name__
+    return f"model must be a causal language model that transformers can load, got {name!r}: {reason}{hint}"

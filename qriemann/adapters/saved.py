@@ -22,8 +22,9 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qriemann.adapters.base_files import load_tokenizer
 from qriemann.adapters.saved_config import CONFIG, read_config, value_for
 from qriemann.errors import InputError
 
@@ -113,6 +114,10 @@ class SavedAdapter:
         # By their names: a stranger's pattern may take hours on a name that it does not match.
         config.target_modules = set(self.layers)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        config.rank_pattern = _by_value({name: layer.b.shape[1] for name, layer in self.layers.items()})
+        config.alpha_pattern = _by_value(
+            {name: value_for(self.config.alpha_pattern, name, config.lora_alpha) for name in self.layers}
+        )
         # What is drawn or computed for a start is overwritten by what was trained.
         config.init_lora_weights = True
         try:
@@ -224,7 +229,9 @@ def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return None
     try:
         # Left out, transformers would ask at the terminal whether to run the code that a tokenizer_config.json names.
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        return load_tokenizer(str(folder), trust_remote_code=False)
+    except InputError:
+        raise
     except Exception as error:  # whatever is wrong with the files
         raise InputError(
             f"the tokenizer beside an adapter must be one that transformers loads, got {folder}: {_first_line(error)}; "
@@ -290,6 +297,14 @@ def _factors(name: str, pair: dict[str, Tensor], config: LoraConfig, folder: Pat
             f"every layer must change by finite numbers, got a norm of {size:.1e} for {name!r} in {folder}; train it again"
         )
     return LoraFactors(pair["B"], pair["A"], scaling)
+
+
+def _by_value(values: dict[str, Any]) -> dict[str, Any]:
+    """One pattern for all layers of a value: PEFT 0.21 takes minutes for a thousand patterns, which re does not cache."""
+    names: dict[Any, list[str]] = {}
+    for name, value in values.items():
+        names.setdefault(value, []).append(re.escape(name))
+    return {"|".join(group): value for value, group in names.items()}
 
 
 def _embeddings(model: Any) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -37,13 +38,15 @@ _NOT_PLAIN = (
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # By these, files of Hub repositories ask for Python code that comes with them.
 _ASKS_FOR_CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
-_LEAVES_FOLDER = re.compile(r"[/~]|\\\\|[A-Za-z]:[\\/]|\.\.\\|(.*/)?\.\.(/|$)", re.DOTALL)
+LEAVES_FOLDER = re.compile(r"[/~]|\\\\|[A-Za-z]:[\\/]|\.\.\\|(.*/)?\.\.(/|$)", re.DOTALL)
 # The base is the one thing outside of the folder that a configuration has to name; loading it runs no code of its own.
 _MAY_BE_OUTSIDE = ("base_model_name_or_path",)
 _NAME = re.compile(r"[\w.-]+")
 _OPERATOR, _REPEATED_GROUP = re.compile(r"[*+?{|]"), re.compile(r"\)[*+?{]")
 # A pattern of so many operators takes microseconds on any layer's name; a clever one of more takes for ever.
 _MOST_OPERATORS, _MOST_OPERATORS_IN_ALL = 2, 16
+# Each is tried on each layer's name: a key for every linear layer of an 80-layer model is 560.
+_MOST_PATTERNS = 1000
 
 
 def read_config(folder: Path) -> LoraConfig:
@@ -79,8 +82,14 @@ def read_config(folder: Path) -> LoraConfig:
 
 def value_for(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
     """What `rank_pattern` or `alpha_pattern` says of a layer; the first pattern that matches, as in PEFT."""
-    matches = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", layer))
+    matches = (value for pattern, value in (patterns or {}).items() if _compiled(pattern).match(layer))
     return next(matches, default)
+
+
+# re's own cache holds 512.
+@functools.lru_cache(maxsize=2 * _MOST_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -97,18 +106,18 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _refuse_what_reaches_out(content: dict[str, Any], path: Path) -> None:
-    for key, value in _entries(content):
+    for key, value in entries(content):
         if key in _ASKS_FOR_CODE and value:
             raise InputError(
                 f"an adapter must not ask for code to be run, got {key} in {path}; remove the key if you trust the rest"
             )
-        if isinstance(value, str) and key not in _MAY_BE_OUTSIDE and _LEAVES_FOLDER.match(value):
+        if isinstance(value, str) and key not in _MAY_BE_OUTSIDE and LEAVES_FOLDER.match(value):
             raise InputError(
                 f"a path in {path} must stay in its folder, got {value!r:.80} for {key!r:.80}; remove it or copy it there"
             )
 
 
-def _entries(content: Any) -> Iterator[tuple[str, Any]]:
+def entries(content: Any) -> Iterator[tuple[str, Any]]:
     """Every value with the key that it is under, at any depth; no recursion, because the depth is a stranger's choice."""
     pending = [("", content)]
     while pending:
@@ -138,7 +147,7 @@ def _patterns(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def are_patterns(value: Any) -> bool:
         if not value:
             return value is None or value == {}
-        if not isinstance(value, dict) or not all(map(holds, value.values())):
+        if not isinstance(value, dict) or len(value) > _MOST_PATTERNS or not all(map(holds, value.values())):
             return False
         operators = [len(_OPERATOR.findall(pattern)) for pattern in value]
         cheap = max(operators) <= _MOST_OPERATORS and sum(operators) <= _MOST_OPERATORS_IN_ALL
@@ -155,7 +164,7 @@ def _compiles(pattern: str) -> bool:
     return not _REPEATED_GROUP.search(pattern)
 
 
-_SHORT_PATTERNS = f"names of layers, or patterns of at most {_MOST_OPERATORS} operators, with "
+_SHORT_PATTERNS = f"at most {_MOST_PATTERNS} names of layers, or patterns of at most {_MOST_OPERATORS} operators, with "
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "an integer of at least 1"),
     "lora_alpha": (_is_number, "a finite number"),

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as hf_logging
 
 from qriemann.adapters.base import load_base
+from qriemann.adapters.chat_template import render
 from qriemann.adapters.saved import adapter_folder, read_adapter, saved_tokenizer
 from qriemann.errors import InputError
 from qriemann.publish.folder import ModelFolder, read_folder
@@ -179,8 +180,9 @@ class Session:
         if self.tokenizer.chat_template is None:
             text = "\n".join(message["content"] for message in messages)
             return self.tokenizer(text, return_tensors="pt")["input_ids"]
-        prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return self.tokenizer(render(self.tokenizer, messages), add_special_tokens=False, return_tensors="pt")[
+            "input_ids"
+        ]
 
     def _generate(self, messages: list[dict[str, str]], on_text: Callable[[str], None]) -> None:
         ids = self._tokens(messages).to(self.model.device)

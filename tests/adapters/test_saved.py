@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import time
 from pathlib import Path
 
@@ -149,6 +150,10 @@ HOSTILE = {
     "targets that are no names": (lambda f: set_keys(f, target_modules=[["q_proj"]]), "target_modules must be"),
     "a base that is no name": (lambda f: set_keys(f, base_model_name_or_path=["x"]), "base_model_name_or_path must"),
     "a pattern without end": (lambda f: set_keys(f, rank_pattern={"(": 4}), "rank_pattern must be"),
+    "more patterns than layers": (
+        lambda f: set_keys(f, alpha_pattern={f"x{i}": 4 for i in range(1001)}),
+        "alpha_pattern must be at most 1000 names",
+    ),
 }
 
 
@@ -235,6 +240,17 @@ def test_a_pattern_that_takes_for_ever_is_not_tried(folder, pattern):
     assert time.process_time() - began < 1
 
 
+def test_as_many_patterns_as_are_allowed_take_seconds_not_minutes(folder):
+    set_keys(folder, rank_pattern={f"x{i}": 4 for i in range(1000)}, alpha_pattern={f"x{i}": 4 for i in range(1000)})
+    expected = logits(read_adapter(folder).put_on(tiny_llama(), "tiny"))
+    started = time.perf_counter()
+    read_adapter(folder).put_on(tiny_llama(), "tiny")
+    # A second here; PEFT, which compiles each of them for each layer, is at it for 9 s.
+    assert time.perf_counter() - started < 5
+    set_keys(folder, rank_pattern={}, alpha_pattern={})
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), folder)), expected)
+
+
 def test_targets_by_a_pattern_that_takes_for_ever_are_those_in_the_file(folder):
     # Each layer's name once as a whole, and before it what PEFT would search until the end of the world.
     slow = "(.*.*)*" * 8
@@ -261,6 +277,48 @@ def test_a_tokenizer_that_asks_for_code_is_refused_without_a_question(folder):
 SMALL = {f"base_model.model.l.{layer}.lora_{side}.weight": side for layer in "pq" for side in "AB"}
 TINY = {name: torch.ones(2, 3) if side == "A" else torch.ones(4, 2) for name, side in SMALL.items()}
 PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["p", "q"]}
+
+
+NAMES_OF_FILES = {
+    "fast_tokenizer_files": ["../elsewhere/tokenizer.4.0.json"],
+    "vocab_file": "/etc/passwd",
+    "vocab": "../elsewhere/vocab.json",
+    "gguf_file": "../../x.gguf",
+    "init_inputs": ["~/vocab.txt"],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), NAMES_OF_FILES.items(), ids=NAMES_OF_FILES.keys())
+def test_a_tokenizer_that_names_a_file_elsewhere_is_refused(folder, key, value):
+    word_tokenizer().save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=f"must stay in its folder, got .* for '{key}'"):
+        saved_tokenizer(folder)
+
+
+def test_a_tokenizer_may_say_where_it_was_once_loaded_from(folder):
+    word_tokenizer().save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    history = {
+        "name_or_path": "/home/x",
+        "tokenizer_file": "/home/x/t.json",
+        "special_tokens_map_file": "/home/x/s.json",
+    }
+    config.write_text(json.dumps(json.loads(config.read_text()) | history))
+    assert saved_tokenizer(folder).get_vocab() == word_tokenizer().get_vocab()
+
+
+def test_a_chat_template_without_end_is_refused(folder, monkeypatch):
+    monkeypatch.setattr("qriemann.adapters.chat_template._SECONDS", 0.2)
+    tokenizer = word_tokenizer()
+    rows = "{% for a in range(99999) %}"
+    tokenizer.chat_template = f"{rows}{rows}{'{% endfor %}' * 2}"
+    tokenizer.save_pretrained(folder)
+    before = sys.gettrace()
+    with pytest.raises(InputError, match="must render within"):
+        saved_tokenizer(folder)
+    assert sys.gettrace() is before
 
 
 def check_reading(folder: Path) -> None:
