@@ -7,10 +7,36 @@ keeps its traceback. torch and TRL are imported when a command runs, so that `qr
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from types import TracebackType
 from typing import Any, NoReturn
 
 from qriemann.errors import InputError
+
+
+class _WithoutCredentials:
+    """A stream to which credentials are never written, whoever prints them: a server's answer may repeat the token."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        from qriemann.publish.private import hide_credentials
+
+        return self._stream.write(hide_credentials(text))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The interpreter's own report of an error that nobody caught, without credentials."""
+    print("".join(traceback.format_exception(kind, error, trace)), end="", file=_WithoutCredentials(sys.stderr))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +73,18 @@ def _run(words: list[str]) -> int:
 
 
 def reporting(run: Callable[[], int], *, debug: bool = False) -> int:
-    """The exit status of `run`, its errors told in one line; with `debug` they keep their traceback."""
+    """The exit status of `run`, its errors told in one line; with `debug` they keep their traceback.
+
+    Neither a line nor a traceback shows a credential.
+    """
+    sys.excepthook = _print_traceback
+    out: Any = _WithoutCredentials(sys.stdout)
+    err: Any = _WithoutCredentials(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        return _exit_status(run, debug=debug)
+
+
+def _exit_status(run: Callable[[], int], *, debug: bool) -> int:
     try:
         return run()
     except SystemExit as end:  # argparse's --help

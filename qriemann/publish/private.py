@@ -98,7 +98,10 @@ def _own_secrets() -> list[tuple[str, str]]:
         for name, value in os.environ.items()
         if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and not is_local_path(value)
     ]
-    token = get_token()
+    try:
+        token = get_token()
+    except OSError:  # The file that it would be in cannot be read.
+        token = None
     return [*found, ("the Hub token", token)] if token else found
 
 

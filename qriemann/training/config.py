@@ -10,20 +10,23 @@ why. The dataclasses import trl, so this module is imported when a run is asked 
 
 import argparse
 import dataclasses
+import json
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 import yaml
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from qriemann.errors import InputError
+from qriemann.publish.private import hide_credentials
 from qriemann.training.methods import METHODS
 from qriemann.training.processes import refuse_sharding
-from qriemann.training.values import PUBLIC_TOKEN_KEYS, convert, nearest, redact
+from qriemann.training.values import PUBLIC_TOKEN_KEYS, convert, nearest, redact, shown
 
 # Keys of TRL whose value this project decides: (the only value it accepts, why, what to write instead).
 _FIXED: dict[str, tuple[Any, str]] = {
@@ -79,6 +82,12 @@ _ALIASES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+
+# Of a configuration file: the longest is a rank for each of a thousand layers.
+_MOST_CHARACTERS, _DEEPEST = 2**16, 20
+_VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+# What a process can hand to another: no NUL, no half of a surrogate pair.
+_ENCODABLE = re.compile(r"[^\0\ud800-\udfff]*")
 
 
 @dataclass
@@ -241,7 +250,8 @@ class RunConfig:
         sft = {**self.sft.to_dict(), **{key: getattr(self.sft, key) for key in PUBLIC_TOKEN_KEYS & _FIELDS.keys()}}
         groups = (sft, *(dataclasses.asdict(group) for group in (self.data, self.model, self.qriemann)))
         merged = {key: value for group in groups for key, value in group.items() if key not in _FIXED}
-        return redact(merged)
+        # A credential may be part of any other value: a name, say.
+        return json.loads(hide_credentials(json.dumps(redact(merged))))
 
 
 def load_config(path: str | os.PathLike[str] | None, arguments: Sequence[str] = ()) -> RunConfig:
@@ -275,7 +285,7 @@ def config_from_values(values: Mapping[str, Any]) -> RunConfig:
     checked = _check(values, "in the settings")
     for key, (accepted, remedy) in _FIXED.items():
         if key in checked and checked[key] != accepted:
-            raise InputError(f"{key} must be {accepted!r} or left out, got {checked[key]!r}; {remedy}")
+            raise InputError(f"{key} must be {accepted!r} or left out, got {shown(checked[key], key)}; {remedy}")
         checked.pop(key, None)
     if "output_dir" not in checked:
         raise InputError(
@@ -291,8 +301,9 @@ def config_from_values(values: Mapping[str, Any]) -> RunConfig:
     try:
         sft = SFTConfig(**sft_values)
     # Some values are read as the name of a file or a package.
-    except (ValueError, TypeError, LookupError, AttributeError, OSError, ImportError) as error:
-        raise InputError(f"the training arguments must agree with each other, got: {error}") from error
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"the training arguments must agree with each other, got: {reason:.300}") from error
     qriemann = QRiemannConfig(**picked[QRiemannConfig])
     if isinstance(qriemann.resume, bool):
         qriemann.resume = "auto" if qriemann.resume else None
@@ -367,48 +378,116 @@ def _check(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The values converted to their fields' types, aliases resolved; a null for a field that has no null is left out."""
     checked: dict[str, Any] = {}
     for written, value in values.items():
-        key = _ALIASES.get(str(written), str(written))
+        name = written if isinstance(written, str) else shown(written)
+        key = _ALIASES.get(name, name)
         if key not in _FIELDS:
             raise InputError(
-                f"every key must be a known option, got {written!r} {origin}; did you mean {nearest(key, _FIELDS)!r}?"
+                f"every key must be a known option, got {shown(written)} {origin}; did you mean "
+                f"{nearest(key, _FIELDS)!r}?"
             )
         try:
             converted = convert(_HINTS[key], value, choices=_FIELDS[key].metadata.get("choices"))
         except ValueError as error:
-            raise InputError(f"{key} must be {error}, got {value!r} {origin}; correct the value") from error
+            raise InputError(f"{key} must be {error}, got {shown(value, key)} {origin}; correct the value") from error
         if converted is None and value is None and type(None) not in getattr(_HINTS[key], "__args__", ()):
             continue
         if converted is not None and key in _RANGES:
             low, high, rule = _RANGES[key]
             if not low <= converted <= high:
-                raise InputError(f"{key} must be {rule}, got {value!r} {origin}; correct the value")
+                raise InputError(f"{key} must be {rule}, got {shown(value, key)} {origin}; correct the value")
         if key in checked:
-            raise InputError(f"{key} must be given once, got it under two names {origin}; remove {written!r}")
+            raise InputError(f"{key} must be given once, got it under two names {origin}; remove {shown(written)}")
         checked[key] = converted
     return checked
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without what a flat file of settings has no use for: aliases and merges, which unfold without end, and depth."""
+
+    # A date is a string to every key.
+    yaml_implicit_resolvers: ClassVar = {
+        first: [rule for rule in rules if not rule[0].endswith(":timestamp")]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="an alias; write the value out", problem_mark=mark)
+        if self.depth == _DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"more than {_DEEPEST} levels", problem_mark=mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(problem="a merge key <<; write the keys out", problem_mark=key.start_mark)
+            if str(key.value) in names:
+                raise yaml.MarkedYAMLError(problem=f"{shown(key.value)} a second time", problem_mark=key.start_mark)
+            names.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    text = _read_text(Path(path))
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(text, _Loader)
+    # It raises whatever its conversions do: ValueError for a number of too many digits, KeyError for `!!bool foo`.
+    except Exception as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or f"{type(error).__name__}: {error}").split())
+        raise InputError(f"{path} must be valid YAML, got: {problem:.120}{where}; correct it") from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{path} must be a mapping of keys to values, got {type(content).__name__}; write `key: value` lines"
+        )
+    environment = _environment(content.pop("env", None) or {}, path)
+    return _check(content, f"in {path}"), environment
+
+
+def _read_text(path: Path) -> str:
+    try:
+        # What is no file may be a pipe, which opening waits for.
+        if path.exists() and not path.is_file():
+            raise InputError(
+                f"the configuration must be a readable YAML file, got {path}, which is no file; check the path"
+            )
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"the configuration must be a readable YAML file, got {path}: {reason}; check the path"
         ) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise InputError(f"{path} must be valid YAML, got: {problem} at {where}; correct that line") from error
-    if not isinstance(content, dict):
+    if len(text) > _MOST_CHARACTERS:
         raise InputError(
-            f"{path} must be a mapping of keys to values, got {type(content).__name__}; write `key: value` lines"
+            f"the configuration must have at most {_MOST_CHARACTERS} characters, got more in {path}; shorten it"
         )
-    environment = content.pop("env", None) or {}
-    if not isinstance(environment, dict):
-        raise InputError(f"env must be a mapping of names to values, got {environment!r} in {path}; correct the value")
-    return _check(content, f"in {path}"), {str(key): str(value) for key, value in environment.items()}
+    return text
+
+
+def _environment(values: Any, path: Any) -> dict[str, str]:
+    """The variables of the key env; no message repeats a value of theirs."""
+    if not isinstance(values, dict):
+        raise InputError(
+            f"env must be a mapping of names to values, got a {type(values).__name__} in {path}; write `name: value` lines"
+        )
+    for name, value in values.items():
+        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
+            raise InputError(
+                f"env must name variables by letters, digits and _, got {shown(name)} in {path}; rename it"
+            )
+        if not isinstance(value, str | int | float) or not _ENCODABLE.fullmatch(str(value)):
+            raise InputError(
+                f"{name} in env must be a string or a number, got something else in {path}; correct the value"
+            )
+    return {name: str(value) for name, value in values.items()}
 
 
 class _ArgumentParser(TrlParser):
@@ -429,7 +508,9 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     for argument in unknown:
         key = argument.partition("=")[0].lstrip("-").replace("-", "_")
         if not argument.startswith("--"):
-            raise InputError(f"the command line must be `--key value` pairs, got {argument!r}; write --key before it")
+            # The value may be a secret that is meant for the key before it.
+            got = shown(argument.partition("=")[0])
+            raise InputError(f"the command line must be `--key value` pairs, got {got}; write --key before it")
         raise InputError(
             f"every key must be a known option, got {key!r} on the command line; did you mean {nearest(key, _FIELDS)!r}?"
         )

@@ -12,8 +12,8 @@ from qriemann.publish.report import write_report
 from qriemann.training.config import RunConfig
 
 
-def take_over_push(config: RunConfig, model: Any) -> str | None:
-    """The repository to push to at the end, None for none; the trainer is told not to push by itself.
+def take_over_push(config: RunConfig, model: Any) -> tuple[str | None, str | None]:
+    """The repository to push to at the end, None for none, and the token; the trainer is told neither.
 
     Raises:
         InputError: the push could not work, which is to be known before the training rather than after it.
@@ -22,17 +22,19 @@ def take_over_push(config: RunConfig, model: Any) -> str | None:
     repo = config.qriemann.push or (sft.hub_model_id or Path(sft.output_dir).name if sft.push_to_hub else None)
     # The trainer would send every save, training_args.bin and its own card with it.
     sft.push_to_hub = False
+    # training_args.bin, which it writes into every save, would hold it in clear.
+    token, sft.hub_token = sft.hub_token, None
     if repo is not None:
         base = config.model.model_name_or_path if model is None else model.name_or_path
         check_push(repo, base or "", config.qriemann.hub_base_id)
-    return repo
+    return repo, token
 
 
-def publish(config: RunConfig, repo: str | None, console: Console) -> None:
+def publish(config: RunConfig, to: tuple[str | None, str | None], console: Console) -> None:
     """Writes card and report into the run's folder; pushes the adapter if there is a repository for it."""
-    folder = config.sft.output_dir
+    folder, (repo, token) = config.sft.output_dir, to
     write_card(read_folder(folder))
     write_report(folder)
     if repo is not None:
-        private, token = config.sft.hub_private_repo, config.sft.hub_token
+        private = config.sft.hub_private_repo
         push(folder, repo, private=private, base_id=config.qriemann.hub_base_id, token=token, console=console)

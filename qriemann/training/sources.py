@@ -5,13 +5,14 @@ broken, which splits there are, that the Hub was not reached.
 """
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from qriemann.errors import InputError
@@ -103,13 +104,44 @@ def _load(name: str, config: str | None) -> DatasetDict:
 
 def _read_folder(path: Path) -> DatasetDict:
     try:
-        saved = (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
-        loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            _refuse_outside(path, _saved_files(path))
+            loaded = load_from_disk(str(path))
+        else:
+            # It resolves what the folder's README names; no row is read.
+            named = (load_dataset_builder(str(path)).config.data_files or {}).values()
+            _refuse_outside(path.resolve(), (Path(file) for files in named for file in files))
+            loaded = load_dataset(str(path))
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"dataset_name must be a folder that datasets can load, got {path}: {_first_line(error)}"
         ) from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+
+
+def _saved_files(folder: Path) -> Iterator[Path]:
+    """What `load_from_disk` opens, as the folder's own records name it."""
+    parts, splits = [folder], folder / "dataset_dict.json"
+    if splits.is_file():
+        parts += [folder / name for name in json.loads(splits.read_text(encoding="utf-8"))["splits"]]
+    for part in parts:
+        yield part
+        if (part / "state.json").is_file():
+            state = json.loads((part / "state.json").read_text(encoding="utf-8"))
+            yield from (part / file["filename"] for file in state["_data_files"])
+
+
+def _refuse_outside(folder: Path, files: Iterable[Path]) -> None:
+    """A stranger's folder may name any file of this machine as its rows; symbolic links, as the Hub's cache has, may stay."""
+    for file in files:
+        inside = Path(os.path.normpath(file)).is_relative_to(os.path.normpath(folder))
+        # What is neither may be a pipe, which opening waits for.
+        if not inside or not (file.is_file() or file.is_dir()):
+            raise InputError(
+                f"a dataset's folder must name files in it, got {str(file)!r:.200} in {folder}; copy it there"
+            )
 
 
 def _load_from_hub(name: str, config: str | None) -> DatasetDict:
@@ -175,6 +207,8 @@ def _problem_of(line: str, parse: Callable[[str], Any]) -> str | None:
         value = parse(line)
     except json.JSONDecodeError as error:
         return f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:
+        return _first_line(error)
     return None if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
@@ -190,6 +224,8 @@ def _check_json(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} must be valid JSON, got line {error.lineno}, column {error.colno}: {error.msg}; correct it"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} must be JSON that Python can read, got {_first_line(error)}; correct it") from error
     lists = [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
     options = {"field": lists[0]} if len(lists) == 1 else {}
     rows = content[lists[0]] if options else content

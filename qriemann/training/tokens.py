@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from qriemann.adapters.base_files import load_tokenizer
+from qriemann.adapters.chat_template import refuse_endless_template
 from qriemann.errors import InputError
 
 Message = dict[str, Any]
@@ -246,7 +248,9 @@ def adjust_tokenizer(
     path = Path(chat_template_path)
     try:
         named = path.suffix in (".jinja", ".j2")
-        template = path.read_text("utf-8") if named else AutoTokenizer.from_pretrained(str(path)).chat_template
+        template = (
+            path.read_text("utf-8") if named else load_tokenizer(str(path), trust_remote_code=False).chat_template
+        )
     except (OSError, ValueError) as error:
         raise InputError(
             f"chat_template_path must be a .jinja file or a tokenizer, got {str(path)!r}: {str(error).splitlines()[0]}; "
@@ -255,6 +259,7 @@ def adjust_tokenizer(
     if not template:
         raise InputError(f"chat_template_path must name a chat template, got a tokenizer without one at {str(path)!r}")
     tokenizer.chat_template = template
+    refuse_endless_template(tokenizer)
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

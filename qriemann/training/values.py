@@ -2,15 +2,20 @@
 
 import difflib
 import json
+import math
 import re
 import types
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
+from qriemann.publish.private import REDACTED, hide_credentials
+
 _TRUE, _FALSE, _NONE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}, {"none", "null"}
 # Names that end in "token" and are vocabulary entries or counters, not credentials.
 PUBLIC_TOKEN_KEYS = {"eos_token", "pad_token", "bos_token"}
+# What a message repeats of a value, in characters.
+_SHOWN = 80
 _SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_?key|credentials?)$", re.IGNORECASE)
 
 
@@ -45,7 +50,7 @@ def convert(hint: Any, value: Any, *, choices: Sequence[Any] | None = None) -> A
             continue
         try:
             return _convert_one(member, value)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             continue
     names = [name for member in sorted(members, key=_rank) if (name := _rule(member))]
     raise ValueError(" or ".join(names) or "of the declared type")
@@ -54,13 +59,13 @@ def convert(hint: Any, value: Any, *, choices: Sequence[Any] | None = None) -> A
 def nearest(word: str, known: Iterable[str]) -> str:
     """The known word that looks most like `word`."""
     candidates = list(known)
-    return (difflib.get_close_matches(word, candidates, n=1, cutoff=0.0) or candidates)[0]
+    return (difflib.get_close_matches(word[:_SHOWN], candidates, n=1, cutoff=0.0) or candidates)[0]
 
 
 def redact(value: Any, key: str = "") -> Any:
     """A JSON-ready copy in which the value of every key that names a credential is replaced."""
     if value is not None and key not in PUBLIC_TOKEN_KEYS and _SECRET_KEY.search(key):
-        return "<redacted>"
+        return REDACTED
     if isinstance(value, dict):
         return {str(name): redact(item, str(name)) for name, item in value.items()}
     if isinstance(value, list | tuple | set):
@@ -68,6 +73,15 @@ def redact(value: Any, key: str = "") -> Any:
     if isinstance(value, Enum):
         return value.value
     return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def shown(value: Any, key: str = "") -> str:
+    """The value as a message may repeat it: one short line without credentials."""
+    try:
+        text = hide_credentials(repr(redact(value, key)))
+    except ValueError:  # Python writes no integer of more than 4,300 digits.
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _allowed_values(members: Sequence[Any], choices: Sequence[Any] | None) -> list[Any] | None:
@@ -92,7 +106,7 @@ def _rule(member: Any) -> str:
     names = {
         bool: "true or false",
         int: "an integer",
-        float: "a number",
+        float: "a finite number",
         list: "a list",
         dict: "a mapping",
         str: "a string",
@@ -110,9 +124,10 @@ def _convert_one(member: Any, value: Any) -> Any:
     elif base in (int, float) and not isinstance(value, bool):
         # YAML 1.1 reads 1e-4 as a string, because it wants 1.0e-4.
         number = float(value) if isinstance(value, int | float | str) else None
-        if number is not None and base is float:
+        if number is not None and base is float and math.isfinite(number):
             return number
-        if number is not None and number.is_integer():
+        # A float of this size is a whole number too, and what counts in int64 fails on it later.
+        if number is not None and base is int and number.is_integer() and abs(number) < 2**63:
             return int(value) if isinstance(value, int) else int(number)
     elif base is list and isinstance(value, list | tuple | str):
         items = [value] if isinstance(value, str) else list(value)

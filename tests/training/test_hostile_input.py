@@ -21,7 +21,7 @@ from qriemann.training.checkpoints import MANIFEST, find_content_defect, find_de
 from qriemann.training.config import _FIELDS, load_config
 from qriemann.training.data import prepare
 from qriemann.training.sources import load_sources
-from tests.fuzz import at_length, damage, damages, hostile_input, scalars, values
+from tests.fuzz import SPECIAL, at_length, damage, damages, hostile_input, make_special, scalars, values
 from tests.training.runs import protected_trainer
 
 pytestmark = [
@@ -53,11 +53,61 @@ def read_yaml_settings(tmp_path, content):
         os.environ.update(environment)
 
 
-yaml_contents = st.binary(max_size=200) | st.dictionaries(keys, values, max_size=4)
-test_any_yaml_is_a_configuration_or_one_line, test_10_000_yamls = at_length(
-    read_yaml_settings,
-    {"content": yaml_contents.map(lambda c: {"output_dir": "out", **c} if isinstance(c, dict) else c)},
+# YAML as people write it and no writer of it does: tags, anchors, aliases, merges, dates, keys given twice. Each part is
+# most often whole, so that it is refused for what it means and not for how it is spelled.
+tags = st.sampled_from(
+    ["", "", "!!int ", "!!float ", "!!bool ", "!!timestamp ", "!!binary ", "!!set ", "!!omap ", "!!map "]
 )
+numbers = [
+    "1",
+    "1e-4",
+    ".inf",
+    "-.nan",
+    "1:60:60",
+    "0x_",
+    "9" * 5000,
+    "0x" + "f" * 5000,
+    "2024-13-45",
+    "2024-02-30T25:00:00Z",
+]
+words = st.sampled_from(["a", "~", "yes", "=", '"\\UFFFFFFFF"', '"\\ud800"', '"\\0"', "*a", "*b", "&b", *numbers])
+broken = st.text(max_size=8) | st.sampled_from(["!<> ", "!x ", "|", "@", "%YAML 9.9", "---", "\t", "#", "\ufeff", "'"])
+anchors = st.sampled_from(["", "", "", "&a ", "&b "])
+yaml_nodes = st.recursive(
+    st.builds("{}{}".format, tags, words),
+    lambda inner: (
+        st.builds("{}[{}]".format, anchors, st.lists(inner, max_size=3).map(", ".join))
+        | st.builds(
+            "{}{{{}: {}, {}: {}}}".format, anchors, st.sampled_from(["<<", "x"]), inner, st.just("x") | inner, inner
+        )
+    ),
+    max_leaves=4,
+)
+names = st.sampled_from([*sorted(_FIELDS), *["env", "<<", "seed", "run_name"] * 5])
+yaml_lines = st.lists(st.builds("{}: {}\n".format, names, yaml_nodes), min_size=1, max_size=3).map("".join)
+yaml_contents = (
+    st.binary(max_size=200)
+    | yaml_lines.map(lambda lines: f"output_dir: out\n{lines}".encode())
+    | st.builds(lambda lines, end: f"output_dir: out\n{lines}{end}".encode(errors="surrogatepass"), yaml_lines, broken)
+    | st.dictionaries(keys, values, max_size=4).map(lambda content: {"output_dir": "out", **content})
+)
+test_any_yaml_is_a_configuration_or_one_line, test_10_000_yamls = at_length(
+    read_yaml_settings, {"content": yaml_contents}
+)
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_what_is_no_file_is_neither_a_configuration_nor_rows(tmp_path, kind):
+    for name in ("run.yaml", "rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows"):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / name
+        make_special(path, kind)
+        # The folder as a dataset, then the file.
+        for read in (load_config, load_sources) if name == "run.yaml" else (load_sources,):
+            for place in (path.parent, path):
+                with hostile_input(tmp_path), pytest.raises(InputError) as caught:
+                    read(str(place))
+                assert "\n" not in str(caught.value)
 
 
 def test_a_yaml_cannot_construct_objects(tmp_path):
@@ -122,6 +172,64 @@ dataset_contents = {
     "broken": st.none() | damages,
 }
 test_any_dataset_file_is_rows_or_one_line, test_10_000_dataset_files = at_length(read_dataset, dataset_contents)
+
+
+@pytest.mark.parametrize(
+    "value", ["9" * 5000, "[" * 100_000, "[" * 100_000 + "]" * 100_000], ids=["digits", "open", "deep"]
+)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_what_python_cannot_read_of_json_is_one_line(tmp_path, name, value):
+    text = f'{{"text": "a", "more": {value}}}'
+    (tmp_path / name).write_text(text if name == "rows.jsonl" else f"[{text}]")
+    with pytest.raises(InputError, match="JSON") as caught:
+        load_sources(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "outside",
+    [
+        "data_files: ../secret.jsonl",
+        "data_files: [{{split: train, path: ../s*.jsonl}}]",
+        "data_files: {}/secret.jsonl",
+        "data_files: file://{}/secret.jsonl",
+        "data_dir: ..",
+    ],
+)
+@pytest.mark.parametrize("readme", ["README.md", ".huggingface.yaml"])
+def test_the_readme_of_a_folder_names_no_rows_outside_of_it(tmp_path, cache, outside, readme):
+    (tmp_path / "secret.jsonl").write_text('{"text": "secret"}\n')
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text('{"text": "public"}\n')
+    mark = "---\n" if readme == "README.md" else ""
+    (folder / readme).write_text(f"{mark}configs:\n- config_name: a\n  {outside.format(tmp_path)}\n{mark}")
+    with pytest.raises(InputError, match="must name files in it"):
+        load_sources(str(folder))
+    (folder / readme).write_text(f"{mark}configs:\n- config_name: a\n  data_files: rows.jsonl\n{mark}")
+    assert load_sources(str(folder))[0].rows["text"] == ["public"]
+
+
+@pytest.mark.parametrize("record", ["state.json", "dataset_dict.json"])
+def test_the_records_of_a_saved_dataset_name_no_rows_outside_of_it(tmp_path, record):
+    rows = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("secret", "public")}
+    for name in rows:
+        datasets.DatasetDict(train=rows[name]).save_to_disk(str(tmp_path / name))
+    folder = tmp_path / "public"
+    assert load_sources(str(folder))[0].rows["text"] == ["public"]
+    assert load_sources(str(folder / "train"))[0].rows["text"] == ["public"]
+    path = folder / record if record == "dataset_dict.json" else folder / "train" / record
+    for outside in ("../secret/train", str(tmp_path / "secret" / "train")):
+        content = json.loads(path.read_text())
+        if record == "state.json":
+            content["_data_files"] = [
+                {"filename": f"{'../' * outside.startswith('.')}{outside}/data-00000-of-00001.arrow"}
+            ]
+        else:
+            content["splits"] = [outside]
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match="must name files in it"):
+            load_sources(str(folder))
 
 
 def test_bytes_of_a_parquet_file_that_are_no_text_are_one_line(tmp_path, cache):
