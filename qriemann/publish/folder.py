@@ -132,7 +132,7 @@ def read_folder(folder: str | os.PathLike[str], *, run: str | os.PathLike[str] |
         base=adapter.get("base_model_name_or_path") or trained_on or proof.get("base"),
         config=adapter or model,
         run=run_json,
-        metrics=_read_lines(records / "metrics.jsonl"),
+        metrics=read_lines(records / "metrics.jsonl"),
         proof=proof,
         samples=[sample for sample in demo.get("samples", []) if isinstance(sample, dict)],
         scores=_scores(_mapping(run_json.get("result")), demo),
@@ -199,18 +199,21 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; lines that are none are left out, as the last one of a run that crashed."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
+        # A pipe or device would never end.
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    except OSError:
         return []
     records = []
     for line in lines:
         try:
-            records.append(_mapping(json.loads(line)))
-        # The last line of a run that crashed.
-        except ValueError:
+            record = _mapping(json.loads(line))
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 

@@ -9,6 +9,7 @@ to be staged in another folder, no trainer has to be subclassed, and older check
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,21 +22,27 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import safe_globals
 
 from qriemann.adapters.saved import finite_tensors
 from qriemann.errors import InputError
-from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters, orthonormality_drift
+from qriemann.geometry.parameter import fixed_rank_parameters, orthonormality_drift
 from qriemann.training.processes import wait_for_all
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
+# A manifest is some kB; what a stranger calls one is not read whole to find out.
+_LARGEST_MANIFEST_BYTES = 2**24
 _NAME = re.compile(r"checkpoint-(\d+)")
 # Without these the trainer would resume all the same, with a fresh optimizer and from step 0.
 _NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# What torch's optimizers keep in the shape of a parameter.
+_ELEMENTWISE = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 # A step keeps max |U^T U - I| below 1e-5; beyond this U S V^T is no longer the point that the optimizer believes in.
-_DRIFT_LIMIT = 1e-3
+DRIFT_LIMIT = 1e-3
 
 
 @dataclass
@@ -119,7 +126,7 @@ def find_defect(folder: Path) -> str | None:
                 return f"{name} is not the file that was saved: its SHA-256 differs"
         except (OSError, ValueError) as error:
             return f"{name!r} cannot be read: {getattr(error, 'strerror', None) or error}"
-    missing = [name for name in _NEEDED if name not in files]
+    missing = _missing(content)
     if missing:
         return f"it holds no {missing[0]} (save_only_model?), without which nothing goes on exactly"
     if not any(name.endswith(".safetensors") for name in files):
@@ -128,7 +135,10 @@ def find_defect(folder: Path) -> str | None:
 
 
 def find_content_defect(folder: Path) -> str | None:
-    """Why the files of a folder cannot be loaded, or None: for checkpoints whose manifest may be anyone's."""
+    """Why the files of a folder cannot be gone on from, or None: for checkpoints whose manifest may be anyone's."""
+    special = _find_special_file(folder)
+    if special is not None:
+        return special
     for path in sorted(folder.rglob("*.safetensors")):
         try:
             for _ in finite_tensors(path):
@@ -139,29 +149,90 @@ def find_content_defect(folder: Path) -> str | None:
     for name in ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth"):
         path = folder / name
         try:
-            if path.exists():
-                with safe_globals():
-                    torch.load(path, map_location="cpu", weights_only=True)
+            if not path.exists():
+                continue
+            with safe_globals():
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            broken = _find_not_finite(content)
         # The unpickler lets through whatever a broken file makes it stumble over.
         except Exception as error:
             return f"{name} cannot be loaded with weights_only=True: {type(error).__name__}"
+        if broken is not None:
+            return f"{name} holds numbers that are not finite in {broken}"
     try:
-        TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         return f"trainer_state.json cannot be read: {type(error).__name__}"
+    well_formed = (
+        type(state.global_step) is int
+        and state.global_step >= 0
+        and isinstance(state.log_history, list)
+        and all(isinstance(record, dict) for record in state.log_history)
+        and isinstance(state.stateful_callbacks, dict)
+        and isinstance(state.best_model_checkpoint, str | None)
+    )
+    return None if well_formed else "trainer_state.json is not what a trainer writes"
+
+
+def find_numeric_defect(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> str | None:
+    """What must not be saved as trained, or None: numbers that are not finite, factors that are not orthonormal.
+
+    Args:
+        model: whose trainable tensors and points are looked at.
+        optimizer: whose state is, too.
+
+    Cost: one pass over these tensors and one host synchronization for each.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    points = fixed_rank_parameters(model.parameters())
+    names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
+    content: dict[str, Any] = {
+        **trained,
+        **{f"the core of {point.name}": point.s for point in points},
+        **{f"the offset of {point.name}": list(point.offset) for point in points if point.offset is not None},
+    }
+    for parameter, entry in ({} if optimizer is None else optimizer.state).items():
+        content[f"the optimizer's state of {names.get(parameter, 'a tensor')}"] = entry
+    broken = _find_not_finite(content)
+    if broken is not None:
+        return f"numbers that are not finite in {broken}"
+    drift = orthonormality_drift(points)
+    return None if drift <= DRIFT_LIMIT else f"max |U^T U - I| = {drift:.1e}"
+
+
+def _find_not_finite(content: Any, name: str = "") -> str | None:
+    """The name of a tensor or number inside of dictionaries and lists that is not finite, or None."""
+    if isinstance(content, Mapping):
+        items = ((f"{name}.{key}" if name else f"{key}", item) for key, item in content.items())
+        return next((broken for key, item in items if (broken := _find_not_finite(item, key)) is not None), None)
+    if isinstance(content, list | tuple):
+        return _find_not_finite(dict(enumerate(content)), name)
+    # Other classes, as of 8-bit states, need not have the operation.
+    if type(content) in (Tensor, nn.Parameter) and content.dtype in _FLOATS and content.numel():
+        # Least and greatest pass on a NaN, and unlike isfinite() need no memory of the tensor's size.
+        return None if all(math.isfinite(end) for end in torch.aminmax(content.detach())) else name
+    # Schedulers begin with an infinite best value.
+    return name if isinstance(content, float) and math.isnan(content) else None
+
+
+def _find_special_file(folder: Path) -> str | None:
+    """A line about a pipe or device in the folder, which would block whoever reads it, or None."""
+    for path in folder.rglob("*"):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            return f"{path.name} is no regular file"
     return None
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> FoundCheckpoint:
-    """The checkpoint of a run's folder that was completed last among those that verify.
+    """The checkpoint of a run's folder that was completed last among those that verify and can be loaded.
 
-    Reads the bytes of one checkpoint, or of more if the first does not verify.
+    Reads the bytes of one checkpoint twice, or of more if the first does not verify.
     """
     folders = checkpoint_folders(Path(folder))
     committed = sorted((f for f in folders if _serial(f) > 0), key=_serial, reverse=True)
     found = FoundCheckpoint(None)
     for candidate in committed:
-        defect = find_defect(candidate)
+        defect = find_defect(candidate) or find_content_defect(candidate)
         if defect is None:
             found.path = candidate
             break
@@ -193,7 +264,7 @@ def whole_checkpoint(folder: str | os.PathLike[str], *, asked: str, remedy: str)
 
 
 def rotate(folder: Path, keep: int, *, spare: Collection[Path] = ()) -> list[str]:
-    """Deletes all checkpoints but the `keep` completed last, and unfinished ones before them.
+    """Deletes all checkpoints but the `keep` completed last and the last to go on from, and unfinished ones before them.
 
     Args:
         folder: of the run; a checkpoint was just completed in it.
@@ -204,26 +275,39 @@ def rotate(folder: Path, keep: int, *, spare: Collection[Path] = ()) -> list[str
         One line for each folder that could not be deleted.
     """
     folders = checkpoint_folders(folder)
-    newest = sorted((path for path in folders if _serial(path) > 0), key=_serial)[-keep:]
-    last = _step(newest[-1])
-    kept = {path.resolve() for path in (*newest, *spare)}
+    committed = sorted((path for path in folders if _serial(path) > 0), key=_serial)
+    # With save_only_model, the last ones are not among them.
+    resumable = [path for path in committed if not _missing(read_manifest(path))]
+    last = _step(committed[-1])
+    kept = {path.resolve() for path in (*committed[-keep:], *resumable[-1:], *spare)}
     problems = []
     for path in folders:
         if path.resolve() in kept or (_serial(path) == 0 and _step(path) > last):
             continue
         try:
-            # First, so that a deletion that breaks off leaves nothing that counts.
-            (path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path)
+            delete_checkpoint(path)
         except OSError as error:
-            problems.append(f"{path.name} could not be deleted: {error.strerror}")
+            problems.append(f"{path.name} could not be deleted: {error.strerror or error}")
     return problems
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Deletes the folder; of a link to one, kept elsewhere, only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    # First, so that a deletion that breaks off leaves nothing that counts.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint; None where there is none that can be read."""
+    path = folder / MANIFEST
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not path.is_file() or path.stat().st_size > _LARGEST_MANIFEST_BYTES:
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -231,6 +315,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     files, run, serial = (content.get(key) for key in ("files", "run", "serial"))
     well_formed = isinstance(files, dict) and all(isinstance(entry, dict) for entry in files.values())
     return content if well_formed and isinstance(run, dict) and isinstance(serial, int) and serial > 0 else None
+
+
+def _missing(manifest: Mapping[str, Any] | None) -> list[str]:
+    """The files without which nothing goes on that a manifest does not list."""
+    return [name for name in _NEEDED if name not in (manifest or {}).get("files", {})]
 
 
 def save_adapter(trainer: Trainer, folder: Path) -> None:
@@ -251,15 +340,19 @@ def save_adapter(trainer: Trainer, folder: Path) -> None:
 class CompleteCheckpoints(TrainerCallback):
     """Completes what the trainer saves, and takes over the deletion of older checkpoints.
 
-    A point that left the manifold, or is not finite, stops the run: its checkpoint is not completed, and nothing repairs it.
+    A point that left the manifold, or a trained tensor or optimizer state that is not finite, stops the run: its checkpoint
+    is not completed, and nothing repairs it.
 
     Args:
         report: takes one line about what could not be done and did not stop the run.
         run: see `commit`.
+
+    Attributes:
+        begun: whether the trainer has loaded all that it resumes from.
     """
 
     def __init__(self, report: Callable[[str], None], run: Mapping[str, Any] | None = None) -> None:
-        self._report, self._run = report, run
+        self._report, self.run, self.begun = report, run, False
         self._keep: int | None = None
         self._completed_step: int | None = None
 
@@ -269,6 +362,14 @@ class CompleteCheckpoints(TrainerCallback):
         # The trainer deletes older checkpoints before anyone can know whether the new one is whole.
         if args.save_total_limit:
             self._keep, args.save_total_limit = args.save_total_limit, None
+        if state.global_step > state.max_steps:
+            raise InputError(
+                f"resume must find a checkpoint within the run's {state.max_steps} steps, got one of step "
+                f"{state.global_step}; raise max_steps or num_train_epochs, or name an older one"
+            )
+        for entry in kwargs["optimizer"].state.items():
+            _check_shapes(*entry)
+        self.begun = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -278,31 +379,37 @@ class CompleteCheckpoints(TrainerCallback):
             control.should_save = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._check_manifold(args, state, kwargs["model"])
+        defect = find_numeric_defect(kwargs["model"], kwargs["optimizer"])
+        if defect is not None:
+            raise InputError(
+                f"what is saved must be finite, and factors orthonormal, got {defect} at step {state.global_step}; "
+                f"{_go_on_from(Path(args.output_dir))}"
+            )
         # Each process writes the state of its own generators into the folder.
         wait_for_all()
+        # In every process: one that did not know would save a second time, and wait for the others.
+        self._completed_step = state.global_step
         if not args.should_save:
             return
         folder = Path(args.output_dir)
         try:
-            commit(folder / f"checkpoint-{state.global_step}", state.global_step, self._run)
+            commit(folder / f"checkpoint-{state.global_step}", state.global_step, self.run)
         except OSError as error:
             raise save_failed(folder, error) from error
-        self._completed_step = state.global_step
         if self._keep:
             best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint else []
             for problem in rotate(folder, self._keep, spare=best):
                 self._report(problem)
 
-    def _check_manifold(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
-        points = fixed_rank_parameters(model.parameters())
-        broken = next((point.name for point in points if not _is_finite(point)), None)
-        drift = 0.0 if broken else orthonormality_drift(points)
-        if broken or not drift <= _DRIFT_LIMIT:
-            got = f"numbers that are not finite in {broken}" if broken else f"max |U^T U - I| = {drift:.1e}"
+
+def _check_shapes(parameter: Tensor, entry: Mapping[str, Any]) -> None:
+    """Raises InputError if loaded state does not fit the parameter, which torch's optimizers do not look at."""
+    for key in _ELEMENTWISE & entry.keys():
+        found = tuple(entry[key].shape) if isinstance(entry[key], Tensor) else type(entry[key]).__name__
+        if found != tuple(parameter.shape):
             raise InputError(
-                f"the factors must be orthonormal at every save, got {got} at step {state.global_step}; "
-                f"{_go_on_from(Path(args.output_dir))}"
+                f"the optimizer's state must fit the model, got {key} of {found} for a tensor of {tuple(parameter.shape)}; "
+                "resume from the checkpoint of a run of this model"
             )
 
 
@@ -327,10 +434,6 @@ def _go_on_from(folder: Path) -> str:
     if last is None:
         return f"begin anew: {folder} holds no complete checkpoint"
     return f"--resume goes on from the last complete checkpoint, {last}"
-
-
-def _is_finite(point: FixedRankParameter) -> bool:
-    return all(bool(part.isfinite().all()) for part in point.point())
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

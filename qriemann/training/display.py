@@ -18,7 +18,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qriemann.publish.folder import curve
-from qriemann.training.records import append_metrics, peak_gib
+from qriemann.training.records import append_metrics, peak_gib, read_metrics
 from qriemann.training.seam import fixed_rank_optimizer
 
 Record = Mapping[str, Any]
@@ -26,6 +26,9 @@ Record = Mapping[str, Any]
 _BLOCKS = "▁▂▃▄▅▆▇█"
 # Bits of the eight dots of a braille character, by column and row.
 _BRAILLE = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+
+# Under this key the state of a trainer's checkpoints holds the monitor's clock.
+_KEY = "qriemann_monitor"
 
 # (key of the record, its name, its format), in the order in which they are shown.
 _COLUMNS = (
@@ -162,29 +165,41 @@ class Monitor(TrainerCallback):
         device: whose peak memory counts.
         on_begin: called with the first step once the model and the optimizer stand and before anything is recorded; the
             place for the first write of a run.
+
+    Attributes:
+        records: of the run, those before a resume included.
     """
 
     def __init__(self, view: PlainView, folder: Path, device: torch.device, on_begin: Callable[[int], None]) -> None:
         self.view = view
         self.records: list[dict[str, Any]] = []
         self.begun = False
-        self.train_tokens = 0
-        self.train_seconds = 0.0
         self._folder, self._device, self._on_begin = folder, device, on_begin
         self._started = self._step_started = time.perf_counter()
         self._first_step = 0
-        self._logged = (0, 0.0)
+        self._train_seconds = 0.0
+        # Tokens and seconds of training at the last log event.
+        self._logged = (0.0, 0.0)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens through the model a second of training, from the beginning of the run to the last log event."""
+        tokens, seconds = self._logged
+        return tokens / seconds if seconds else 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._started = time.perf_counter()
         self._first_step = state.global_step
+        seconds, *logged = map(float, state.stateful_callbacks.get(_KEY, (0.0, 0.0, 0.0)))
+        self._train_seconds, self._logged = seconds, (logged[0], logged[1])
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         if state.is_world_process_zero:
             self._on_begin(state.global_step)
             self.begun = True
+            self.records = read_metrics(self._folder)
             self.view.start(first_step=state.global_step, total_steps=state.max_steps)
 
     def on_step_begin(
@@ -193,7 +208,8 @@ class Monitor(TrainerCallback):
         self._step_started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.train_seconds += time.perf_counter() - self._step_started
+        self._train_seconds += time.perf_counter() - self._step_started
+        self._remember(state)
         if state.is_world_process_zero:
             self.view.step(state.global_step)
 
@@ -225,12 +241,17 @@ class Monitor(TrainerCallback):
         if state.is_world_process_zero:
             self.view.stop()
 
+    def _remember(self, state: TrainerState) -> None:
+        """Puts into the trainer's state what a resumed run goes on from."""
+        state.stateful_callbacks[_KEY] = [self._train_seconds, *self._logged]
+
     def _measure(self, state: TrainerState, logs: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
         """What the trainer does not log: speed over the steps since the last event, memory, drift, time left."""
-        # TRL counts the tokens of all batches from the start of this process, padding excluded.
-        self.train_tokens = int(logs.get("num_tokens", 0))
-        tokens, seconds = self.train_tokens - self._logged[0], self.train_seconds - self._logged[1]
-        self._logged = (self.train_tokens, self.train_seconds)
+        # TRL counts the tokens of all batches, padding excluded, and the guard goes on counting after a resume.
+        total = float(logs.get("num_tokens", 0))
+        tokens, seconds = total - self._logged[0], self._train_seconds - self._logged[1]
+        self._logged = (total, self._train_seconds)
+        self._remember(state)
         done = max(state.global_step - self._first_step, 1)
         elapsed = time.perf_counter() - self._started
         measured = {

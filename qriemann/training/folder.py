@@ -5,12 +5,21 @@ from typing import Any
 
 from qriemann.errors import InputError
 from qriemann.training import records
-from qriemann.training.checkpoints import FoundCheckpoint, find_content_defect, find_defect, whole_checkpoint
+from qriemann.training.checkpoints import (
+    MANIFEST,
+    FoundCheckpoint,
+    checkpoint_folders,
+    find_content_defect,
+    find_defect,
+    whole_checkpoint,
+)
 from qriemann.training.config import RunConfig
 
 
 def starting_point(config: RunConfig) -> FoundCheckpoint:
     """The checkpoint to resume from, if that was asked for; writes nothing.
+
+    `auto` in a folder where no save was ever finished is the beginning: the same command starts a run and goes on with it.
 
     Raises:
         InputError: the folder holds a run that is neither resumed nor replaced, or nothing to resume.
@@ -32,26 +41,35 @@ def starting_point(config: RunConfig) -> FoundCheckpoint:
 
 def _checkpoint(folder: Path, resume: str, *, allow: list[str]) -> FoundCheckpoint:
     if resume == "auto":
-        found = whole_checkpoint(folder, asked="resume", remedy="leave resume out")
-    else:
-        found = FoundCheckpoint(Path(resume))
-        defect = find_defect(Path(resume))
-        if defect is not None and "unverified" not in allow:
-            raise InputError(
-                f"resume must be a complete checkpoint folder, got {resume!r}: {defect}; check the path, or add "
-                "--allow unverified if you know that it is whole"
-            )
-    broken = find_content_defect(found.path) if found.path else None
-    if broken is not None:
+        if _nothing_was_saved(folder):
+            unfinished = [f"{path.name}: its save was not finished" for path in checkpoint_folders(folder)]
+            return FoundCheckpoint(None, unfinished)
+        return whole_checkpoint(folder, asked="resume", remedy="name another folder, or start anew with --overwrite")
+    defect = find_defect(Path(resume))
+    if defect is not None and "unverified" not in allow:
         raise InputError(
-            f"resume must be a checkpoint that can be loaded, got {found.path}: {broken}; name an older one"
+            f"resume must be a complete checkpoint folder, got {resume!r}: {defect}; check the path, or add "
+            "--allow unverified if you know that it is whole"
         )
-    return found
+    broken = find_content_defect(Path(resume))
+    if broken is not None:
+        raise InputError(f"resume must be a checkpoint that can be loaded, got {resume}: {broken}; name an older one")
+    return FoundCheckpoint(Path(resume))
+
+
+def _nothing_was_saved(folder: Path) -> bool:
+    """Whether no run was here, or one that was killed before its first checkpoint was complete."""
+    checkpoints = checkpoint_folders(folder)
+    # Another tool's checkpoints, and an adapter whose run saved none, are somebody's work.
+    theirs = checkpoints and not (folder / records.RUN).exists()
+    finished = any(path.name.startswith("adapter_") for path in records.run_files(folder))
+    return not (theirs or finished or any((path / MANIFEST).exists() for path in checkpoints))
 
 
 def begin_run(folder: Path, config: RunConfig, step: int, described: dict[str, Any]) -> None:
     if config.qriemann.resume:
-        records.rewind_metrics(folder, step)
+        # Of a run that begins anew, the evaluation before the first step, too, is logged again.
+        records.rewind_metrics(folder, step if described["resumed_from"] else -1)
     elif config.qriemann.overwrite:
         records.remove_run(folder)
     write_run(folder, described)

@@ -19,6 +19,18 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".run.lock"
+_held_descriptors: set[int] = set()
+
+
+def _close_in_child() -> None:
+    # A process forked from this one, such as a worker that loads data, would hold the lock for as long as it outlives it.
+    for descriptor in _held_descriptors:
+        os.close(descriptor)
+    _held_descriptors.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager
@@ -36,11 +48,13 @@ def hold(folder: Path) -> Iterator[None]:
         raise InputError(
             f"output_dir must be a writable folder, got {folder}: {error.strerror}; name another"
         ) from error
+    _held_descriptors.add(descriptor)
     try:
         yield
     finally:
         # Removed while it is held: whoever opened it before finds out in `_acquire` that it is gone. Windows removes no
         # open file.
+        _held_descriptors.discard(descriptor)
         if fcntl is None:
             os.close(descriptor)
         (folder / LOCK).unlink(missing_ok=True)
@@ -56,12 +70,25 @@ def refuse_if_held(folder: Path) -> None:
     path = folder / LOCK
     if not path.exists():
         return
-    with path.open("rb") as file:
-        if not _lock(file.fileno(), path):
-            raise _held(folder, path)
+    _refuse_what_is_no_file(path)
+    try:
+        with path.open("rb") as file:
+            if not _lock(file.fileno(), path):
+                raise _held(folder, path)
+    except OSError as error:
+        raise InputError(
+            f"output_dir must be a folder whose {LOCK} can be read, got {path}: {error.strerror}"
+        ) from error
+
+
+def _refuse_what_is_no_file(path: Path) -> None:
+    # Whoever opens a pipe waits for its other end.
+    if path.exists() and not path.is_file():
+        raise InputError(f"{LOCK} must be a file that a run has made, got something else at {path}; remove it")
 
 
 def _acquire(path: Path) -> int:
+    _refuse_what_is_no_file(path)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         if not _lock(descriptor, path):

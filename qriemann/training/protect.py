@@ -7,13 +7,17 @@ trainer.train(resume_from_checkpoint=True)
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from qriemann.adapters.attach import accept_offset_checkpoints
-from qriemann.training.checkpoints import CompleteCheckpoints, whole_checkpoint
+from qriemann.errors import InputError
+from qriemann.training.checkpoints import CompleteCheckpoints, find_content_defect, whole_checkpoint
+from qriemann.training.fingerprints import check_same_run, fingerprints_of_trainer
 from qriemann.training.guard import StepEvent, StepGuard
 
 logger = logging.getLogger(__name__)
@@ -24,6 +28,7 @@ def protect(
     *,
     max_skipped_steps: int = 10,
     run: Mapping[str, Any] | None = None,
+    allow: Collection[str] = (),
     on_event: Callable[[StepEvent], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> StepGuard:
@@ -35,25 +40,38 @@ def protect(
     Args:
         trainer: of transformers or TRL, before it trains.
         max_skipped_steps: more steps in a row without finite loss and gradient stop the run.
-        run: what a run that resumes must have in common with this one; kept in every checkpoint's manifest.
+        run: what every checkpoint's manifest says about this run, if the caller compares it; by default arguments, rows,
+            base and number of processes, which a run that resumes is refused to change.
+        allow: names of what may change all the same, as the refusal names them: "max_steps", "data", "base".
         on_event: called when a step is skipped or far outside the recent band; logs a warning by default.
         note: takes lines for the reader; logs a warning by default.
 
     Returns:
         The guard, which counts those steps.
+
+    Raises:
+        InputError: ignore_data_skip is set, with which a resumed run would see other rows.
     """
+    if trainer.args.ignore_data_skip:
+        raise InputError(
+            "ignore_data_skip must be false, got true, with which a resumed run sees other rows than an uninterrupted one; "
+            "leave it out"
+        )
     accept_offset_checkpoints(trainer.model)
     guard = StepGuard(trainer, max_skipped_steps=max_skipped_steps, report=on_event)
     trainer.add_callback(guard)
     tell = note or (lambda line: logger.warning("%s", line))
-    trainer.add_callback(CompleteCheckpoints(tell, run))
-    trainer.train = _resuming_from_a_whole_one(trainer, tell)  # type: ignore[method-assign]
+    checkpoints = CompleteCheckpoints(tell, run)
+    trainer.add_callback(checkpoints)
+    trainer.train = _resuming_from_a_whole_one(trainer, checkpoints, allow, tell)  # type: ignore[method-assign]
     return guard
 
 
-def _resuming_from_a_whole_one(trainer: Trainer, note: Callable[[str], None]) -> Callable[..., Any]:
+def _resuming_from_a_whole_one(
+    trainer: Trainer, checkpoints: CompleteCheckpoints, allow: Collection[str], note: Callable[[str], None]
+) -> Callable[..., Any]:
     """The trainer's `train`, whose own choice would be whatever a save that broke off has left."""
-    train = trainer.train
+    train, compares = trainer.train, checkpoints.run is None
 
     @functools.wraps(train)
     def train_from_a_whole_one(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -66,6 +84,28 @@ def _resuming_from_a_whole_one(trainer: Trainer, note: Callable[[str], None]) ->
             for line in found.passed_over:
                 note(f"passed over {line}")
             resume_from_checkpoint = str(found.path)
-        return train(resume_from_checkpoint, *args, **kwargs)
+        elif resume_from_checkpoint:
+            defect = find_content_defect(Path(resume_from_checkpoint))
+            if defect is not None:
+                raise InputError(
+                    f"resume_from_checkpoint must be a checkpoint that can be loaded, got {resume_from_checkpoint}: "
+                    f"{defect}; name an older one"
+                )
+        if compares:
+            checkpoints.run = fingerprints_of_trainer(trainer)
+            if resume_from_checkpoint:
+                remedy = "start anew in another output_dir, or give protect's allow the names {}"
+                check_same_run(Path(resume_from_checkpoint), checkpoints.run, allow, remedy=remedy)
+        checkpoints.begun = False
+        try:
+            return train(resume_from_checkpoint, *args, **kwargs)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            mended = isinstance(error, InputError | torch.OutOfMemoryError)
+            if mended or checkpoints.begun or not resume_from_checkpoint:
+                raise
+            raise InputError(
+                f"resume must be a checkpoint that fits this model and method, got {resume_from_checkpoint}: {error}; "
+                "name another"
+            ) from error
 
     return train_from_a_whole_one

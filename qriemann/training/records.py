@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 import torch
 
 import qriemann
-from qriemann.publish.folder import curve
-from qriemann.training.checkpoints import checkpoint_folders, replace_file
+from qriemann.publish.folder import curve, read_lines
+from qriemann.publish.private import hide_credentials
+from qriemann.training.checkpoints import checkpoint_folders, delete_checkpoint, replace_file
 
 METRICS, RUN, PLOT = "metrics.jsonl", "run.json", "loss.png"
 # The files that say a folder holds a run, and that `overwrite` removes; anything else in the folder is left alone.
@@ -34,14 +34,13 @@ def run_files(folder: Path) -> list[Path]:
 def remove_run(folder: Path) -> None:
     """Removes what `run_files` lists."""
     for path in run_files(folder):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        delete_checkpoint(path) if path.is_dir() else path.unlink()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replaces the file by the content; numbers that JSON has no word for become strings."""
-    replace_file(
-        path, lambda partial: partial.write_text(json.dumps(finite(dict(content)), indent=2) + "\n", encoding="utf-8")
-    )
+    """Replaces the file by the content, without credentials; numbers that JSON has no word for become strings."""
+    text = hide_credentials(json.dumps(finite(dict(content)), indent=2))
+    replace_file(path, lambda partial: partial.write_text(f"{text}\n", encoding="utf-8"))
 
 
 def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
@@ -51,17 +50,8 @@ def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`; a last line that a crash left unfinished is skipped."""
-    path = folder / METRICS
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    """The records of `metrics.jsonl`."""
+    return read_lines(folder / METRICS)
 
 
 def rewind_metrics(folder: Path, step: int) -> None:

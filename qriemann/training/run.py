@@ -5,6 +5,7 @@ options, the dataset, the model, the layers that get an adapter, the tokens that
 class; this project enters through `peft_config`, `optimizer_cls_and_kwargs` and `callbacks`.
 """
 
+import errno
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTTrainer
 
 from qriemann.errors import InputError
-from qriemann.publish.folder import curve
+from qriemann.publish.folder import curve, read_json
 from qriemann.training import records
 from qriemann.training.assembly import (
     adjust_evaluation,
@@ -31,7 +32,13 @@ from qriemann.training.assembly import (
     read_sources,
     tokenize,
 )
-from qriemann.training.checkpoints import FoundCheckpoint, is_failed_save, save_adapter, save_failed
+from qriemann.training.checkpoints import (
+    FoundCheckpoint,
+    find_numeric_defect,
+    is_failed_save,
+    save_adapter,
+    save_failed,
+)
 from qriemann.training.config import RunConfig
 from qriemann.training.data import TokenizedData, fingerprint, trained_token_count
 from qriemann.training.defects import find_defects, refuse
@@ -40,7 +47,7 @@ from qriemann.training.dry_run import DryRun
 from qriemann.training.fingerprints import check_same_run, describe_base, fingerprints
 from qriemann.training.fit import AutoBatch, BatchFit
 from qriemann.training.folder import begin_run, starting_point, write_run
-from qriemann.training.guard import StepEvent, StepGuard
+from qriemann.training.guard import StepEvent
 from qriemann.training.lock import hold, refuse_if_held
 from qriemann.training.loi import recipe_callbacks
 from qriemann.training.processes import is_main_process, run_on_main
@@ -50,6 +57,9 @@ from qriemann.training.quiet import no_bars_without_terminal
 from qriemann.training.stop import GracefulStop
 from qriemann.training.targets import adapter_config, check_targets
 from qriemann.training.tokens import adjust_tokenizer
+
+# What a disk that is full or failing raises, whatever was being written.
+_DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
 
 
 @dataclass
@@ -171,9 +181,10 @@ class _Run:
         self.found = starting_point(config)
         if self.found.path is not None:
             check_same_run(self.found.path, self.prints, config.qriemann.allow)
-            for line in self.found.passed_over:
-                self.view.note(f"passed over {line}")
-            self.view.note(f"resuming from {self.found.path}")
+        for line in self.found.passed_over:
+            self.view.note(f"passed over {line}")
+        if config.qriemann.resume is not None:
+            self.view.note(f"resuming from {self.found.path or f'the beginning: {self.folder} holds no checkpoint'}")
         adjust_evaluation(config, self.data, resuming=self.found.path is not None)
         self.described = _describe(config, self.model, self.data, self.prints, self.found)
         self.monitor = Monitor(
@@ -201,28 +212,39 @@ class _Run:
         """Trains, saves the adapter and writes the records."""
         try:
             self.trainer.train(resume_from_checkpoint=self.found.path and str(self.found.path))
-            self.stop.raise_if_received()
-            save_adapter(self.trainer, self.folder)
+            if not self.stop.saved:
+                self._save_adapter()
+            self.stop.stop_at_once()
             eval_loss = _final_eval_loss(self.trainer, self.data)
+            result = _result(self.trainer, self.monitor, self.folder, eval_loss, self.started, self.tokenizer)
+            if self.trainer.is_world_process_zero():
+                _finish(result, self._told(), self.view)
         except BaseException as error:
             self._record_failure(error)
             raise
-        result = _result(self.trainer, self.monitor, self.folder, eval_loss, self.started, self.tokenizer)
         if self.trainer.is_world_process_zero():
-            _finish(result, {**self.described, **_events(self.guard)}, self.view)
             publish(self.config, self.repository, self.view.console)
         return result
+
+    def _save_adapter(self) -> None:
+        defect = find_numeric_defect(self.trainer.model)
+        if defect is not None:
+            raise InputError(
+                f"what is saved must be finite, and factors orthonormal, got {defect} after the last step; no adapter was "
+                "saved: lower the learning rate, or look at the rows of the last steps"
+            )
+        save_adapter(self.trainer, self.folder)
 
     def _record_failure(self, error: BaseException) -> None:
         """Writes how the run ended, and puts into the user's words what the user can mend."""
         self.view.stop()
         if self.monitor.begun:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
-            ended = {"status": status, "wall_clock_s": _since(self.started)}
+            ended = {"status": status, "reason": str(error) or None, "wall_clock_s": _since(self.started)}
             # The disk may be what failed.
             with suppress(OSError):
-                write_run(self.folder, {**self.described, **_events(self.guard), **ended})
-        if is_failed_save(error):
+                write_run(self.folder, {**self._told(), **ended})
+        if is_failed_save(error) or (isinstance(error, OSError) and error.errno in _DISK_FAILURES):
             raise save_failed(self.folder, error) from error
         misfit = isinstance(error, RuntimeError | ValueError | LookupError | TypeError)
         if self.found.path is not None and not self.monitor.begun and misfit and not isinstance(error, InputError):
@@ -234,12 +256,23 @@ class _Run:
         if is_main_process():
             self.view.note(str(event))
             records.append_metrics(self.folder, event.as_record())
+            write_run(self.folder, self._told())
+
+    def _told(self) -> dict[str, Any]:
+        """What `run.json` says, with what happened so far."""
+        events = [event for event in records.read_metrics(self.folder) if "skipped" in event or "spike" in event]
+        taken = {
+            "done": self.trainer.state.global_step,
+            "skipped": self.guard.skipped_steps,
+            "spikes": self.guard.spikes,
+        }
+        return {**self.described, "steps": {**taken, "events": events}}
 
     def _keep_fit(self, fit: BatchFit) -> None:
         self.view.note(str(fit))
         self.described["auto_batch"] = asdict(fit)
         if self.monitor.begun:
-            write_run(self.folder, self.described)
+            write_run(self.folder, self._told())
 
 
 @contextmanager
@@ -263,6 +296,7 @@ def _describe(
         "status": "running",
         "resumed_from": found.path and str(found.path),
         "passed_over": found.passed_over,
+        "earlier": _earlier(Path(config.sft.output_dir)) if config.qriemann.resume else [],
         "seed": config.sft.seed,
         "written": sorted(config.explicit),
         "data": {
@@ -283,9 +317,12 @@ def _describe(
     }
 
 
-def _events(guard: StepGuard) -> dict[str, Any]:
-    """How many steps were not like the others; `metrics.jsonl` names each with its rows."""
-    return {"steps": {"skipped": guard.skipped_steps, "spikes": guard.spikes}}
+def _earlier(folder: Path) -> list[dict[str, Any]]:
+    """How the processes ended that trained in the folder before, oldest first."""
+    before = read_json(folder / records.RUN)
+    told = before.get("earlier")
+    last = {key: before.get(key) for key in ("started_at", "resumed_from", "status", "reason", "wall_clock_s")}
+    return [*(told if isinstance(told, list) else []), last] if before else []
 
 
 def _final_eval_loss(trainer: SFTTrainer, data: TokenizedData) -> float | None:
@@ -314,7 +351,7 @@ def _result(
         train_loss=losses[-1][1] if losses else None,
         eval_loss_before=before,
         eval_loss=eval_loss,
-        tokens_per_s=monitor.train_tokens / monitor.train_seconds if monitor.train_seconds else 0.0,
+        tokens_per_s=monitor.tokens_per_s,
         peak_gib=records.peak_gib(trainer.args.device),
         orthonormality_drift=drifts[-1][1] if drifts else None,
         wall_clock_s=_since(started),

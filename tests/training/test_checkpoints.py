@@ -7,14 +7,24 @@ import io
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import fixed_rank_parameters
-from qriemann.training.checkpoints import MANIFEST, find_content_defect, find_defect, newest_checkpoint
+from qriemann.training.checkpoints import (
+    MANIFEST,
+    commit,
+    find_content_defect,
+    find_defect,
+    newest_checkpoint,
+    read_manifest,
+    rotate,
+)
 from tests.training.runs import protected_trainer
 
 
@@ -85,8 +95,6 @@ def test_a_manifest_may_not_name_files_outside_of_its_folder(run):
 
 
 def test_numbers_that_are_not_finite_are_found_behind_a_valid_manifest(run):
-    from safetensors.torch import load_file, save_file
-
     path = run / "checkpoint-2" / "adapter_model.safetensors"
     tensors = load_file(path)
     name = sorted(tensors)[0]
@@ -108,7 +116,7 @@ def test_code_in_a_pickle_is_not_run(run):
 
 
 def test_a_point_that_left_the_manifold_stops_the_run_and_is_not_completed(run):
-    trainer, _ = protected_trainer(run, max_steps=4)
+    trainer, _ = protected_trainer(run, max_steps=4, protection={"allow": ["max_steps"]})
     spoiled = []
 
     def spoil(optimizer, args, kwargs):
@@ -124,9 +132,134 @@ def test_a_point_that_left_the_manifold_stops_the_run_and_is_not_completed(run):
     assert newest_checkpoint(run).path == run / "checkpoint-3"
 
 
+def adamw(run, **settings):
+    """A trainer of plain LoRA factors with a trained head, none of which is a point."""
+    lora = {"modules_to_save": ["lm_head"]}
+    return protected_trainer(run, method="adamw", lora=lora, **{"max_steps": 2, **settings})[0]
+
+
+@pytest.mark.parametrize("spoil", ["lora_A", "lm_head", "exp_avg"])
+def test_what_is_not_finite_after_a_step_of_any_method_is_never_a_checkpoint(tmp_path, spoil):
+    trainer = adamw(tmp_path)
+    trainer.create_optimizer()
+
+    def spoil_one(optimizer, args, kwargs):
+        parameters = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+        if spoil == "exp_avg":
+            next(iter(optimizer.state.values()))["exp_avg"][0, 0] = torch.inf
+        else:
+            next(p for n, p in parameters.items() if spoil in n).data[0, 0] = torch.nan
+
+    trainer.optimizer.register_step_post_hook(spoil_one)
+    with pytest.raises(InputError, match=rf"must be finite.*in .*{spoil}.* at step 1; begin anew"):
+        trainer.train()
+    assert newest_checkpoint(tmp_path).path is None
+
+
+def sign(folder: Path) -> None:
+    """A manifest that fits whatever the folder holds."""
+    step = int(folder.name.rpartition("-")[2])
+    commit(folder, step, read_manifest(folder)["run"])
+
+
+def edit_state(change):
+    def edit(folder):
+        path = folder / "trainer_state.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    return edit
+
+
+def edit_optimizer(change):
+    def edit(folder):
+        content = torch.load(folder / "optimizer.pt", weights_only=True)
+        change(content)
+        torch.save(content, folder / "optimizer.pt")
+
+    return edit
+
+
+def spoil_factors(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file({name: tensor * torch.nan for name, tensor in load_file(path).items()}, path)
+
+
+UNUSABLE = {
+    "factors": (spoil_factors, "adapter_model.safetensors"),
+    "momentum": (
+        edit_optimizer(lambda c: c["state"][0]["momentum"].fill_(torch.nan)),
+        "optimizer.pt holds numbers that are not finite in state.0.momentum",
+    ),
+    "rate": (edit_optimizer(lambda c: c["param_groups"][0].update(lr=float("nan"))), "param_groups.0.lr"),
+    "step": (edit_state({"global_step": "x"}), "trainer_state.json"),
+    "history": (edit_state({"log_history": 5}), "trainer_state.json"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "named"), UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_a_checkpoint_that_no_run_can_go_on_from_is_passed_over_whatever_its_manifest(run, spoil, named):
+    spoil(run / "checkpoint-2")
+    sign(run / "checkpoint-2")
+    found = newest_checkpoint(run)
+    assert found.path == run / "checkpoint-1"
+    assert named in found.passed_over[0]
+
+
+def test_a_state_that_does_not_fit_is_one_line_before_the_first_step(run, tmp_path):
+    # By position: 0.0 is the momentum of the first factor, in another shape.
+    edit_optimizer(lambda c: c["state"][0].update(momentum=torch.ones(5, 7)))(run / "checkpoint-2")
+    edit_state({"global_step": 10**9})(run / "checkpoint-1")
+    adamw(tmp_path / "adamw", max_steps=1).train()
+    edit_optimizer(lambda c: c["state"][0].update(exp_avg=torch.ones(5, 7)))(tmp_path / "adamw" / "checkpoint-1")
+    for folder, trainer, message in (
+        (run / "checkpoint-2", protected_trainer(run, max_steps=2)[0], "fits this model and method"),
+        (
+            run / "checkpoint-1",
+            protected_trainer(run, max_steps=2)[0],
+            "within the run's 2 steps, got one of step 1000000000",
+        ),
+        (tmp_path / "adamw" / "checkpoint-1", adamw(tmp_path / "adamw", max_steps=1), r"exp_avg of \(5, 7\)"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            trainer.train(resume_from_checkpoint=str(folder))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
+@pytest.mark.parametrize("name", [MANIFEST, "scaler.pt", "trainer_state.json", "other.safetensors"])
+def test_a_pipe_in_a_checkpoint_blocks_nobody(run, name):
+    (run / "checkpoint-2" / name).unlink(missing_ok=True)
+    os.mkfifo(run / "checkpoint-2" / name)
+    signal.alarm(30)
+    try:
+        assert newest_checkpoint(run).path == run / "checkpoint-1"
+    finally:
+        signal.alarm(0)
+
+
+def test_deletion_leaves_alone_what_a_link_leads_to(run, tmp_path):
+    archive = tmp_path / "archive"
+    (run / "checkpoint-1").rename(archive)
+    (run / "checkpoint-1").symlink_to(archive)
+    before = {path.name: path.read_bytes() for path in archive.iterdir()}
+    assert rotate(run, 1) == []
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert {path.name: path.read_bytes() for path in archive.iterdir()} == before
+
+
+def test_checkpoints_of_weights_alone_do_not_displace_the_last_to_go_on_from(run):
+    protection = {"allow": ["max_steps"]}
+    settings = {"max_steps": 5, "save_total_limit": 2, "save_only_model": True}
+    trainer, _ = protected_trainer(run, protection=protection, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
+    assert newest_checkpoint(run).path == run / "checkpoint-2"
+
+
 def test_a_deletion_that_fails_is_told_and_does_not_stop_the_run(run, monkeypatch):
     lines = []
-    trainer, _ = protected_trainer(run, max_steps=3, save_total_limit=2, protection={"note": lines.append})
+    protection = {"note": lines.append, "allow": ["max_steps"]}
+    trainer, _ = protected_trainer(run, max_steps=3, save_total_limit=2, protection=protection)
 
     def refuse(path, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))

@@ -96,8 +96,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
 def test_a_resumed_run_forgets_the_records_after_its_checkpoint(tmp_path):
     for step in (1, 2, 3):
         records.append_metrics(tmp_path, {"step": step, "loss": 1.0})
-    with (tmp_path / records.METRICS).open("a") as lines:
-        lines.write('{"step": 4, "lo')
+    with (tmp_path / records.METRICS).open("ab") as lines:
+        lines.write(b'12\n{"a": 1}\n\xff\xfe\n{"step": 4, "lo')
     records.rewind_metrics(tmp_path, 2)
     assert [record["step"] for record in records.read_metrics(tmp_path)] == [1, 2]
 
@@ -109,3 +109,15 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     records.remove_run(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-best", "notes.txt"]
+
+
+def test_overwriting_removes_links_and_not_what_they_point_to(tmp_path):
+    archive, run = tmp_path / "archive", tmp_path / "run"
+    archive.mkdir()
+    run.mkdir()
+    (archive / "manifest.json").write_text("{}")
+    (run / "checkpoint-1").symlink_to(archive)
+    (run / "metrics.jsonl").symlink_to(archive / "manifest.json")
+    records.remove_run(run)
+    assert list(run.iterdir()) == []
+    assert (archive / "manifest.json").read_text() == "{}"

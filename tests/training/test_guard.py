@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -153,11 +154,91 @@ def test_an_overflow_of_scaled_gradients_is_skipped_and_lowers_the_scale(tmp_pat
     trainer.accelerator.native_amp = True
     trainer.accelerator.state._mixed_precision = "fp16"
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    trainer.train()
+    with pytest.raises(InputError, match="got 3 steps, all skipped"):
+        trainer.train()
     assert guard.skipped_steps == 3
     assert trainer.accelerator.scaler.get_scale() == 2.0**124
     assert trainer.lr_scheduler.last_epoch == 0
     assert all(entry["momentum"].count_nonzero() == 0 for entry in trainer.optimizer.state_dict()["state"].values())
+
+
+def test_a_run_of_skipped_steps_alone_is_no_trained_adapter(tmp_path):
+    trainer, _ = sequential_trainer(tmp_path, clean_rows(), max_steps=2)
+    trainer.model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output * math.nan)
+    with pytest.raises(InputError, match="got 2 steps, all skipped, so nothing was trained"):
+        trainer.train()
+    ((_, loss),) = logged(trainer, "train_loss")
+    assert math.isnan(loss)
+
+
+class WriteToFactor(TrainerCallback):
+    """Multiplies one factor after a step, as a bug or a careless callback would."""
+
+    def __init__(self, step, by):
+        self.step, self.by = step, by
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == self.step:
+            next(p for name, p in model.named_parameters() if "q_proj.lora_B" in name).data.mul_(self.by)
+
+
+@pytest.mark.parametrize(("by", "told"), [(1.2, "4.4e-01"), (1.001, "2.0e-03"), (math.nan, "nan")])
+def test_a_factor_that_left_the_manifold_between_saves_stops_the_run_before_a_step_brings_it_back(tmp_path, by, told):
+    settings = {"save_strategy": "steps", "save_steps": 2, "callbacks": [WriteToFactor(3, by)]}
+    trainer, _ = sequential_trainer(tmp_path, clean_rows(), **settings)
+    with pytest.raises(InputError, match=r"checkpoint-2: no step leaves") as caught:
+        trainer.train()
+    assert f"max |U^T U - I| = {told} before step 4" in str(caught.value)
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_the_norm_that_is_logged_is_of_a_step_that_was_taken(tmp_path):
+    trainer, _ = sequential_trainer(tmp_path, clean_rows(), logging_steps=3, max_steps=3)
+    spoil_gradient(trainer, backward=3, value=math.nan)
+    trainer.train()
+    reference, _ = sequential_trainer(tmp_path, clean_rows(), max_steps=2)
+    reference.train()
+    assert logged(trainer, "grad_norm") == [(3, logged(reference, "grad_norm")[-1][1])]
+
+
+MEANS = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm")
+
+
+@pytest.mark.parametrize("settings", [{"logging_steps": 3}, {"logging_strategy": "epoch", "save_strategy": "epoch"}])
+def test_every_number_reported_after_a_resume_is_the_uninterrupted_runs(tmp_path, settings):
+    settings = {"max_steps": 6, "lora": {"lora_dropout": 0.2}, **settings}
+    whole, _ = protected_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    for step in (3,) if "logging_strategy" in settings else (3, 5):
+        resumed, _ = protected_trainer(tmp_path / f"resumed-{step}", **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        for key in MEANS:
+            assert logged(resumed, key) == logged(whole, key), (step, key)
+
+
+def test_the_mean_at_the_end_of_a_resumed_run_is_that_of_its_own_steps(tmp_path):
+    settings = {"max_steps": 4, "gradient_accumulation_steps": 1}
+    every, _ = protected_trainer(tmp_path / "every", **settings)
+    every.train()
+    whole, _ = protected_trainer(tmp_path / "whole", logging_steps=4, **settings)
+    whole.train()
+    resumed, _ = protected_trainer(tmp_path / "resumed", logging_steps=4, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    (_, third), (_, fourth) = logged(every)[2:]
+    # Sums of four float32 numbers.
+    assert logged(resumed, "train_loss")[0][1] == pytest.approx((third + fourth) / 2, rel=1e-6)
+
+
+def test_a_strangers_record_of_the_steps_before_is_refused_in_one_line(tmp_path):
+    trainer, _ = protected_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    path = tmp_path / "checkpoint-1" / "trainer_state.json"
+    content = json.loads(path.read_text())
+    for stored in ({"a": 1}, {"losses": "abc"}, {"norms": ["a"]}, {"loss_sum": "1"}, {"metrics": {"loss": 1}}, []):
+        content["stateful_callbacks"]["qriemann_guard"] = stored
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match="qriemann_guard"):
+            trainer.train(resume_from_checkpoint=str(path.parent))
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

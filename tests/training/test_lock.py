@@ -55,6 +55,42 @@ def test_the_folder_of_a_killed_run_can_be_had(tmp_path, holder, with_flock, mon
     assert not (tmp_path / "out" / LOCK).exists()
 
 
+def hold_and_fork(folder, ready, pid):
+    with hold(folder):
+        worker = os.fork()
+        if worker == 0:
+            signal.pause()
+        pid.value = worker
+        ready.set()
+        signal.pause()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")
+def test_the_folder_of_a_killed_run_can_be_had_while_its_workers_live(tmp_path):
+    ready, pid = spawn.Event(), spawn.Value("i", 0)
+    process = spawn.Process(target=hold_and_fork, args=(tmp_path / "out", ready, pid))
+    process.start()
+    assert ready.wait(60)
+    with pytest.raises(InputError, match=f"process {process.pid}"):
+        refuse_if_held(tmp_path / "out")
+    process.kill()
+    process.join()
+    try:
+        os.kill(pid.value, 0)
+        refuse_if_held(tmp_path / "out")
+    finally:
+        os.kill(pid.value, signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
+@pytest.mark.parametrize("make", [os.mkdir, getattr(os, "mkfifo", None)])
+def test_a_lock_that_is_no_file_is_one_line(tmp_path, make):
+    make(tmp_path / LOCK)
+    for attempt in (lambda: refuse_if_held(tmp_path), lambda: hold(tmp_path).__enter__()):
+        with pytest.raises(InputError, match=f"{LOCK} must be a file"):
+            attempt()
+
+
 def test_without_flock_a_number_that_another_process_inherited_is_no_holder(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "fcntl", None)
     long_ago = datetime(2001, 1, 1, tzinfo=UTC).isoformat()

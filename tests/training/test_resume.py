@@ -15,9 +15,10 @@ from transformers.trainer_pt_utils import safe_globals
 
 import qriemann
 from qriemann.errors import InputError
-from qriemann.training.checkpoints import save_adapter
+from qriemann.training.checkpoints import commit, save_adapter
+from qriemann.training.fingerprints import check_same_run
 from qriemann.training.methods import METHODS
-from tests.training.runs import assert_same, logged, outcome, protected_trainer
+from tests.training.runs import assert_same, logged, outcome, protected_trainer, uneven_rows
 
 # 22 rows in batches of 4, two a step: 6 batches and 3 steps an epoch, the last step's second batch short.
 STEPS = 7
@@ -217,3 +218,41 @@ def test_the_newest_checkpoint_is_what_a_stock_trainer_is_given(tmp_path):
     assert found.path.name == "checkpoint-3"
     assert_same(outcome(again), outcome(trainer))
     assert not (tmp_path / "checkpoint-1").exists()
+
+
+CHANGES = {
+    "per_device_train_batch_size": {"per_device_train_batch_size": 2},
+    "seed": {"seed": 3},
+    "gradient_accumulation_steps": {"gradient_accumulation_steps": 1},
+    "learning_rate": {"learning_rate": 0.5},
+    "lora_dropout": {"lora": {"lora_dropout": 0.5}},
+    "data": {"rows": uneven_rows(21)},
+    "optimizer_momentum": {"options": {"momentum": 0.5}},
+}
+
+
+def test_what_changed_under_a_stock_trainer_is_named_and_can_be_allowed(tmp_path):
+    whole, _ = protected_trainer(tmp_path, max_steps=2)
+    whole.train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    for name, change in CHANGES.items():
+        changed, _ = protected_trainer(tmp_path, **{"max_steps": 2, **change})
+        with pytest.raises(InputError, match=rf"protect's allow the names {name} if you mean it"):
+            changed.train(resume_from_checkpoint=checkpoint)
+    allowed, _ = protected_trainer(tmp_path, max_steps=2, seed=3, protection={"allow": ["seed"]})
+    allowed.train(resume_from_checkpoint=checkpoint)
+    assert allowed.state.global_step == 2
+
+
+def test_another_number_of_processes_is_named(tmp_path):
+    now = {"settings": {}, "processes": 1, "data": "a", "base": "b", "base_floats": "c", "base_config": {}}
+    (tmp_path / "checkpoint-1").mkdir()
+    commit(tmp_path / "checkpoint-1", 1, {**now, "processes": 2})
+    with pytest.raises(InputError, match="got 1 processes instead of 2"):
+        check_same_run(tmp_path / "checkpoint-1", now, [])
+    check_same_run(tmp_path / "checkpoint-1", now, ["processes"])
+
+
+def test_skipping_no_rows_is_refused_because_resume_would_see_others(tmp_path):
+    with pytest.raises(InputError, match="ignore_data_skip must be false"):
+        protected_trainer(tmp_path, ignore_data_skip=True)

@@ -180,7 +180,6 @@ BAD_INPUT = {
     "an unknown option of the method": ({"method_kwargs": {"momentun": 0.5}}, ["momentun", "momentum"]),
     "an unknown key": ({"max_step": 3}, ["'max_step'", "'max_steps'"]),
     "a checkpoint that does not exist": ({"resume": "nowhere/checkpoint-1"}, ["resume", "nowhere/checkpoint-1"]),
-    "nothing to resume": ({"resume": True}, ["resume", "none"]),
     "an evaluation without rows": ({"eval_strategy": "steps", "eval_size": 0}, ["eval_strategy", "eval_size"]),
     "settings that TRL refuses": ({"padding_free": True}, ["padding_free"]),
     "a template that does not exist": ({"chat_template_path": "no.jinja"}, ["chat_template_path", "no.jinja"]),
