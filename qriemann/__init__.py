@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qriemann.adapters.attach import attach
+    from qriemann.adapters.attach import attach, truncate_
     from qriemann.adapters.base import load_base
     from qriemann.adapters.loi import locally_optimal_
     from qriemann.errors import InputError, MissingExtraError
@@ -51,6 +51,7 @@ _HOME = {
     "protect": "qriemann.training.protect",
     "push": "qriemann.publish.push",
     "train": "qriemann.training.run",
+    "truncate_": "qriemann.adapters.attach",
     "write_report": "qriemann.publish.report",
 }
 
@@ -75,6 +76,7 @@ __all__ = [
     "protect",
     "push",
     "train",
+    "truncate_",
     "write_report",
 ]
 

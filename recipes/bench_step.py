@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qriemann.errors import InputError
 from qriemann.geometry import FixedRankParameter
-from qriemann.optim import Riemannion, ScaledAdamW, ScaledGD
+from qriemann.optim import AdamW, Muon, Riemannion, RiemannLoRA, ScaledAdamW, ScaledGD
 
 Shape = tuple[int, int]
 Pair = tuple[nn.Parameter, nn.Parameter]
@@ -283,6 +283,16 @@ def _riemannion(scale: float, *, use_triton: bool = False, tangent_iterations: i
     return build
 
 
+def _riemannlora(*, simulate_adam: bool) -> Callable[..., Contender]:
+    def build(shapes: Sequence[Shape], rank: int, device: torch.device) -> Contender:
+        points = _points(shapes, rank, device, 1.0)
+        pairs = [(point.u, point.v_transposed) for point in points]
+        optimizer = RiemannLoRA([factor for pair in pairs for factor in pair], lr=_LR, simulate_adam=simulate_adam)
+        return Contender(pairs, optimizer, [point.s for point in points])
+
+    return build
+
+
 def _per_layer(shapes: Sequence[Shape], rank: int, device: torch.device) -> Contender:
     points = _points(shapes, rank, device, 1.0)
     pairs, cores = [(point.u, point.v_transposed) for point in points], [point.s for point in points]
@@ -350,9 +360,15 @@ ENTRIES: dict[str, Entry] = {
     "riemannion-zero": Entry("Riemannion, start zero (S = 0)", _riemannion(0.0), 3, 2, True),
     "riemannion-triton": Entry("Riemannion, start offset, Triton", _riemannion(1.0, use_triton=True), 3, 2, True),
     "lora-tsd": Entry("LoRA-TSD, start offset", _riemannion(1.0, tangent_iterations=3), 3, 2, True),
+    "riemannlora": Entry("RiemannLoRA, start offset", _riemannlora(simulate_adam=True), 3, 2, True),
+    "riemannlora-plain": Entry(
+        "RiemannLoRA without simulate_adam, start offset", _riemannlora(simulate_adam=False), 3, 2, True
+    ),
     "per-layer": Entry("Riemannion, a loop of QR and SVD", _per_layer, 3, 2, True),
     "scaled-adamw": Entry("scaled AdamW", _on_named_factors(lambda named: ScaledAdamW(named, lr=_ADAMW_LR)), 4, 3),
     "scaled-gd": Entry("scaled GD, no momentum", _on_named_factors(lambda named: ScaledGD(named, lr=_LR)), 2, 1),
+    "adamw": Entry("AdamW", _on_named_factors(lambda named: AdamW(named, lr=_ADAMW_LR)), 4, 3),
+    "muon": Entry("Muon on each factor", _on_named_factors(lambda named: Muon(named, lr=_LR)), 3, 2),
     "peft-riemannian": Entry("PEFT's create_riemannian_optimizer over fused AdamW", _peft, 4, 3),
     BASELINE: Entry(
         "torch AdamW, fused", _on_factors(lambda factors: torch.optim.AdamW(factors, lr=_ADAMW_LR, fused=True)), 4, 3
@@ -363,7 +379,6 @@ ENTRIES: dict[str, Entry] = {
         4,
         3,
     ),
-    "muon": Entry("torch Muon on each factor", _on_factors(lambda factors: torch.optim.Muon(factors, lr=_LR)), 3, 2),
 }
 
 

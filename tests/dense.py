@@ -77,7 +77,7 @@ class DenseRiemannLoRA:
 
     M <- momentum P(M) + (1 - momentum) P(G), A = (I - U U^T) M V, B = M^T U. `simulate_adam` divides each block by the root
     of an average of the squared norms of the gradient's blocks, with Adam's correction of both averages; else a_i = 1. A
-    gradient's A under rtol times G V counts as zero.
+    gradient's A under rtol times G V counts as zero; 0 leaves no cut-off.
     """
 
     def __init__(self, x: Tensor, u: Tensor, v: Tensor, rtol: float) -> None:
@@ -98,6 +98,7 @@ class DenseRiemannLoRA:
         *,
         simulate_adam: bool,
         beta2: float = 0.999,
+        norm_eps: float = 1e-8,
     ) -> None:
         g = tangent_projection(grad.double(), self.u, self.v)
         self.m = momentum * self.m + (1 - momentum) * g
@@ -112,7 +113,7 @@ class DenseRiemannLoRA:
             ]
             first, second = 1 - momentum**self.steps, 1 - beta2**self.steps
             a, b = (
-                block / first / ((average / second) ** 0.5 + 1e-8) if average else 0 * block
+                block / first / ((average / second) ** 0.5 + norm_eps) if average else 0 * block
                 for block, average in zip((a, b), self.square_norms, strict=True)
             )
         y = (1 - lr * weight_decay) * self.x - lr * (a @ self.v.mT + self.u @ b.mT)

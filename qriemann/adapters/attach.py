@@ -8,14 +8,13 @@ import math
 from typing import Any, Literal, get_args
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from qriemann.adapters.layer import FixedRankVariant, lora_factors
 from qriemann.errors import InputError
-from qriemann.geometry.parameter import FixedRankParameter
+from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters
 from qriemann.geometry.point import FixedRankPoint, point_from_factors, random_orthonormal
 
 logger = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ def attach(
     check_start(start, alpha)
     layers = lora_layers(model)
     if start == "offset":
-        _check_all_or_none_hold_something(layers)
+        _check_offset_can_be_saved(model, layers)
     # Imported late: base.py is about bitsandbytes, which a model need not use.
     from qriemann.adapters.base import protect_quantized_weights
 
@@ -125,13 +124,18 @@ def _check_layer(name: str, module: LoraLayer, adapter: str) -> None:
             raise InputError(f"the adapter of {name} must hold finite numbers; it was not loaded, or it is broken")
 
 
-def _check_all_or_none_hold_something(layers: list[tuple[str, LoraLayer, str]]) -> None:
-    """An offset doubles the rank that is saved, which one config can say only of all layers."""
+def _check_offset_can_be_saved(model: nn.Module, layers: list[tuple[str, LoraLayer, str]]) -> None:
+    """An offset doubles the rank that is saved, which a config must say, and can say only of all layers."""
     empty = [name for name, layer, adapter in layers if not layer.lora_B[adapter].weight.detach().any()]
     if empty and len(empty) < len(layers):
         raise InputError(
             f"start='offset' needs an adapter that is zero in every layer or in none, got {len(empty)} zero layers of "
             f"{len(layers)} ({empty[0]}, ...); use start='zero'"
+        )
+    if empty and not _config_owners(model):
+        raise InputError(
+            f"start='offset' needs the model that holds the adapter's config, got a {type(model).__name__} without "
+            "peft_config; pass the whole model, or use start='zero'"
         )
 
 
@@ -190,20 +194,72 @@ def _fold_core(module: Any, state_dict: dict[str, Any], prefix: str, local_metad
 
 
 def describe_saved_rank(model: nn.Module, points: list[FixedRankParameter]) -> None:
-    """Doubles r and lora_alpha in the config that PEFT saves while the saved factors have twice the rank."""
-    if not isinstance(model, PeftModel):
-        return
-    adapter, plain = model.active_adapter, getattr(model, "_qriemann_config_without_offset", None)
-    with_offset = any(point.offset is not None for point in points)
-    if with_offset and plain is None:
+    """Doubles r and lora_alpha in the configs that are saved with `points` while their saved factors have twice the rank."""
+    own = {id(point) for point in points}
+    for owner in _config_owners(model):
+        with_offset: dict[str, bool] = {}
+        for module in owner.modules():
+            for adapter, variant in getattr(module, "lora_variant", {}).items():
+                if adapter in owner.peft_config and isinstance(variant, FixedRankVariant) and id(variant.point) in own:
+                    with_offset[adapter] = with_offset.get(adapter, False) or variant.point.offset is not None
+        for adapter, doubled in with_offset.items():
+            _set_saved_rank(owner, adapter, doubled=doubled)
+
+
+@torch.no_grad()
+def truncate_(model: nn.Module) -> dict[str, float]:
+    """Truncates every point with an offset to X_r, the best approximation of X - X_0 of rank r, without offset, in place.
+
+    What is saved then has rank r instead of 2 r. Call it after the last step: the momentum belongs to the point before.
+
+    Returns:
+        ||X - X_0 - X_r|| / ||X - X_0|| in the Frobenius norm, by layer; 0 for a point without offset, which stays as it is.
+
+    Raises:
+        InputError: the model has no adapter on the manifold.
+    """
+    points = fixed_rank_parameters(model.parameters())
+    if not points:
+        raise InputError(
+            "model must have an adapter on the fixed-rank manifold, got none; call qriemann.attach(model) first"
+        )
+    errors = dict.fromkeys((point.name for point in points), 0.0)
+    for point in points:
+        if point.offset is None:
+            continue
+        b, a = (factor.double().cpu() for factor in lora_factors(point))
+        (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
+        left, sigma, right = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+        kept = slice(point.rank)
+        truncated = FixedRankPoint(q_b @ left[:, kept], torch.diag(sigma[kept]), q_a @ right[kept].mT)
+        point.assign(_move(truncated, point.u.device))
+        point.offset = None
+        errors[point.name] = (sigma[point.rank :].norm() / sigma.norm().clamp_min(1e-300)).item()
+    describe_saved_rank(model, points)
+    return errors
+
+
+def _config_owners(model: nn.Module) -> list[Any]:
+    """The modules whose `peft_config` says what is saved: a PeftModel's base, or one that an adapter was injected into."""
+    # A PeftModel, its tuner and its base share one dict; the base is the last of them, wherever the walk starts.
+    owners = {id(m.peft_config): m for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict)}
+    return list(owners.values())
+
+
+def _set_saved_rank(owner: Any, adapter: str, *, doubled: bool) -> None:
+    # By adapter: the config with twice the rank, and the one that it stands for.
+    kept = owner.__dict__.setdefault("_qriemann_doubled_configs", {})
+    config = owner.peft_config[adapter]
+    is_doubled = adapter in kept and kept[adapter][0] is config
+    if doubled and not is_doubled:
         # A copy, because the user's own LoraConfig may make more models, and other adapters may share it (DPO's reference).
-        model._qriemann_config_without_offset = model.peft_config[adapter]
-        config = model.peft_config[adapter] = copy.deepcopy(model.peft_config[adapter])
-        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
-        config.rank_pattern = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
-        config.alpha_pattern = {key: 2 * alpha for key, alpha in (config.alpha_pattern or {}).items()}
-    elif plain is not None and not with_offset:
-        model.peft_config[adapter], model._qriemann_config_without_offset = plain, None
+        twice = copy.deepcopy(config)
+        twice.r, twice.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+        twice.rank_pattern = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
+        twice.alpha_pattern = {key: 2 * alpha for key, alpha in (config.alpha_pattern or {}).items()}
+        kept[adapter], owner.peft_config[adapter] = (twice, config), twice
+    elif is_doubled and not doubled:
+        owner.peft_config[adapter] = kept.pop(adapter)[1]
 
 
 def report_low_precision(model: nn.Module) -> None:

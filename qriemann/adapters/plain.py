@@ -10,11 +10,8 @@ from qriemann.adapters.base import protect_quantized_weights
 from qriemann.errors import InputError
 
 
-def prepare_plain(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Every trainable parameter of `model` with its name, those of LoRA adapters in float32 from now on.
-
-    Call it when no more casting is to come: TRL casts the adapter of a 4-bit model to bf16 in its trainer's constructor,
-    where a step of 1e-4 is lost beside a factor of 1e-2.
+def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Every trainable parameter of `model` with its name.
 
     Raises:
         InputError: the adapter was loaded from a checkpoint with an offset, which plain factors of its rank cannot hold.
@@ -25,10 +22,17 @@ def prepare_plain(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
                 f"an adapter saved with an offset must go on under a method on the manifold, got {name} under plain LoRA; "
                 "resume with the method that saved it"
             )
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def prepare_plain(model: nn.Module) -> None:
+    """Makes the trainable parameters of LoRA adapters float32, in place.
+
+    Call it when no more casting is to come: TRL casts the adapter of a 4-bit model to bf16 in its trainer's constructor,
+    where a step of 1e-4 is lost beside a factor of 1e-2.
+    """
     protect_quantized_weights(model)
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for name, parameter in trainable:
-        if ".lora_" in name:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_" in name:
             parameter.data = parameter.data.to(torch.float32)
     report_low_precision(model)
-    return trainable

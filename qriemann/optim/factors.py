@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from qriemann.errors import InputError
+from qriemann.optim.rates import warn_of_another_scale
 
 NamedParameter = tuple[str, nn.Parameter]
 
@@ -32,20 +33,33 @@ class FactorOptimizer(torch.optim.Optimizer):
         defaults: the options of a param group.
 
     Attributes:
+        lr_scale: what `lr` is a measure of.
         state_keys: what the state of a parameter may hold.
+        needs_pairs: whether both factors of an adapter must be trained, of one adapter at least.
 
     The state_dict also holds the adapter's float32 parameters: a trainer that resumes loads the saved adapter into the
     dtype that it was cast to, before it creates the optimizer, and the lost bits come back with the state.
     """
 
+    lr_scale: ClassVar[str]
     state_keys: ClassVar[frozenset[str]]
+    needs_pairs: ClassVar[bool] = True
 
     def __init__(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any]) -> None:
         self.check_options(defaults)
+        warn_of_another_scale(type(self), defaults, self.lr_scale)
         groups = _named_groups(params)
         for group in groups:
             self.check_options({**defaults, **group})
-        super().__init__([part for group in groups for part in self.split(group, defaults)], defaults)
+        split = [part for group in groups for part in self.split(group, defaults)]
+        if self.needs_pairs:
+            factor_pairs(member for group in groups for member in group["params"])
+        if isinstance(params, nn.Module):
+            # Not before the checks: a model that is refused stays as it was.
+            from qriemann.adapters.plain import prepare_plain
+
+            prepare_plain(params)
+        super().__init__(split, defaults)
 
     @classmethod
     def check_options(cls, options: dict[str, Any]) -> None:
@@ -241,10 +255,11 @@ def _named_groups(params: nn.Module | Iterable[Any]) -> list[dict[str, Any]]:
     """Param groups whose "params" are lists of (name, parameter), checked."""
     if isinstance(params, nn.Module):
         # Imported here: parameters are all that this layer needs otherwise.
-        from qriemann.adapters.plain import prepare_plain
+        from qriemann.adapters.plain import trainable_parameters
 
-        params = prepare_plain(params)
-    given = list(params)
+        given: list[Any] = trainable_parameters(params)
+    else:
+        given = list(params)
     if not given:
         raise InputError("params must hold at least one trainable parameter, got none; does the model have an adapter?")
     groups = [{**group, "params": list(group["params"])} for group in given] if isinstance(given[0], dict) else None
@@ -261,6 +276,6 @@ def _named_groups(params: nn.Module | Iterable[Any]) -> list[dict[str, Any]]:
                 f"adapters must be plain LoRA for this method, got {name} on the fixed-rank manifold, whose gradients are "
                 "tangent blocks; use a method on the manifold, or make a new adapter"
             )
-        if ".lora_" in name and parameter.dtype != torch.float32:
+        if ".lora_" in name and parameter.dtype != torch.float32 and not isinstance(params, nn.Module):
             raise InputError(f"factors must be float32, got {name} in {parameter.dtype}; pass the PEFT model itself")
     return groups

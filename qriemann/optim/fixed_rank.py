@@ -17,6 +17,7 @@ from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameter
 from qriemann.geometry.point import FixedRankPoint
 from qriemann.optim.batch import FactorBatch, StepRule
 from qriemann.optim.factors import adamw_step
+from qriemann.optim.rates import warn_of_another_scale
 
 _ON_MANIFOLD = "fixed_rank"
 
@@ -35,6 +36,8 @@ class FixedRankOptimizer(torch.optim.Optimizer):
         capturable: as in torch.optim.AdamW, the step can be captured in a CUDA graph.
     """
 
+    #: What `lr` is a measure of.
+    lr_scale: ClassVar[str]
     #: Options of a param group that a whole batch shares; layers that differ in them are different batches.
     batch_options: ClassVar[tuple[str, ...]] = ()
 
@@ -48,6 +51,7 @@ class FixedRankOptimizer(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         self.check_options(defaults)
+        warn_of_another_scale(type(self), defaults, self.lr_scale)
         attach_options = {key: value for key, value in attach_options.items() if value is not None}
         if isinstance(params, nn.Module):
             params = _trainable(params, attach_options)
@@ -64,6 +68,11 @@ class FixedRankOptimizer(torch.optim.Optimizer):
         self.points: list[FixedRankParameter] = fixed_rank_parameters(
             p for group in self.param_groups if group[_ON_MANIFOLD] for p in group["params"]
         )
+        if not self.points:
+            raise InputError(
+                "params must hold the factors of an adapter on the fixed-rank manifold, got none; pass the PEFT model "
+                "itself, or call qriemann.attach(model) first"
+            )
         self._check_pairs()
         by_batch: dict[tuple[Any, ...], list[FixedRankParameter]] = defaultdict(list)
         for point in self.points:
@@ -204,11 +213,11 @@ class FixedRankOptimizer(torch.optim.Optimizer):
 
 
 def _trainable(model: nn.Module, attach_options: dict[str, Any]) -> list[nn.Parameter]:
-    # Imported here: parameters are all that this layer needs when the model is attached already.
+    # Imported here: parameters are all that this layer needs otherwise.
     from qriemann.adapters.attach import attach
 
-    if attach_options or not fixed_rank_parameters(model.parameters()):
-        attach(model, **attach_options)
+    # Always: points of another adapter say nothing of the active one, and layers on the manifold are left alone.
+    attach(model, **attach_options)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from qriemann.optim.factors import ON_FACTORS, FactorOptimizer, adamw_step, factor_pairs, split_factors
+from qriemann.errors import InputError
+from qriemann.optim.factors import ON_FACTORS, FactorOptimizer, adamw_step, split_factors
+
+LearningRateAdjustment = Literal["original", "match_rms_adamw"]
 
 
 class AdamW(FactorOptimizer):
@@ -30,7 +33,9 @@ class AdamW(FactorOptimizer):
         InputError: a value out of range, or nothing to train.
     """
 
+    lr_scale = "the change of a factor's entry in one step"
     state_keys = frozenset({"step", "exp_avg", "exp_avg_sq"})
+    needs_pairs = False
 
     def __init__(
         self,
@@ -82,6 +87,7 @@ class Muon(FactorOptimizer):
         InputError: a value out of range, a LoRA layer that is not linear, or nothing to train.
     """
 
+    lr_scale = "the spectral norm of one step of a factor"
     state_keys = frozenset({"step", "exp_avg", "exp_avg_sq", "momentum_buffer"})
 
     def __init__(
@@ -92,7 +98,7 @@ class Muon(FactorOptimizer):
         weight_decay: float = 0.1,
         *,
         nesterov: bool = True,
-        adjust_lr_fn: str | None = None,
+        adjust_lr_fn: LearningRateAdjustment | None = None,
         adamw_lr: float = 1e-4,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
@@ -110,11 +116,17 @@ class Muon(FactorOptimizer):
             "adamw_weight_decay": adamw_weight_decay,
         }
         super().__init__(params, defaults)
-        factors = [group for group in self.param_groups if group[ON_FACTORS]]
-        factor_pairs(
-            (name, p) for group in factors for name, p in zip(group["param_names"], group["params"], strict=True)
-        )
-        self._muon = torch.optim.Muon([{**group} for group in factors])
+        self._muon = torch.optim.Muon([{**group} for group in self.param_groups if group[ON_FACTORS]])
+
+    @classmethod
+    def check_options(cls, options: dict[str, Any]) -> None:
+        """Raises InputError for an option out of range."""
+        super().check_options(options)
+        choices = (None, *get_args(LearningRateAdjustment))
+        if options["adjust_lr_fn"] not in choices:
+            raise InputError(
+                f"adjust_lr_fn must be one of {', '.join(map(repr, choices))}, got {options['adjust_lr_fn']!r}"
+            )
 
     def split(self, group: dict[str, Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
         merged = {**defaults, **group}

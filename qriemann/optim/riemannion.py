@@ -51,6 +51,7 @@ class Riemannion(FixedRankOptimizer):
     that loading it restores every point to the bit, whatever dtype the adapter was saved in.
     """
 
+    lr_scale = "the spectral norm of one step of X, and about 0.6 over the number of steps does well"
     batch_options = ("nesterov", "momentum_form", "tangent_iterations")
 
     def __init__(
@@ -97,8 +98,8 @@ class Riemannion(FixedRankOptimizer):
     def check_options(cls, options: dict[str, Any]) -> None:
         """Raises InputError for an option out of range."""
         super().check_options(options)
-        if options["tangent_iterations"] < 1:
-            raise InputError(f"tangent_iterations must be at least 1, got {options['tangent_iterations']!r}")
+        if not isinstance(options["tangent_iterations"], int) or options["tangent_iterations"] < 1:
+            raise InputError(f"tangent_iterations must be an integer >= 1, got {options['tangent_iterations']!r}")
         if options["momentum_form"] not in ("raw", "orthogonalized"):
             raise InputError(f"momentum_form must be 'raw' or 'orthogonalized', got {options['momentum_form']!r}")
 

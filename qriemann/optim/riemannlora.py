@@ -44,6 +44,7 @@ class RiemannLoRA(FixedRankOptimizer):
     State: as `Riemannion`'s, where "momentum" is M / (1 - momentum); two numbers more for each layer with `simulate_adam`.
     """
 
+    lr_scale = "the Frobenius norm of a block of one step of X"
     batch_options = ("simulate_adam", "beta2", "norm_eps")
 
     def __init__(

@@ -276,6 +276,7 @@ class ScaledGD(_Scaled):
     everything, and is counted in `skipped_updates`. A step reads one flag on the host.
     """
 
+    lr_scale = "the share of a preconditioned gradient, which has the scale of the loss"
     state_keys = frozenset({"step", "momentum", "exp_avg", "exp_avg_sq"})
 
     def __init__(
@@ -358,6 +359,7 @@ class ScaledAdamW(_Scaled):
     State: two blocks of a factor's shape each, as AdamW. Pairs with gradients that are not finite: as `ScaledGD`.
     """
 
+    lr_scale = "the change of a factor's entry in one step"
     state_keys = frozenset({"step", "exp_avg", "exp_avg_sq"})
 
     def __init__(

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_origin, get_type_hints
+
+from torch import Tensor
 
 from qriemann.errors import InputError
 from qriemann.optim import AdamW, Muon, Riemannion, RiemannLoRA, ScaledAdamW, ScaledGD
 from qriemann.optim.factors import FactorOptimizer
 from qriemann.optim.fixed_rank import FixedRankOptimizer
-
-logger = logging.getLogger(__name__)
-
-# A rate copied from a method on another scale is off by 50 to 500; a rate tuned for a task, by less than 30.
-_FAR = 30.0
+from qriemann.optim.rates import warn_of_another_scale
+from qriemann.training.values import convert
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,6 @@ class Method:
     Attributes:
         optimizer: the class; called with the PEFT model and options.
         does: one line on the step.
-        lr_scale: what a learning rate is a measure of.
         state: what the optimizer keeps of each factor.
         take_when: one line on when to choose it.
         defaults: by option; what is not named here has the class's default.
@@ -46,7 +43,6 @@ class Method:
 
     optimizer: type[FixedRankOptimizer] | type[FactorOptimizer]
     does: str
-    lr_scale: str
     state: str
     take_when: str
     defaults: Mapping[str, Default]
@@ -74,7 +70,6 @@ METHODS: dict[str, Method] = {
     "riemannion": Method(
         Riemannion,
         does="Muon's orthogonalized momentum on the manifold of rank-r matrices",
-        lr_scale="the spectral norm of one step of X",
         state="1 block",
         take_when="the default; one rate for all layers and ranks, no dependence on how X is factored",
         defaults={
@@ -89,7 +84,6 @@ METHODS: dict[str, Method] = {
     "lora-tsd": Method(
         Riemannion,
         does="riemannion with three rounds of polar and tangent projection a step",
-        lr_scale="the spectral norm of one step of X",
         state="1 block",
         take_when="a direction nearer to the steepest one of the tangent space is worth a slightly dearer step",
         defaults={
@@ -102,7 +96,6 @@ METHODS: dict[str, Method] = {
     "riemannlora": Method(
         RiemannLoRA,
         does="averaged Riemannian gradient, each block divided by its root mean square norm",
-        lr_scale="the Frobenius norm of a block of one step of X",
         state="1 block",
         take_when="the first version of the paper is to be reproduced",
         defaults={
@@ -114,7 +107,6 @@ METHODS: dict[str, Method] = {
     "scaled-gd": Method(
         ScaledGD,
         does="gradient descent on the factors, preconditioned by r x r Gram matrices",
-        lr_scale="the share of a preconditioned gradient, which has the scale of the loss",
         state="none, 1 block with momentum",
         take_when="memory for any state is short, or the plainest step independent of the factors is wanted",
         defaults={
@@ -126,7 +118,6 @@ METHODS: dict[str, Method] = {
     "scaled-adamw": Method(
         ScaledAdamW,
         does="AdamW on the factors, its gradients preconditioned by r x r Gram matrices",
-        lr_scale="the change of a factor's entry in one step",
         state="2 blocks",
         take_when="AdamW is wanted with less dependence on the scales of the two factors",
         defaults={
@@ -138,7 +129,6 @@ METHODS: dict[str, Method] = {
     "adamw": Method(
         AdamW,
         does="torch's fused AdamW on the factors; lora_plus_ratio=16 is LoRA+",
-        lr_scale="the change of a factor's entry in one step",
         state="2 blocks",
         take_when="a baseline is wanted, or the settings of a LoRA run are to be kept",
         defaults={
@@ -151,7 +141,6 @@ METHODS: dict[str, Method] = {
     "muon": Method(
         Muon,
         does="torch's Muon on each factor by itself",
-        lr_scale="the spectral norm of one step of a factor",
         state="1 block",
         take_when="a baseline is wanted for what the manifold adds to orthogonalization",
         defaults={
@@ -169,7 +158,7 @@ def find_method(name: str) -> Method:
     Raises:
         InputError: there is none; it says which is meant, if one looks alike.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {name!r}{_hint(name, METHODS)}")
     return METHODS[name]
 
@@ -182,7 +171,7 @@ def resolve_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         given: by option; None stands for "not given".
 
     Raises:
-        InputError: an option that the method does not have, or a value out of range.
+        InputError: an option that the method does not have, or a value of another type or out of range.
     """
     method, given = find_method(name), {key: value for key, value in given.items() if value is not None}
     known = method.options()
@@ -195,23 +184,30 @@ def resolve_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
             )
         if key not in known and key not in _START:
             raise InputError(f"{key} is not an option of {name}; known: {', '.join(known)}{_hint(key, known)}")
+    hints = get_type_hints(method.optimizer.__init__)
+    given = {key: value if key == "start" else _as_declared(key, value, hints[key]) for key, value in given.items()}
     merged = {**known, **{key: value for key, value in given.items() if key not in _START}}
     # A class that has AdamW for some parameters only names its rates so, and its param groups have the plain names.
     plain_names = {"adamw_betas": "betas", "adamw_eps": "eps"}
     method.optimizer.check_options({plain_names.get(key, key): value for key, value in merged.items()})
-    _warn_of_another_scale(name, method, merged["lr"])
+    warn_of_another_scale(method.optimizer, merged, method.optimizer.lr_scale)
     return {key: default.value for key, default in method.defaults.items()} | given
 
 
-def _warn_of_another_scale(name: str, method: Method, lr: Any) -> None:
-    usual = method.defaults["lr"].value
-    if not usual / _FAR < lr < usual * _FAR:
-        logger.warning(
-            "lr=%g is more than %g times off the %g of %s, where it is %s; is it meant for another method?",
-            *(lr, _FAR, usual, name, method.lr_scale),
-        )
+def _as_declared(key: str, value: Any, hint: Any) -> Any:
+    """An option as people write it, in the type that the constructor declares: YAML reads 1e-4 as a string."""
+    if isinstance(value, Tensor):  # a learning rate that changes between the replays of a CUDA graph
+        return value
+    is_pair = get_origin(hint) is tuple
+    try:
+        if not is_pair:
+            return convert(hint, value)
+        first, second = convert(list[float], value)
+        return first, second
+    except ValueError as error:
+        raise InputError(f"{key} must be {'two numbers' if is_pair else error}, got {value!r}") from None
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+def _hint(name: Any, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

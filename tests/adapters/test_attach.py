@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from qriemann import InputError, Riemannion, attach, load_base
+from qriemann.adapters.attach import truncate_
 from qriemann.geometry.parameter import orthonormality_drift
 from tests.models import (
     fill_lora,
@@ -377,3 +378,130 @@ def test_a_base_from_load_base_takes_a_checkpoint_with_an_offset_without_a_callb
     resumed.load_adapter(tmp_path / "adapter", "default")
     attach(resumed, start="offset", seed=1)
     torch.testing.assert_close(resumed(ids).logits, saved(ids).logits, rtol=0, atol=1e-5)
+
+
+# What PEFT saves.
+
+
+def trained(model: nn.Module) -> torch.Tensor:
+    """The logits after two steps of the active adapter, which is put on the manifold with an offset."""
+    optimizer = Riemannion(model, lr=0.1)
+    for seed in range(2):
+        optimizer.zero_grad()
+        next_token_loss(model, token_batch(seed)).backward()
+        optimizer.step()
+    return logits(model)
+
+
+def second_config(model: PeftModel) -> LoraConfig:
+    return LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize(
+    "config", [second_config, lambda model: model.peft_config["default"]], ids=["its own config", "the first one's"]
+)
+def test_each_of_two_adapters_with_an_offset_is_saved_so_that_plain_peft_loads_it(config, tmp_path):
+    model = with_lora(tiny_llama())
+    expected = {"default": trained(model)}
+    model.add_adapter("second", config(model))
+    model.set_adapter("second")
+    expected["second"] = trained(model)
+    model.save_pretrained(tmp_path)
+    for adapter, folder in (("default", tmp_path), ("second", tmp_path / "second")):
+        reloaded = PeftModel.from_pretrained(tiny_llama(), folder)
+        assert relative(logits(reloaded), expected[adapter]) < 1e-5
+
+
+def test_an_adapter_that_was_deleted_leaves_its_name_to_another(tmp_path):
+    model = with_lora(tiny_llama())
+    model.add_adapter("second", second_config(model))
+    model.set_adapter("second")
+    trained(model)
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    model.add_adapter("second", second_config(model))
+    model.set_adapter("second")
+    expected = trained(model)
+    model.save_pretrained(tmp_path)
+    assert relative(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "second")), expected) < 1e-5
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+def test_a_model_with_an_injected_adapter_saves_what_transformers_loads(start, tmp_path):
+    # diffusers' add_adapter injects in the same way.
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    attach(model, start=start)
+    expected = trained(model)
+    model.save_pretrained(tmp_path / "adapter")
+    reloaded = type(model).from_pretrained(tmp_path / "base")
+    reloaded.load_adapter(str(tmp_path / "adapter"))
+    assert relative(logits(reloaded), expected) < 1e-5
+
+
+def test_an_offset_is_refused_where_no_config_can_say_the_rank():
+    part = with_lora(tiny_llama()).base_model.model.model.layers
+    with pytest.raises(InputError, match=r"got a ModuleList without peft_config; pass the whole model"):
+        attach(part)
+    assert attach(part, start="zero")
+    assert attach(part)  # nothing is to be done any more
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 24, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 2, "initializer_range": 0.1}
+    sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=0))
+
+
+GPT2_LORA = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        (tiny_llama, {}),
+        (tiny_llama, {"use_rslora": True, "rank_pattern": {"q_proj": 9}, "alpha_pattern": {"v_proj": 3}}),
+        (tiny_llama, {"r": 32}),  # all rows of k_proj and v_proj
+        (gpt2, GPT2_LORA),
+    ],
+    ids=["llama", "patterns", "full rank", "fan_in_fan_out"],
+)
+def test_a_truncated_adapter_is_the_best_of_its_rank_and_is_saved_at_it(base, options, tmp_path):
+    model = with_lora(base(), **options)
+    trained(model)
+    expected, errors = {}, {}
+    for name, (_, point) in variants(model).items():
+        left, sigma, right = torch.linalg.svd(point.point().dense() - point.offset.dense(), full_matrices=False)
+        r = point.rank
+        expected[name] = (left[:, :r] * sigma[:r]) @ right[:r]
+        errors[name] = (sigma[r:].norm() / sigma.norm()).item()
+    # r of the 2 r directions go: something, unless r spans the layer.
+    assert max(errors.values()) > 0.01
+    assert truncate_(model) == pytest.approx(errors, rel=1e-4, abs=1e-6)
+    points = {name: point for name, (_, point) in variants(model).items()}
+    assert orthonormality_drift(points.values()) < 1e-6
+    for name, point in points.items():
+        assert point.offset is None
+        assert relative(point.point().dense(), expected[name]) < 1e-5
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(base(), tmp_path)
+    assert (reloaded.peft_config["default"].r, reloaded.peft_config["default"].rank_pattern) == (
+        options.get("r", 4),
+        options.get("rank_pattern", {}),
+    )
+    assert relative(logits(reloaded), logits(model)) < 1e-5
+
+
+def test_truncating_changes_nothing_without_an_offset_and_is_refused_without_a_point():
+    model = with_lora(tiny_llama())
+    with pytest.raises(InputError, match="on the fixed-rank manifold, got none"):
+        truncate_(model)
+    points = attach(model, start="zero")
+    expected = trained(model)
+    assert set(truncate_(model).values()) == {0.0}
+    assert len(points) == 14
+    assert torch.equal(logits(model), expected)

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from qriemann import InputError, Riemannion, attach
+from qriemann import InputError, Riemannion, RiemannLoRA, attach
 from qriemann.geometry import FixedRankParameter
 from tests.models import next_token_loss, relative, tiny_llama, token_batch, variants, with_lora
 
@@ -404,6 +404,27 @@ def test_nothing_to_train_is_refused():
         Riemannion([])
     with pytest.raises(InputError, match="LoRA adapter"):
         Riemannion(tiny_llama(layers=1))
+
+
+@pytest.mark.parametrize("method", [Riemannion, RiemannLoRA])
+def test_factors_that_are_not_on_the_manifold_are_refused(method):
+    # AdamW at adamw_lr would train them, and nothing would say so.
+    model = with_lora(tiny_llama())
+    with pytest.raises(
+        InputError, match=r"factors of an adapter on the fixed-rank manifold, got none.*attach\(model\)"
+    ):
+        method([p for p in model.parameters() if p.requires_grad])
+
+
+def test_a_second_adapter_is_put_on_the_manifold_when_it_is_the_active_one():
+    model = with_lora(tiny_llama())
+    first = Riemannion(model).points
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+    second = Riemannion(model)
+    assert len(second.points) == len(first) == 14
+    assert not set(second.points) & set(first)
+    assert {p.fixed_rank for group in second.param_groups for p in group["params"]} == set(second.points)
 
 
 def test_attach_options_need_the_model():

@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from qriemann.training.methods import METHODS
+
 RECIPE = Path(__file__).parents[2] / "recipes" / "bench_step.py"
 SHAPES = ((24, 16), (16, 40))
 LAYERS, RANK, ROUNDS = 3, 4, 5
@@ -51,9 +53,12 @@ def test_every_optimizer_is_there_and_runs_or_says_why(report):
         "riemannion-offset",
         "riemannion-zero",
         "lora-tsd",
+        "riemannlora",
+        "riemannlora-plain",
         "per-layer",
         "scaled-adamw",
         "scaled-gd",
+        "adamw",
         "peft-riemannian",
         "adamw-fused",
         "adamw-foreach",
@@ -76,18 +81,27 @@ def test_the_ratios_are_those_of_the_times(report):
         assert record["median_of_ratios"] == pytest.approx(statistics.median(by_round))
 
 
+def test_every_method_of_the_table_has_a_row_under_its_name(bench_step):
+    methods = {"riemannion-offset" if name == "riemannion" else name for name in METHODS}
+    assert methods <= bench_step.ENTRIES.keys()
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("riemannion-offset", TALL_BYTES + CORE_BYTES),
         ("riemannion-zero", TALL_BYTES + CORE_BYTES),
         ("lora-tsd", TALL_BYTES + CORE_BYTES),
+        # Two averages of squared norms and a count for each of the 6 layers.
+        ("riemannlora", TALL_BYTES + CORE_BYTES + 4 * 3 * 6),
+        ("riemannlora-plain", TALL_BYTES + CORE_BYTES),
         # The core of the momentum is kept apart from its tall parts.
         ("per-layer", TALL_BYTES + 2 * CORE_BYTES),
         # Its step counters are numbers on the host.
         ("scaled-adamw", 2 * TALL_BYTES),
         ("scaled-gd", 0),
         ("peft-riemannian", 2 * TALL_BYTES + STEP_BYTES),
+        ("adamw", 2 * TALL_BYTES + STEP_BYTES),
         ("adamw-fused", 2 * TALL_BYTES + STEP_BYTES),
         ("adamw-foreach", 2 * TALL_BYTES + STEP_BYTES),
         ("muon", TALL_BYTES),
@@ -204,7 +218,7 @@ def test_smollm2_has_210_adapters(bench_step):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--only", "adamw"], "--only must name some of"),
+        (["--only", "adam"], "--only must name some of"),
         (["--rank", "17"], "--rank must be at most 16"),
         (["--layers", "4"], "--layers must be at most 3"),
         (["--model", "/nowhere"], "--model must be one of"),

@@ -300,7 +300,7 @@ BAD = {
     "alpha 0": ({"alpha": 0.0}, "alpha must be a finite number > 0, got 0.0"),
     "a misspelt option": ({"momentun": 0.9}, "momentun is not an option of riemannion.*did you mean 'momentum'"),
     "lr negative": ({"lr": -1.0}, "lr must be a finite number >= 0, got -1.0"),
-    "lr NaN": ({"lr": math.nan}, "lr must be a finite number >= 0, got nan"),
+    "lr NaN": ({"lr": math.nan}, "lr must be a finite number, got nan"),
     "momentum 1": ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
     "weight_decay negative": ({"weight_decay": -0.1}, "weight_decay must be a finite number >= 0, got -0.1"),
     "betas": ({"adamw_betas": (0.9, 1.0)}, "adamw_betas"),
