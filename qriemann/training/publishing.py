@@ -30,9 +30,9 @@ def take_over_push(config: RunConfig, model: Any) -> tuple[str | None, str | Non
     return repo, token
 
 
-def publish(config: RunConfig, to: tuple[str | None, str | None], console: Console) -> None:
+def publish(config: RunConfig, repo: str | None, console: Console, *, token: str | None = None) -> None:
     """Writes card and report into the run's folder; pushes the adapter if there is a repository for it."""
-    folder, (repo, token) = config.sft.output_dir, to
+    folder = config.sft.output_dir
     write_card(read_folder(folder))
     write_report(folder)
     if repo is not None:

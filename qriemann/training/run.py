@@ -147,7 +147,7 @@ class _Run:
     ) -> None:
         """Reads and checks all that the run is made of; nothing is written."""
         config, ours = self.config, self.config.qriemann
-        self.repository = take_over_push(config, model)
+        self.repository, self.token = take_over_push(config, model)
         self.optimizer = optimizer_arguments(config)
         self.initialize = recipe_callbacks(ours.init, ours.init_kwargs, start=ours.start, alpha=ours.alpha)  # type: ignore[arg-type]
         # Asking for the device is what joins the processes of a launcher.
@@ -223,7 +223,7 @@ class _Run:
             self._record_failure(error)
             raise
         if self.trainer.is_world_process_zero():
-            publish(self.config, self.repository, self.view.console)
+            publish(self.config, self.repository, self.view.console, token=self.token)
         return result
 
     def _save_adapter(self) -> None:
