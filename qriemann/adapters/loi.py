@@ -53,7 +53,7 @@ def locally_optimal_(
         batches: a few training batches. They are all kept, and read 2 (power_iterations + 1) times.
         loss_fn: called with (model, batch); None takes the loss that `model(**batch)` returns.
         start: see above.
-        alpha: the scale of S for "offset", > 0.
+        alpha: the scale of S for "offset", > 0; 0.3, 1 and 3 train alike (recipes/results/starts).
         oversampling: columns beyond 2 r, >= 0.
         power_iterations: q, >= 0.
         seed: of the random sketch.

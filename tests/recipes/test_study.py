@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -210,6 +211,20 @@ def test_every_arm_sees_the_same_rows_and_the_report_says_what_the_runs_gave(tmp
     assert f"| riemannion | 0.01 | {loss:.3f}" in text
     assert (results / "say.png").stat().st_size > 10_000
     assert not list((results / "work").glob("*"))
+
+
+def test_the_readmes_starts_are_those_of_the_committed_runs():
+    runs = report.read_runs(RECIPES / "results" / "starts")
+    lines = (RECIPES.parent / "README.md").read_text().splitlines()
+    tested = [run for run in runs if run["test"]]
+    assert len(tested) >= 12
+    for arm in {run["arm"] for run in tested}:
+        group = [run for run in tested if run["arm"] == arm]
+        assert {run["seed"] for run in group} == {0, 1, 2}
+        early = [statistics.mean(loss for _, loss in run["curve"][:20]) for run in group]
+        after = [run["validation_loss"] for run in group]
+        cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in (early, after)]
+        assert f"| {arm} | {group[0]['lr']:g} | {' | '.join(cells)} |" in lines
 
 
 def test_the_readmes_table_is_what_the_committed_runs_give():
