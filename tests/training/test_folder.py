@@ -18,7 +18,7 @@ from tests.training.conftest import chat_rows, run_cli
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch):
     """The report at the end of a run is seconds of drawing."""
-    monkeypatch.setattr("qriemann.training.run.publish", lambda *arguments: None)
+    monkeypatch.setattr("qriemann.training.run.publish", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from tests.training.test_lock import hold_until_killed
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch):
     """The report at the end of a run is seconds of drawing."""
-    monkeypatch.setattr("qriemann.training.run.publish", lambda *arguments: None)
+    monkeypatch.setattr("qriemann.training.run.publish", lambda *_, **__: None)
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_a_signal_in_the_evaluation_after_the_last_epoch_leaves_the_adapter_and_
     tmp_path, settings, monkeypatch
 ):
     pushed = []
-    monkeypatch.setattr("qriemann.training.run.publish", lambda *arguments: pushed.append(arguments))
+    monkeypatch.setattr("qriemann.training.run.publish", lambda *arguments, **_: pushed.append(arguments))
     settings = {**settings, **EVALUATED, "eval_strategy": "epoch", "save_strategy": "no", "max_steps": -1}
     with pytest.raises(StoppedBySignal):
         train(config_from_values({**settings, "num_train_epochs": 1}), callbacks=[SignalInEvaluation(10)])

@@ -51,7 +51,7 @@ def train_to_the_end(path):
     torch.set_num_threads(1)
     # As in a process of its own: a worker from another server would load everything once more, and outlive its run.
     multiprocessing.set_start_method("fork", force=True)
-    run.publish = lambda *arguments: None
+    run.publish = lambda *_, **__: None
     sys.exit(cli.main(["train", str(path), "--resume", "auto"]))
 
 
