@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from qriemann.adapters.chat_template import refuse_endless_template
-from qriemann.adapters.saved_config import LEAVES_FOLDER, entries
+from qriemann.adapters.finite import is_finite
+from qriemann.adapters.saved_config import entries, refuse_outside
 from qriemann.errors import InputError
 
 _WEIGHTS, _INDEX, _TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer_config.json"
@@ -46,11 +47,8 @@ def load_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
     path = _find(source, _TOKENIZER, options.get("revision"))
     if path is not None:
         for key, value in entries(json.loads(Path(path).read_text("utf-8"))):
-            names_file = _NAMES_A_FILE.fullmatch(key) and key not in _ONLY_HISTORY
-            if names_file and isinstance(value, str) and LEAVES_FOLDER.match(value):
-                raise InputError(
-                    f"a path in {path} must stay in its folder, got {value!r:.80} for {key!r:.80}; remove it or copy it there"
-                )
+            if _NAMES_A_FILE.fullmatch(key) and key not in _ONLY_HISTORY:
+                refuse_outside(path, key, value, "remove it or copy it there")
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     refuse_endless_template(tokenizer)
     return tokenizer
@@ -68,10 +66,7 @@ def check_weight_files(
     index = _find(source, _INDEX, revision) if file is None else None
     if index is not None:
         for key, value in json.loads(Path(index).read_text("utf-8"))["weight_map"].items():
-            if LEAVES_FOLDER.match(value):
-                raise InputError(
-                    f"a path in {index} must stay in its folder, got {value!r:.80} for {key!r:.80}; download the model again"
-                )
+            refuse_outside(index, key, value, "download the model again")
         files = get_checkpoint_shard_files(source, index, revision=revision)[0]
     in_4_bit = hasattr(config, "quantization_config")
     stored = [count for path in files for count in _stored_numbers(path, in_4_bit=in_4_bit)]
@@ -128,7 +123,7 @@ def noting_what_is_quantized() -> Iterator[list[str]]:
 
     def noting(self: Any, input_dict: dict[str, Any], **options: Any) -> dict[str, Tensor]:
         for name, value in input_dict.items():
-            if not _is_finite(value[0] if isinstance(value, list) else value):
+            if not is_finite(value[0] if isinstance(value, list) else value):
                 noted.append(name)
         return convert(self, input_dict, **options)
 
@@ -141,7 +136,7 @@ def noting_what_is_quantized() -> Iterator[list[str]]:
 
 def check_finite(name: str, model: PreTrainedModel, noted: list[str]) -> None:
     """Raises InputError if a weight of the model is not finite, or `noted` as such before it was quantized."""
-    found = [key for key, weight in model.named_parameters() if not all(map(_is_finite, _floats_of(weight)))]
+    found = [key for key, weight in model.named_parameters() if not all(map(is_finite, _floats_of(weight)))]
     if found := list(dict.fromkeys(noted + found)):
         raise InputError(
             f"weights must be finite numbers in {model.dtype}, got NaN or infinities in {_listed(found)} of {name!r}; "
@@ -190,13 +185,6 @@ def _floats_of(weight: Tensor) -> list[Tensor]:
     if state is None:
         return [weight]
     return [state.absmax] if not state.nested else [state.offset, state.state2.absmax]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    # isfinite() takes 25 times as long on CPUs, and memory of the tensor's size.
-    return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 
 def _listed(names: list[str]) -> str:

@@ -38,7 +38,7 @@ _NOT_PLAIN = (
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # By these, files of Hub repositories ask for Python code that comes with them.
 _ASKS_FOR_CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
-LEAVES_FOLDER = re.compile(r"[/~]|\\\\|[A-Za-z]:[\\/]|\.\.\\|(.*/)?\.\.(/|$)", re.DOTALL)
+_LEAVES_FOLDER = re.compile(r"[/~]|\\\\|[A-Za-z]:[\\/]|\.\.\\|(.*/)?\.\.(/|$)", re.DOTALL)
 # The base is the one thing outside of the folder that a configuration has to name; loading it runs no code of its own.
 _MAY_BE_OUTSIDE = ("base_model_name_or_path",)
 _NAME = re.compile(r"[\w.-]+")
@@ -111,10 +111,14 @@ def _refuse_what_reaches_out(content: dict[str, Any], path: Path) -> None:
             raise InputError(
                 f"an adapter must not ask for code to be run, got {key} in {path}; remove the key if you trust the rest"
             )
-        if isinstance(value, str) and key not in _MAY_BE_OUTSIDE and LEAVES_FOLDER.match(value):
-            raise InputError(
-                f"a path in {path} must stay in its folder, got {value!r:.80} for {key!r:.80}; remove it or copy it there"
-            )
+        if key not in _MAY_BE_OUTSIDE:
+            refuse_outside(path, key, value, "remove it or copy it there")
+
+
+def refuse_outside(path: Path | str, key: str, value: Any, remedy: str) -> None:
+    """Raises InputError if `value`, which the file at `path` has for `key`, is a path out of that file's folder."""
+    if isinstance(value, str) and _LEAVES_FOLDER.match(value):
+        raise InputError(f"a path in {path} must stay in its folder, got {value!r:.80} for {key!r:.80}; {remedy}")
 
 
 def entries(content: Any) -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qriemann.adapters.base import load_base
 from qriemann.adapters.gguf import EMBEDDED_MODEL
-from qriemann.adapters.saved_config import LEAVES_FOLDER
+from qriemann.adapters.saved_config import refuse_outside
 from qriemann.errors import InputError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -28,10 +28,8 @@ class Checkpoint(Mapping[str, Tensor]):
         self.folder = folder
         if (folder / _INDEX).is_file():
             files = json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"]
-            if outside := [file for file in files.values() if LEAVES_FOLDER.match(file)]:
-                raise InputError(
-                    f"the files of {folder / _INDEX} must lie beside it, got {outside[0]!r:.80}; download it again"
-                )
+            for name, file in files.items():
+                refuse_outside(folder / _INDEX, name, file, "download it again")
             self._files = dict(sorted(files.items(), key=lambda item: item[1]))
         elif (folder / _SINGLE).is_file():
             with safe_open(folder / _SINGLE, "pt") as file:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import safe_globals
 
+from qriemann.adapters.finite import is_finite
 from qriemann.adapters.saved import finite_tensors
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import fixed_rank_parameters, orthonormality_drift
@@ -38,7 +39,6 @@ _LARGEST_MANIFEST_BYTES = 2**24
 _NAME = re.compile(r"checkpoint-(\d+)")
 # Without these the trainer would resume all the same, with a fresh optimizer and from step 0.
 _NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What torch's optimizers keep in the shape of a parameter.
 _ELEMENTWISE = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 # A step keeps max |U^T U - I| below 1e-5; beyond this U S V^T is no longer the point that the optimizer believes in.
@@ -208,9 +208,8 @@ def _find_not_finite(content: Any, name: str = "") -> str | None:
     if isinstance(content, list | tuple):
         return _find_not_finite(dict(enumerate(content)), name)
     # Other classes, as of 8-bit states, need not have the operation.
-    if type(content) in (Tensor, nn.Parameter) and content.dtype in _FLOATS and content.numel():
-        # Least and greatest pass on a NaN, and unlike isfinite() need no memory of the tensor's size.
-        return None if all(math.isfinite(end) for end in torch.aminmax(content.detach())) else name
+    if type(content) in (Tensor, nn.Parameter):
+        return None if is_finite(content) else name
     # Schedulers begin with an infinite best value.
     return name if isinstance(content, float) and math.isnan(content) else None
 

@@ -71,6 +71,25 @@ def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) 
     return folder
 
 
+@pytest.fixture
+def settings(tmp_path: Path, model_folder: Path, write_rows: Callable[..., Path]) -> dict[str, Any]:
+    """A recipe of that model on 24 rows; files extend it by a fixture of the same name."""
+    return {
+        "model_name_or_path": str(model_folder),
+        "quantize": "none",
+        "dataset_name": str(write_rows(chat_rows(24))),
+        "output_dir": str(tmp_path / "out"),
+        "lora_r": 4,
+        "display": "none",
+    }
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report at the end of a run is seconds of drawing."""
+    monkeypatch.setattr("qriemann.training.run.publish", lambda *_, **__: None)
+
+
 def run_cli(tmp_path: Path, settings: dict[str, Any], *arguments: str) -> int:
     """`qriemann train` on these settings, and its exit status."""
     path = tmp_path / "run.yaml"

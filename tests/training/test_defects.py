@@ -25,24 +25,15 @@ def model(model_folder):
 
 
 @pytest.fixture
-def run(tmp_path, model_folder):
+def run(tmp_path, settings):
     """Trains one step through the command line on a file of rows; its exit status and the run.json it left."""
 
     def start(path, *arguments, template=CHATML):
-        settings = {
-            "model_name_or_path": str(model_folder),
-            "dataset_name": str(path),
-            "output_dir": str(tmp_path / "out"),
-            "quantize": "none",
-            "lora_r": 4,
-            "max_steps": 1,
-            "eval_size": 0,
-            "display": "plain",
-        }
+        asked = {**settings, "dataset_name": str(path), "max_steps": 1, "eval_size": 0, "display": "plain"}
         if template != CHATML:
             (tmp_path / "template.jinja").write_text(template)
-            settings["chat_template_path"] = str(tmp_path / "template.jinja")
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+            asked["chat_template_path"] = str(tmp_path / "template.jinja")
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(asked))
         status = cli.main(["train", str(tmp_path / "run.yaml"), *arguments])
         report = tmp_path / "out" / "run.json"
         return status, json.loads(report.read_text()) if report.exists() else None

@@ -18,13 +18,9 @@ from tests.training.conftest import chat_rows
 
 
 @pytest.fixture
-def settings(tmp_path, model_folder, write_rows):
+def settings(settings):
     return {
-        "model_name_or_path": str(model_folder),
-        "dataset_name": str(write_rows(chat_rows(24))),
-        "output_dir": str(tmp_path / "out"),
-        "quantize": "none",
-        "lora_r": 4,
+        **settings,
         "lora_dropout": 0.2,
         "max_steps": 3,
         "max_length": 64,
@@ -32,7 +28,6 @@ def settings(tmp_path, model_folder, write_rows):
         "gradient_accumulation_steps": 2,
         "eval_size": 4,
         "use_cpu": True,
-        "display": "none",
     }
 
 

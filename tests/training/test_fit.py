@@ -205,13 +205,11 @@ class NoRoom(TrainerCallback):
 
 
 @pytest.fixture
-def recipe(tmp_path, model_folder, write_rows):
+def recipe(settings, write_rows):
     values = {
-        "model_name_or_path": str(model_folder),
+        **settings,
         "quantize": "nf4",
         "dataset_name": str(write_rows(chat_rows(12))),
-        "output_dir": str(tmp_path / "out"),
-        "lora_r": 4,
         "max_steps": 2,
         "auto_batch": True,
         "per_device_train_batch_size": 3,

@@ -12,29 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qriemann.training.checkpoints import MANIFEST
-from tests.training.conftest import chat_rows, run_cli
+from tests.training.conftest import run_cli
 
-
-@pytest.fixture(autouse=True)
-def _no_report(monkeypatch):
-    """The report at the end of a run is seconds of drawing."""
-    monkeypatch.setattr("qriemann.training.run.publish", lambda *_, **__: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture
-def settings(tmp_path, model_folder, write_rows):
+def settings(settings):
     return {
-        "model_name_or_path": str(model_folder),
-        "quantize": "none",
-        "dataset_name": str(write_rows(chat_rows(24))),
-        "output_dir": str(tmp_path / "out"),
-        "lora_r": 4,
+        **settings,
         "max_steps": 2,
         "per_device_train_batch_size": 2,
         "save_steps": 1,
         "eval_size": 2,
         "eval_on_start": True,
-        "display": "none",
     }
 
 

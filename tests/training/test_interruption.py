@@ -22,31 +22,22 @@ from qriemann.training.checkpoints import newest_checkpoint
 from qriemann.training.config import config_from_values
 from qriemann.training.run import train
 from qriemann.training.stop import StoppedBySignal
-from tests.training.conftest import chat_rows, make_tokenizer, run_cli, save_model
+from tests.training.conftest import make_tokenizer, run_cli, save_model
 from tests.training.test_lock import hold_until_killed
 
-
-@pytest.fixture(autouse=True)
-def _no_report(monkeypatch):
-    """The report at the end of a run is seconds of drawing."""
-    monkeypatch.setattr("qriemann.training.run.publish", lambda *_, **__: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture
-def settings(tmp_path, model_folder, write_rows):
+def settings(settings):
     return {
-        "model_name_or_path": str(model_folder),
-        "quantize": "none",
-        "dataset_name": str(write_rows(chat_rows(24))),
-        "output_dir": str(tmp_path / "out"),
-        "lora_r": 4,
+        **settings,
         "lora_dropout": 0.2,
         "max_steps": 6,
         "per_device_train_batch_size": 2,
         "save_steps": 2,
         "save_total_limit": 2,
         "eval_size": 0,
-        "display": "none",
     }
 
 

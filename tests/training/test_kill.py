@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from qriemann import cli
 from qriemann.training import run
 from qriemann.training.checkpoints import newest_checkpoint
-from tests.training.conftest import chat_rows
 
 # Children of one server that has imported everything: a new process costs no import, and inherits no thread.
 forkserver = multiprocessing.get_context("forkserver")
@@ -24,15 +23,12 @@ forkserver.set_forkserver_preload(["tests.training.runs", "tests.training.test_k
 
 
 @pytest.fixture
-def settings(model_folder, write_rows):
+def settings(settings):
     """All that a resumed run has to take up again: start, packed rows, dropout, a step's several batches."""
     return {
-        "model_name_or_path": str(model_folder),
-        "quantize": "none",
-        "dataset_name": str(write_rows(chat_rows(24))),
+        **settings,
         "init": "loi",
         "init_kwargs": {"batches": 2},
-        "lora_r": 4,
         "lora_dropout": 0.2,
         "packing": True,
         "max_length": 64,
@@ -41,7 +37,6 @@ def settings(model_folder, write_rows):
         "save_steps": 2,
         "save_total_limit": 2,
         "eval_size": 0,
-        "display": "none",
     }
 
 

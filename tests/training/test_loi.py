@@ -36,7 +36,6 @@ from tests.models import (
     with_lora,
     word_tokenizer,
 )
-from tests.training.conftest import chat_rows
 
 RANK = 4
 LORA = {"r": RANK, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -375,16 +374,14 @@ def test_values_out_of_range_are_refused_by_name_at_the_call(options, message):
 
 
 @pytest.fixture
-def settings(tmp_path, model_folder, write_rows) -> dict[str, Any]:
+def settings(settings) -> dict[str, Any]:
     return {
-        "model_name_or_path": str(model_folder),
-        "dataset_name": str(write_rows(chat_rows(24))),
-        "output_dir": str(tmp_path / "out"),
+        **settings,
+        "quantize": "nf4",
         "lora_r": RANK,
         "max_steps": 2,
         "per_device_train_batch_size": 4,
         "eval_strategy": "no",
-        "display": "none",
         "use_cpu": True,
         "init": "loi",
         "init_kwargs": {"batches": 3, "power_iterations": 0},

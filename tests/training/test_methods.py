@@ -29,7 +29,6 @@ from tests.models import (
     with_lora,
     word_tokenizer,
 )
-from tests.training.conftest import chat_rows
 
 NAMES = ("riemannion", "lora-tsd", "riemannlora", "scaled-gd", "scaled-adamw", "adamw", "muon")
 ON_MANIFOLD = ("riemannion", "lora-tsd", "riemannlora")
@@ -372,25 +371,10 @@ def test_an_adapter_with_an_offset_does_not_go_on_under_plain_factors(base, tmp_
 # The recipe.
 
 
-def recipe_settings(tmp_path: Path, model_folder: Path, rows: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "model_name_or_path": str(model_folder),
-        "quantize": "none",
-        "dataset_name": str(rows),
-        "output_dir": str(tmp_path / "out"),
-        "lora_r": 4,
-        "max_steps": 2,
-        "save_strategy": "no",
-        "display": "none",
-        "eval_size": 4,
-        **changes,
-    }
-
-
-def test_one_word_of_a_recipe_changes_the_method(tmp_path, model_folder, write_rows):
+def test_one_word_of_a_recipe_changes_the_method(settings):
     changes = {"method": "scaled-adamw", "learning_rate": 1e-3, "method_kwargs": {"damping": 1e-4}}
-    settings = recipe_settings(tmp_path, model_folder, write_rows(chat_rows(24)), **changes)
-    result = qriemann.train(config_from_values(settings))
+    short = {"max_steps": 2, "save_strategy": "no", "eval_size": 4}
+    result = qriemann.train(config_from_values({**settings, **short, **changes}))
     optimizer = result.trainer.optimizer.optimizer
     assert isinstance(optimizer, qriemann.ScaledAdamW)
     assert {optimizer.defaults[key] for key in ("lr", "damping", "weight_decay")} == {1e-3, 1e-4, 0.01}
@@ -398,13 +382,9 @@ def test_one_word_of_a_recipe_changes_the_method(tmp_path, model_folder, write_r
     assert result.orthonormality_drift is None
 
 
-def test_a_start_in_a_recipe_is_refused_for_plain_factors_before_anything_is_written(
-    tmp_path, model_folder, write_rows
-):
-    rows = write_rows(chat_rows(24))
-    settings = recipe_settings(tmp_path, model_folder, rows, method="adamw", start="zero")
+def test_a_start_in_a_recipe_is_refused_for_plain_factors_before_anything_is_written(tmp_path, settings):
     with pytest.raises(qriemann.InputError, match="start must be left out for adamw"):
-        qriemann.train(config_from_values(settings))
+        qriemann.train(config_from_values({**settings, "method": "adamw", "start": "zero"}))
     assert not (tmp_path / "out").exists()
 
 

@@ -26,13 +26,9 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def settings(tmp_path, model_folder, write_rows):
+def settings(settings):
     return {
-        "model_name_or_path": str(model_folder),
-        "quantize": "none",
-        "dataset_name": str(write_rows(chat_rows(24))),
-        "output_dir": str(tmp_path / "out"),
-        "lora_r": 4,
+        **settings,
         "max_steps": 4,
         "per_device_train_batch_size": 4,
         "save_steps": 2,

@@ -3,28 +3,16 @@
 from qriemann.training import publishing
 from qriemann.training.config import config_from_values
 from qriemann.training.run import train
-from tests.training.conftest import chat_rows
 
 TOKEN = "hf_" + "Ab1" * 12
 
 
-def test_the_push_gets_the_token_and_no_file_of_the_run(tmp_path, model_folder, write_rows, monkeypatch):
+def test_the_push_gets_the_token_and_no_file_of_the_run(tmp_path, settings, monkeypatch):
     pushed = []
     monkeypatch.setattr(publishing, "check_push", lambda *_: None)
     monkeypatch.setattr(publishing, "push", lambda *_, **given: pushed.append(given["token"]))
-    settings = {
-        "model_name_or_path": str(model_folder),
-        "quantize": "none",
-        "dataset_name": str(write_rows(chat_rows(8))),
-        "output_dir": str(tmp_path / "out"),
-        "max_steps": 2,
-        "save_steps": 1,
-        "eval_size": 0,
-        "display": "none",
-        "push": "me/tiny",
-        "hub_token": TOKEN,
-    }
-    train(config_from_values(settings))
+    pushing = {"max_steps": 2, "save_steps": 1, "eval_size": 0, "push": "me/tiny", "hub_token": TOKEN}
+    train(config_from_values({**settings, **pushing}))
     assert pushed == [TOKEN]
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {"training_args.bin", "run.json"} <= {path.name for path in files}
