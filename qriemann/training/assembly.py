@@ -3,6 +3,7 @@
 Nothing here writes; what is wrong with what the user wrote comes out as an InputError.
 """
 
+import math
 from typing import Any
 
 from datasets import Dataset
@@ -15,8 +16,9 @@ from trl import SFTTrainer
 from qriemann.adapters.base import load_base
 from qriemann.errors import InputError
 from qriemann.training.config import RunConfig
-from qriemann.training.data import TokenizedData, prepare
-from qriemann.training.methods import find_method
+from qriemann.training.data import TokenizedData, prepare, token_count
+from qriemann.training.methods import find_method, rate_for_steps
+from qriemann.training.processes import process_count
 from qriemann.training.seam import for_trainer
 from qriemann.training.sources import Source, load_sources
 
@@ -37,6 +39,29 @@ def optimizer_arguments(config: RunConfig) -> tuple[type, dict[str, Any]]:
     # The trainer takes the rate from the optimizer; this is for its records and loggers.
     sft.learning_rate = optimizer[1]["lr"]
     return optimizer
+
+
+def fit_rate(config: RunConfig, optimizer: tuple[type, dict[str, Any]], data: TokenizedData) -> str | None:
+    """Puts a learning rate that nobody gave where it fits the number of steps; a line about it, or None."""
+    ours, given = config.qriemann, config.explicit
+    if "learning_rate" in given or "lr" in (ours.method_kwargs or {}):
+        return None
+    steps = _planned_steps(config.sft, data)
+    usual = optimizer[1].get("start") == "offset" and ours.init == "random"
+    rate = rate_for_steps(ours.method, steps, usual_start=usual)
+    if rate is None:
+        return None
+    optimizer[1]["lr"] = config.sft.learning_rate = rate
+    return f"learning_rate {rate:g}, the default of {ours.method} for {steps} steps"
+
+
+def _planned_steps(sft: Any, data: TokenizedData) -> int:
+    if sft.max_steps > 0:
+        return sft.max_steps
+    # TRL packs later, and leaves some room in its rows.
+    rows = token_count(data.train) / sft.max_length if sft.packing and sft.max_length else len(data.train)
+    batches = math.ceil(rows / (sft.per_device_train_batch_size * process_count()))
+    return math.ceil(sft.num_train_epochs * math.ceil(batches / sft.gradient_accumulation_steps))
 
 
 def read_sources(

@@ -27,6 +27,7 @@ from qriemann.training import records
 from qriemann.training.assembly import (
     adjust_evaluation,
     build_trainer,
+    fit_rate,
     optimizer_arguments,
     read_base,
     read_sources,
@@ -166,7 +167,7 @@ class _Run:
             if self.adapter is not None:
                 check_targets(self.model, self.adapter)
             self.data = tokenize(config, sources, self.tokenizer)
-        for notice in self.data.notices:
+        for notice in [*self.data.notices, *filter(None, [fit_rate(config, self.optimizer, self.data)])]:
             self.view.note(notice)
         self.defects = find_defects(self.data, self.tokenizer, self.model, config.sft.max_length)
         if self.instead is None:
