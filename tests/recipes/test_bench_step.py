@@ -1,6 +1,7 @@
 """The step benchmark on a model of two tiny shapes: its report against facts that are known without it."""
 
-import importlib.util
+import dataclasses
+import importlib
 import json
 import statistics
 import subprocess
@@ -14,22 +15,19 @@ from transformers import LlamaConfig
 from qriemann.training.methods import METHODS
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "bench_step.py"
+sys.path.insert(0, str(RECIPE.parent))
 SHAPES = ((24, 16), (16, 40))
 LAYERS, RANK, ROUNDS = 3, 4, 5
 
 
 @pytest.fixture(scope="module")
 def bench_step():
-    specification = importlib.util.spec_from_file_location("bench_step", RECIPE)
-    module = importlib.util.module_from_spec(specification)
-    # Dataclasses look their module up.
-    sys.modules["bench_step"] = module
-    specification.loader.exec_module(module)
+    module = importlib.import_module("bench_step")
     module.MODELS["tiny"] = (LAYERS, SHAPES)
     # The machine's caches are not what is tested.
     module._EVICTED_BYTES = 4096
     yield module
-    del sys.modules["bench_step"]
+    del module.MODELS["tiny"]
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +136,8 @@ def test_the_report_names_the_machine_and_the_settings(report):
 def test_gradients_are_blocks_of_one_dense_gradient(bench_step, rank):
     shapes, cpu = list(SHAPES), torch.device("cpu")
     gradients = bench_step.Gradients(shapes, rank, cpu, seed=0)
-    for build in (bench_step._riemannion(1.0), bench_step.ENTRIES["muon"].build):
-        contender = build(shapes, rank, cpu)
+    for name in ("riemannion-offset", "muon"):
+        contender = bench_step.ENTRIES[name].build(shapes, rank, cpu)
         gradients.leave(contender.pairs, turn=1)
         for (b, a), (p, q), d in zip(contender.pairs, gradients._tall, gradients._middle[1], strict=True):
             g = p @ d @ q.mT
@@ -186,7 +184,8 @@ def test_a_row_that_fails_says_why_and_the_others_go_on(bench_step, monkeypatch)
     def refuse(*_):
         raise RuntimeError("no room\nleft")
 
-    monkeypatch.setitem(bench_step.ENTRIES, "muon", bench_step.Entry("refuses", refuse, 3, 2))
+    refusing = dataclasses.replace(bench_step.ENTRIES["muon"], what="refuses", build=refuse)
+    monkeypatch.setitem(bench_step.ENTRIES, "muon", refusing)
     results = bench_step.bench(
         list(SHAPES), RANK, ["muon", "adamw-fused"], rounds=1, warmup=0, device=torch.device("cpu")
     )
