@@ -15,7 +15,8 @@ _REFERENCE = "adamw"
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 _NEAR_BEST = 1.01
-_EARLY = 20
+# Steps at either end of the training curve. Where no row comes twice, each step's loss is of rows not seen before.
+_END = 20
 
 Run = dict[str, Any]
 
@@ -92,11 +93,12 @@ def table(runs: list[Run], task: str) -> str:
     for run in runs:
         if run["task"] == task:
             (tested if run["test"] else searched)[run["arm"]].append(run)
-    header = (
-        f"| arm | lr | test loss | minus adamw, paired 95 % | exact match | training loss, first {_EARLY} steps | "
-        "steps to adamw's loss | time to it | lr range within 1 % | s | GiB |"
+    columns = (
+        *("arm", "lr", "test loss", "minus adamw, paired 95 %", "exact match (95 %)"),
+        *(f"training loss, first {_END} steps", f"last {_END}", "steps to adamw's loss", "time to it"),
+        *("lr range within 1 %", "s", "GiB"),
     )
-    lines = [header, "|---" * 11 + "|"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for arm in sorted(tested, key=lambda name: statistics.mean(_order(run["test"]["loss"]) for run in tested[name])):
         lines.append(f"| {' | '.join(_cells(arm, tested[arm], tested.get(reference_arm(arm), []), searched[arm]))} |")
     return "\n".join(lines)
@@ -108,7 +110,6 @@ def _cells(arm: str, group: list[Run], reference: list[Run], searched: list[Run]
     gap = None
     if arm != reference_arm(arm):
         gap = paired(losses, {seed: run["test"]["loss"] for seed, run in of_reference.items()})
-    right, rows = (sum(run["test"][key] for run in group) for key in ("right", "rows"))
     steps, seconds = [], []
     for run in group:
         if run["seed"] in of_reference:
@@ -124,14 +125,24 @@ def _cells(arm: str, group: list[Run], reference: list[Run], searched: list[Run]
         f"{group[0]['lr']:g}",
         _spread(list(losses.values())),
         "" if gap is None else f"{gap[0]:+.3f} ± {gap[1]:.3f}",
-        f"{right / rows:.0%}",
-        _spread([statistics.mean(loss for _, loss in run["curve"][:_EARLY]) for run in group]),
+        _exact_match(group),
+        _spread([statistics.mean(loss for _, loss in run["curve"][:_END]) for run in group]),
+        _spread([statistics.mean(loss for _, loss in run["curve"][-_END:]) for run in group]),
         _reached(steps),
         _reached(seconds) if len(seconds) == len(steps) else "",
         f"{sensitivity(searched):.1f}x" if len(searched) > 1 else "",
         _spread([seconds for run in group if (seconds := _seconds(run))], digits=0),
         f"{max(run['peak_gib'] for run in group):.2f}",
     ]
+
+
+def _exact_match(group: list[Run]) -> str:
+    """The share of right answers with Wilson's 95 % interval for the rows of one seed, because all seeds have the same."""
+    from qriemann.release.evaluate import wilson
+
+    rows = group[0]["test"]["rows"]
+    found = wilson(round(statistics.mean(run["test"]["right"] for run in group)), rows)
+    return f"{found.value:.0%} ({found.low:.0%} to {found.high:.0%})"
 
 
 def _seconds(run: Run) -> float | None:

@@ -82,10 +82,10 @@ METHODS: dict[str, Method] = {
         Riemannion,
         does="riemannion with three rounds of polar and tangent projection a step",
         state="1 block",
-        take_when="a direction nearer to the steepest one of the tangent space is worth a slightly dearer step",
+        take_when="its paper is to be compared with; at the default start it trains as riemannion does, loss for loss",
         defaults={
-            "lr": Default(5e-3, "as riemannion, whose step has the same norm; not measured"),
-            "momentum": Default(0.9, "as riemannion; not measured"),
+            "lr": Default(5e-3, "as riemannion: recipes/results/cpu, the same losses at the same rates"),
+            "momentum": Default(0.9, "as riemannion"),
             "weight_decay": _NO_DECAY,
             "tangent_iterations": Default(3, "arXiv 2609.02734: 3 to 5"),
         },

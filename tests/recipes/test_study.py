@@ -160,6 +160,19 @@ def test_the_paired_interval_is_students_t():
     assert report.paired({0: 1.0}, {0: 1.0}) is None
 
 
+def test_the_table_has_both_ends_of_the_curve_and_the_interval_of_the_rows_that_all_seeds_share():
+    def run(seed: int, right: int) -> dict:
+        made = {"task": "t", "arm": "adamw", "lr": 1e-3, "seed": seed, "values": {"max_steps": 60}, "cpu_s": 9.0}
+        curves = {"curve": [[n, float(n)] for n in range(1, 61)], "validation": [[0, 2.0], [60, 1.0]]}
+        measured = {"validation_loss": 1.0, "peak_gib": 1.0, "machine": {"device": {"type": "cpu"}}}
+        return {**made, **curves, **measured, "test": {"loss": 1.0, "right": right, "rows": 100}}
+
+    cells = report.table([run(0, 30), run(1, 32)], "t").splitlines()[-1].split(" | ")
+    # Wilson's interval of 31 in 100.
+    assert cells[4] == "31% (23% to 41%)"
+    assert cells[5:7] == ["10.500 ± 0.000", "50.500 ± 0.000"]
+
+
 @pytest.fixture
 def small_plan(tmp_path) -> Path:
     """Two arms of one learning rate, two seeds, four steps of a tiny model."""
