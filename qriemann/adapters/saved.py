@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.adapters.base_files import load_tokenizer
+from qriemann.adapters.finite import is_finite
 from qriemann.adapters.saved_config import CONFIG, read_config, value_for
 from qriemann.errors import InputError
 
@@ -275,7 +276,7 @@ def _unpickled(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _checked(path: Path, key: str, kind: str, tensor: Tensor | None) -> Tensor:
     """The tensor, if its numbers are finite; None stands for one that is not looked into."""
-    if tensor is None or not tensor.isfinite().all():
+    if tensor is None or not is_finite(tensor):
         got = f"{key!r:.80} as {kind:.80}" if tensor is None else f"numbers that are not finite in {key!r}"
         raise InputError(f"{path} must hold finite numbers of {', '.join(_DTYPES)}, got {got}; copy or train it again")
     return tensor

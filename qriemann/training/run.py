@@ -167,8 +167,11 @@ class _Run:
             if self.adapter is not None:
                 check_targets(self.model, self.adapter)
             self.data = tokenize(config, sources, self.tokenizer)
-        for notice in [*self.data.notices, *filter(None, [fit_rate(config, self.optimizer, self.data)])]:
+        for notice in self.data.notices:
             self.view.note(notice)
+        chosen_rate = fit_rate(config, self.optimizer, self.data)
+        if chosen_rate is not None:
+            self.view.note(chosen_rate)
         self.defects = find_defects(self.data, self.tokenizer, self.model, config.sft.max_length)
         if self.instead is None:
             refuse(self.defects, ours.allow, self.view.note)
