@@ -24,9 +24,10 @@ from qriemann.errors import InputError
 from qriemann.geometry.parameter import fixed_rank_parameters
 from qriemann.ops.apply import orthonormality_error
 from qriemann.optim.batch import full_float32
-from qriemann.training.checkpoints import DRIFT_LIMIT, newest_checkpoint
+from qriemann.training.checkpoints import newest_checkpoint
 from qriemann.training.order import pin_batches, pin_order, rows_of_step, seed_generators
 from qriemann.training.processes import process_count, sum_over_processes
+from qriemann.training.saving import DRIFT_LIMIT
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,10 @@ from transformers import Trainer
 
 from qriemann.adapters.attach import accept_offset_checkpoints
 from qriemann.errors import InputError
-from qriemann.training.checkpoints import CompleteCheckpoints, find_content_defect, whole_checkpoint
+from qriemann.training.checkpoints import find_content_defect, whole_checkpoint
 from qriemann.training.fingerprints import check_same_run, fingerprints_of_trainer
 from qriemann.training.guard import StepEvent, StepGuard
+from qriemann.training.saving import CompleteCheckpoints
 
 logger = logging.getLogger(__name__)
 

@@ -33,13 +33,7 @@ from qriemann.training.assembly import (
     read_sources,
     tokenize,
 )
-from qriemann.training.checkpoints import (
-    FoundCheckpoint,
-    find_numeric_defect,
-    is_failed_save,
-    save_adapter,
-    save_failed,
-)
+from qriemann.training.checkpoints import FoundCheckpoint
 from qriemann.training.config import RunConfig
 from qriemann.training.data import TokenizedData, fingerprint, trained_token_count
 from qriemann.training.defects import find_defects, refuse
@@ -55,6 +49,7 @@ from qriemann.training.processes import is_main_process, run_on_main
 from qriemann.training.protect import protect
 from qriemann.training.publishing import publish, take_over_push
 from qriemann.training.quiet import no_bars_without_terminal
+from qriemann.training.saving import find_numeric_defect, is_failed_save, save_adapter, save_failed
 from qriemann.training.stop import GracefulStop
 from qriemann.training.targets import adapter_config, check_targets
 from qriemann.training.tokens import adjust_tokenizer

@@ -20,7 +20,7 @@ from tests.training.conftest import make_tokenizer, save_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 sys.path.insert(0, str(RECIPES))
-study, report = importlib.import_module("study"), importlib.import_module("study_report")
+study, one, report = (importlib.import_module(name) for name in ("study", "study_run", "study_report"))
 
 
 def plan(**changes: Any) -> Any:
@@ -123,12 +123,12 @@ def test_a_wrong_plan_is_refused_by_name(tmp_path, change, named):
     ],
 )
 def test_an_answer_is_right_as_the_last_word(said, answer, right):
-    assert study.is_right(said, answer) is right
+    assert one.is_right(said, answer) is right
 
 
 def test_validation_and_test_rows_are_not_trained_on():
     source = {"reasoning_gym": {"name": "chain_sum", "min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}}
-    parts = list(study.load_task(source, 100, 20, 30))
+    parts = list(one.load_task(source, 100, 20, 30))
     assert [len(part) for part in parts] == [100, 20, 30]
     questions = [row["messages"][0]["content"] for part in parts for row in part]
     assert len(set(questions)) == 150
@@ -208,7 +208,7 @@ def test_every_arm_sees_the_same_rows_and_the_report_says_what_the_runs_gave(tmp
     results.mkdir()
     while jobs := study.next_jobs(plan_, report.read_runs(results)):
         for job in jobs:
-            study._finish_job(json.dumps(vars(job)), results)
+            one.finish(one.Job(**json.loads(json.dumps(vars(job)))), results)
     runs = report.read_runs(results)
     assert len(runs) == 2 * (1 + 2)
     by_key = {(run["arm"], run["seed"], bool(run["test"])): run for run in runs}

@@ -15,9 +15,10 @@ from transformers.trainer_pt_utils import safe_globals
 
 import qriemann
 from qriemann.errors import InputError
-from qriemann.training.checkpoints import commit, save_adapter
+from qriemann.training.checkpoints import commit
 from qriemann.training.fingerprints import check_same_run
 from qriemann.training.methods import METHODS
+from qriemann.training.saving import save_adapter
 from tests.training.runs import assert_same, logged, outcome, protected_trainer, uneven_rows
 
 # 22 rows in batches of 4, two a step: 6 batches and 3 steps an epoch, the last step's second batch short.
