@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from qriemann.adapters.layer import FixedRankVariant, lora_factors
+from qriemann.adapters.quantized import protect_quantized_weights
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters
 from qriemann.geometry.point import FixedRankPoint, point_from_factors, random_orthonormal
@@ -49,9 +50,6 @@ def attach(
     layers = lora_layers(model)
     if start == "offset":
         _check_offset_can_be_saved(model, layers)
-    # Imported late: base.py is about bitsandbytes, which a model need not use.
-    from qriemann.adapters.base import protect_quantized_weights
-
     protect_quantized_weights(model)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     generator = torch.Generator().manual_seed(seed)

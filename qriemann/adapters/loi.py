@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qriemann.adapters.attach import Start, attach, check_start, describe_saved_rank, lora_layers
 from qriemann.adapters.gradient import GradientSVD, Layers, gradient_svd
 from qriemann.adapters.layer import FixedRankVariant
+from qriemann.adapters.quantized import protect_quantized_weights
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter
 from qriemann.geometry.point import FixedRankPoint
@@ -72,9 +73,6 @@ def locally_optimal_(
     check_options(start, alpha, oversampling, power_iterations, seed)
     layers = lora_layers(model)
     _check_zero(layers)
-    # Imported late: base.py is about bitsandbytes, which a model need not use.
-    from qriemann.adapters.base import protect_quantized_weights
-
     protect_quantized_weights(model)
     with preserved_rng():
         if not isinstance(batches, Iterable):

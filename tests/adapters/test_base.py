@@ -22,7 +22,8 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qriemann.adapters.base import load_base, protect_quantized_weights
+from qriemann.adapters.base import load_base
+from qriemann.adapters.quantized import protect_quantized_weights
 from qriemann.errors import InputError, MissingExtraError
 
 CHATML = (
