@@ -1,7 +1,8 @@
-"""The command line: `qriemann COMMAND ...`; every command is a thin call of the library function of its name.
+"""The command line: `qriemann COMMAND ...`; every command is a thin call of one library function.
 
-Exit status 0 for success, 2 for something the user can mend (one line says what), 130 for Ctrl-C, 143 for SIGTERM; a bug
-keeps its traceback. torch and TRL are imported when a command runs, so that `qriemann --help` answers at once.
+Exit status 0 for success, 2 for something the user can mend (one line says what), 3 for a merge or an export whose proof
+failed, 130 for Ctrl-C, 143 for SIGTERM; a bug keeps its traceback. torch and TRL are imported when a command runs, so that
+`qriemann --help` answers at once.
 """
 
 import argparse

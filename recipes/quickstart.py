@@ -67,7 +67,7 @@ def make_questions(train_count: int, held_out_count: int, seed: int = _SEED) -> 
     except ModuleNotFoundError as error:
         if error.name != "reasoning_gym":
             raise
-        raise MissingExtraError('the task needs the package reasoning-gym; pip install "qriemann[demo]"') from error
+        raise MissingExtraError("the task needs the package reasoning-gym; pip install reasoning-gym") from error
 
     wanted = train_count + held_out_count
     # Short words are mostly one token each, which the small model learns to move in fewer steps.

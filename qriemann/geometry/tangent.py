@@ -39,7 +39,7 @@ def project(
         grad_u: G V, as the layer's backward leaves it.
         grad_v: G^T U, likewise.
 
-    Cost: O((m + n) r^2) a layer; G itself is never formed. [R25, Eq. (6)]
+    Cost: O((m + n) r^2) a layer; G itself is never formed. [arXiv 2507.12142, Eq. (6)]
     """
     core = point.u.mT @ grad_u
     return FixedRankTangent(core, grad_u - point.u @ core, grad_v - point.v @ core.mT)

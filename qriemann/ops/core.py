@@ -43,7 +43,7 @@ def core(
     momentum_form: MomentumForm = "raw",
     block_scale: Float[Tensor, "2 b"] | None = None,
 ) -> CoreResult:
-    """Coefficients of the new factors and of the transported momentum. [R25, Algorithm 4; DESIGN: one Riemannion step]
+    """Coefficients of the new factors and of the transported momentum. [arXiv 2507.12142, Algorithm 4]
 
     Args:
         gram: from `ops.gram`, on side 0 of [U, N] or [U, N, D] with the momentum's blocks N = M V and the direction's

@@ -191,14 +191,13 @@ def _training(found: ModelFolder, base_id: str | None) -> str:
     ]
     recipe = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip()
     private = " The rows are not published: put your own in their place." if local_data else ""
-    version = f"=={versions['qriemann']}" if "qriemann" in versions else ""
     return "\n\n".join(
         [
             "## Training",
             _table(("", ""), [fact for fact in facts if fact[1]]),
             f"To train it again, put this into `run.yaml`.{private}",
             f"```yaml\n{recipe}\n```",
-            f"```bash\npip install qriemann{version}\nqriemann train run.yaml --output_dir out\n```",
+            "```bash\nqriemann train run.yaml --output_dir out\n```",
         ]
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qriemann.errors import InputError
-from qriemann.training.checkpoints import open_like_its_folder
+from qriemann.training.files import open_like_its_folder
 
 
 def check_output(out: Path) -> None:

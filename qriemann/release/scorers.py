@@ -92,7 +92,7 @@ def _reasoning_gym(right: str, row: Mapping[str, Any]) -> Score:
         from reasoning_gym import get_score_answer_fn
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            'the scorer reasoning-gym needs the package of that name; pip install "qriemann[demo]"'
+            "the scorer reasoning-gym needs the package of that name; pip install reasoning-gym"
         ) from error
     try:
         score = get_score_answer_fn(name)

@@ -9,24 +9,22 @@ to be staged in another folder, no trainer has to be subclassed, and older check
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from qriemann.adapters.finite import is_finite
+from qriemann.adapters.finite import find_not_finite
 from qriemann.adapters.saved import finite_tensors
 from qriemann.errors import InputError
+from qriemann.training.files import open_like_its_folder, replace_file, sync
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -72,31 +70,6 @@ def commit(folder: Path, step: int, run: Mapping[str, Any] | None = None) -> Non
     content = {"format": _FORMAT, "step": step, "serial": serial, "files": files, "run": dict(run or {})}
     replace_file(folder / MANIFEST, lambda partial: partial.write_text(json.dumps(content, indent=1), encoding="utf-8"))
     sync(folder.parent)
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Replaces the file in one move, flushed to disk: a crash leaves the old content or the new.
-
-    Args:
-        path: of the file.
-        write: makes a file of the new content at the path that it is given.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(partial)
-        sync(partial)
-        os.replace(partial, path)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-    sync(path.parent)
-
-
-def open_like_its_folder(path: Path) -> None:
-    """Lets who may enter the folder read the file: safetensors leaves it to its owner alone, whatever the umask."""
-    # File systems without modes refuse.
-    with suppress(OSError):
-        path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def find_defect(folder: Path) -> str | None:
@@ -164,20 +137,6 @@ def find_content_defect(folder: Path) -> str | None:
         and isinstance(state.best_model_checkpoint, str | None)
     )
     return None if well_formed else "trainer_state.json is not what a trainer writes"
-
-
-def find_not_finite(content: Any, name: str = "") -> str | None:
-    """The name of a tensor or number inside of dictionaries and lists that is not finite, or None."""
-    if isinstance(content, Mapping):
-        items = ((f"{name}.{key}" if name else f"{key}", item) for key, item in content.items())
-        return next((broken for key, item in items if (broken := find_not_finite(item, key)) is not None), None)
-    if isinstance(content, list | tuple):
-        return find_not_finite(dict(enumerate(content)), name)
-    # Other classes, as of 8-bit states, need not have the operation.
-    if type(content) in (Tensor, nn.Parameter):
-        return None if is_finite(content) else name
-    # Schedulers begin with an infinite best value.
-    return name if isinstance(content, float) and math.isnan(content) else None
 
 
 def _find_special_file(folder: Path) -> str | None:
@@ -308,18 +267,3 @@ def _serial(folder: Path) -> int:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flushes a file or a folder to disk."""
-    if os.name == "nt":
-        # Windows flushes through a writable handle, and has no handles of folders.
-        if path.is_file():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -132,7 +132,9 @@ class DataSettings(ScriptArguments):
         },
     )
     max_train_rows: int | None = field(default=None, metadata={"help": "Use the first rows only."})
-    max_eval_rows: int | None = field(default=200, metadata={"help": "Hold out at most so many rows."})
+    max_eval_rows: int | None = field(
+        default=200, metadata={"help": "Hold out at most so many rows, if eval_size is a share."}
+    )
 
 
 @dataclass

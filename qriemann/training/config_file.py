@@ -53,7 +53,8 @@ def read_config_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict
     """The settings of a file as YAML gives them, and the environment variables under its key env.
 
     Raises:
-        InputError: it cannot be read, is no flat mapping, repeats a key or has an alias or a merge.
+        InputError: it cannot be read, is no mapping, is too long or too deep, repeats a key, has an alias or a merge, or
+            its env is no mapping of names to values.
     """
     text = _read_text(Path(path))
     try:

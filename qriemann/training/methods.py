@@ -1,6 +1,7 @@
 """The methods by name: what each does, its defaults with their sources, and the scale that its learning rate lives on.
 
-A new method is an optimizer class with a `check_options` and one entry in METHODS.
+A new method is a `FixedRankOptimizer` or `FactorOptimizer` with `check_options` and `lr_scale`, an entry in METHODS and, if
+it keeps other than one block of state for a factor, one in `footprint._STATE_BLOCKS`.
 """
 
 from __future__ import annotations

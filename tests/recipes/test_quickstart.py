@@ -176,7 +176,7 @@ def test_a_missing_demo_package_is_named_with_its_install(
     # What the import system keeps for a module that cannot be imported.
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     assert script.main(["--output-dir", str(tmp_path / "run")]) == 2
-    assert 'pip install "qriemann[demo]"' in capsys.readouterr().err
+    assert "pip install reasoning-gym" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

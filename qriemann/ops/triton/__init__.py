@@ -1,4 +1,4 @@
-"""The three operations as Triton kernels, each one launch for all layers, whatever their shapes.
+"""The three operations as Triton kernels: five launches for all layers, whatever their shapes.
 
 Triton is optional, so `qriemann.ops` does not import this package, and the package imports Triton only in `supported` and at
 the first use of `TritonStep`.

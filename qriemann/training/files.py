@@ -1,0 +1,47 @@
+"""Files that are whole and on disk before anything counts on them."""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Replaces the file in one move, flushed to disk: a crash leaves the old content or the new.
+
+    Args:
+        path: of the file.
+        write: makes a file of the new content at the path that it is given.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(partial)
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def open_like_its_folder(path: Path) -> None:
+    """Lets who may enter the folder read the file: safetensors leaves it to its owner alone, whatever the umask."""
+    # File systems without modes refuse.
+    with suppress(OSError):
+        path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or a folder to disk."""
+    if os.name == "nt":
+        # Windows flushes through a writable handle, and has no handles of folders.
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
