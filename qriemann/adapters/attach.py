@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
-from qriemann.adapters.layer import FixedRankVariant, lora_factors
+from qriemann.adapters.layer import FixedRankVariant, delta_weight, lora_factors
 from qriemann.adapters.quantized import protect_quantized_weights
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters
@@ -117,7 +119,16 @@ def _check_layer(name: str, module: LoraLayer, adapter: str) -> None:
             f"rank must be at most min(out_features, in_features) of every layer, got r={rank} for {name} "
             f"({rows} x {columns}); lower r, or set rank_pattern for this layer"
         )
-    for factor in (module.lora_A[adapter].weight, module.lora_B[adapter].weight):
+    factors = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    for other in module.lora_A.keys() - {adapter} if variant is not None else ():
+        theirs = module.lora_A[other].weight, module.lora_B[other].weight
+        if all(a.shape == b.shape and torch.equal(a.to(b.dtype), b) for a, b in zip(factors, theirs, strict=True)):
+            raise InputError(
+                f"no other adapter may be a copy of the factors of one that is attached, got {other!r} on {name}: U and V "
+                "without S are not the adapter (TRL makes its reference of an adapter in this way); save the adapter, and "
+                "give the trainer one that PeftModel.from_pretrained(..., is_trainable=True) loads"
+            )
+    for factor in factors:
         if factor.is_meta or not factor.isfinite().all():
             raise InputError(f"the adapter of {name} must hold finite numbers; it was not loaded, or it is broken")
 
@@ -144,6 +155,7 @@ def _attach_layer(
     if isinstance(variant, FixedRankVariant):
         # A copied model has copied factors, and a parameter's attributes are not copied with it.
         variant.point.mark_factors()
+        variant.point.follow()
         return variant.point
     u, v_transposed = module.lora_B[adapter].weight, module.lora_A[adapter].weight
     rank = u.shape[1]
@@ -168,10 +180,24 @@ def _attach_layer(
     )
     record.assign(_move(point, u.device))
     module.lora_variant[adapter] = FixedRankVariant(record)
-    # PEFT would keep a float32 copy of the input of every layer alive for float32 factors.
-    module.cast_input_dtype_enabled = False
+    for method in (_cast_input_dtype, get_delta_weight):
+        setattr(module, method.__name__, functools.partial(method, module))
     module.register_state_dict_post_hook(_fold_core)
     return record
+
+
+def _cast_input_dtype(module: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """PEFT's, which would keep a float32 copy of the input of every layer alive for float32 factors."""
+    if all(isinstance(module.lora_variant.get(name), FixedRankVariant) for name in module.active_adapters):
+        return x
+    return type(module)._cast_input_dtype(module, x, dtype)  # type: ignore[call-overload]
+
+
+def get_delta_weight(module: LoraLayer, adapter: str) -> Float[Tensor, "m n"]:
+    """PEFT's, which multiplies the factors and knows no core."""
+    if isinstance(module.lora_variant.get(adapter), FixedRankVariant):
+        return delta_weight(module, adapter)
+    return type(module).get_delta_weight(module, adapter)  # type: ignore[operator]
 
 
 def _move(point: FixedRankPoint, device: torch.device) -> FixedRankPoint:
@@ -188,6 +214,8 @@ def _fold_core(module: Any, state_dict: dict[str, Any], prefix: str, local_metad
         if variant.point.offset is not None and module.use_rslora[adapter]:
             # The saved r and lora_alpha are doubled; alpha / sqrt(r) grows by sqrt(2) where alpha / r stays.
             b = b / math.sqrt(2)
+            if (key_bias := f"{prefix}lora_B.{adapter}.bias") in state_dict:
+                state_dict[key_bias] = state_dict[key_bias] / math.sqrt(2)
         state_dict[key_b], state_dict[key_a] = b.contiguous(), a.contiguous()
 
 
@@ -311,6 +339,8 @@ def _take_saved_factors(module: Any, state_dict: dict[str, Any], prefix: str, *a
             continue
         if with_offset and module.use_rslora[adapter]:
             b = b * math.sqrt(2)
+            if (key_bias := f"{prefix}lora_B.{adapter}.bias") in state_dict:
+                state_dict[key_bias] = state_dict[key_bias] * math.sqrt(2)
         current, frozen = (b[:, :rank], a[:rank]), (-b[:, rank:], a[rank:])
         if attached:
             generator = torch.Generator().manual_seed(0)

@@ -132,7 +132,7 @@ class FixedRankVariant(LoraVariant):
     ) -> Float[Tensor, "*tokens m"]:
         """The base layer's result plus the adapter's, in the result's dtype."""
         point = module.lora_variant[active_adapter].point
-        point.follow_device()
+        point.follow()
         scaling = module.scaling[active_adapter]
         kind = x.device.type
         autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -152,7 +152,7 @@ class FixedRankVariant(LoraVariant):
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return (orig_weight.float() + _delta_weight(module, active_adapter)).to(orig_weight.dtype)
+        return (orig_weight.float() + delta_weight(module, active_adapter)).to(orig_weight.dtype)
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
@@ -160,10 +160,10 @@ class FixedRankVariant(LoraVariant):
 
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return (orig_weight.float() - _delta_weight(module, active_adapter)).to(orig_weight.dtype)
+        return (orig_weight.float() - delta_weight(module, active_adapter)).to(orig_weight.dtype)
 
 
-def _delta_weight(module: LoraLayer, active_adapter: str) -> Float[Tensor, "m n"]:
+def delta_weight(module: LoraLayer, active_adapter: str) -> Float[Tensor, "m n"]:
     """s (X - X_0), laid out as the base weight is."""
     b, a = lora_factors(module.lora_variant[active_adapter].point)
     delta = (b @ a) * module.scaling[active_adapter]

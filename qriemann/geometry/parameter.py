@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -9,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qriemann.geometry.point import FixedRankPoint
+
+logger = logging.getLogger(__name__)
 
 
 class FixedRankParameter:
@@ -35,6 +38,8 @@ class FixedRankParameter:
         offset: FixedRankPoint | None = None,
     ) -> None:
         self.name, self.u, self.v_transposed, self.s, self.offset = name, u, v_transposed, s, offset
+        # The float32 tensors of U and V^T, which a cast of the model replaces.
+        self._full: list[Tensor | None] = [None, None]
         self.mark_factors()
 
     def mark_factors(self) -> None:
@@ -42,8 +47,26 @@ class FixedRankParameter:
         self.u.fixed_rank = self  # type: ignore[attr-defined]
         self.v_transposed.fixed_rank = self  # type: ignore[attr-defined]
 
-    def follow_device(self) -> None:
-        """Moves core and offset to where the factors are; they are no module's buffers, so `model.to` leaves them."""
+    def follow(self) -> None:
+        """Undoes what a cast of the model did to the factors, and moves core and offset to where the factors are.
+
+        Core and offset are no module's buffers, so `model.to` leaves them; and X minus its offset is a small difference, of
+        which factors in 16 bits lose more than they do of X. Where the cast factors are no longer those that were kept, they
+        become float32 as they are, with a warning.
+        """
+        for index, factor in enumerate((self.u, self.v_transposed)):
+            if factor.dtype == torch.float32:
+                self._full[index] = factor.data
+                continue
+            kept = self._full[index]
+            if kept is not None and torch.equal(kept.to(factor.device, factor.dtype), factor.data):
+                factor.data = kept.to(factor.device)
+            else:
+                logger.warning(
+                    "the factors of %s were cast to %s and changed; they are rounded", self.name, factor.dtype
+                )
+                factor.data = factor.data.float()
+            self._full[index] = factor.data
         device = self.u.device
         if self.s.device != device:
             self.s = self.s.to(device)
@@ -55,7 +78,8 @@ class FixedRankParameter:
         return self.s.shape[0]
 
     def point(self) -> FixedRankPoint:
-        """The current point; views of the live tensors."""
+        """The current point, float32; views of the live tensors."""
+        self.follow()
         return FixedRankPoint(self.u.data, self.s, self.v_transposed.data.mT)
 
     def assign(self, point: FixedRankPoint) -> None:
@@ -64,6 +88,7 @@ class FixedRankParameter:
         # Stored so that V itself is contiguous: the optimizer works on V, and gradients arrive in its layout.
         self.v_transposed.data = point.v.float().contiguous().mT
         self.s.copy_(point.s)
+        self._full = [self.u.data, self.v_transposed.data]
 
 
 def fixed_rank_parameters(parameters: Iterable[Tensor]) -> list[FixedRankParameter]:

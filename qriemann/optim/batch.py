@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """No TF32 or bf16 inside: a Gram matrix squares the condition number, and 10 bits squared are none."""
+    """No TF32, bf16 or autocast inside: a Gram matrix squares the condition number, and 10 bits squared are none."""
     # Not torch.set_float32_matmul_precision: it raises once anything (transformers' tf32=True) has used this newer setting.
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     reduced = [
@@ -38,7 +38,11 @@ def full_float32() -> Iterator[None]:
     for backend, _ in reduced:
         backend.fp32_precision = "ieee"
     try:
-        yield
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         for backend, chosen in reduced:
             backend.fp32_precision = chosen
@@ -109,6 +113,8 @@ class FactorBatch:
 
     def _bind(self) -> None:
         """Gathers factors, momentum and cores into the buffers and makes their owners views of them."""
+        for point in self.points:
+            point.follow()
         layers, tall = len(self.points), self._tall()
         by_height: dict[int, list[int]] = {}
         for side, factor in enumerate(tall):

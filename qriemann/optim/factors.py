@@ -44,11 +44,12 @@ class FactorOptimizer(torch.optim.Optimizer):
     lr_scale: ClassVar[str]
     state_keys: ClassVar[frozenset[str]]
     needs_pairs: ClassVar[bool] = True
+    _renamed: ClassVar[dict[str, str]] = {}
 
     def __init__(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any]) -> None:
         self.check_options(defaults)
         warn_of_another_scale(type(self), defaults, self.lr_scale)
-        groups = _named_groups(params)
+        groups = [renamed_options(group, self._renamed) for group in _named_groups(params)]
         for group in groups:
             self.check_options({**defaults, **group})
         split = [part for group in groups for part in self.split(group, defaults)]
@@ -60,6 +61,12 @@ class FactorOptimizer(torch.optim.Optimizer):
 
             prepare_plain(params)
         super().__init__(split, defaults)
+        self._made = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch while the optimizer is made, refused later."""
+        refuse_late_group(self)
+        super().add_param_group(param_group)
 
     @classmethod
     def check_options(cls, options: dict[str, Any]) -> None:
@@ -147,6 +154,19 @@ class FactorOptimizer(torch.optim.Optimizer):
             parameter.data.copy_(saved)
 
 
+def renamed_options(group: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """The group with its options under the names that a step reads them by: a constructor's adamw_betas are betas there."""
+    return {names.get(key, key): value for key, value in group.items()}
+
+
+def refuse_late_group(optimizer: torch.optim.Optimizer) -> None:
+    """Raises InputError if the optimizer has been made: its tensors are gathered by then."""
+    if getattr(optimizer, "_made", False):
+        raise InputError(
+            f"param groups must be given when {type(optimizer).__name__} is made, got one later; make a new optimizer"
+        )
+
+
 def adamw_step(optimizer: torch.optim.Optimizer, group: dict[str, Any], *, capturable: bool = False) -> None:
     """torch's fused AdamW on the parameters of `group` that have a gradient; `capturable` as in torch.optim.AdamW."""
     parameters = [p for p in group["params"] if p.grad is not None]
@@ -158,6 +178,9 @@ def adamw_step(optimizer: torch.optim.Optimizer, group: dict[str, Any], *, captu
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
+        elif state["step"].device != parameter.device:
+            # A trainer loads the state to the CPU; torch moves all of it to the parameter but the step.
+            state["step"] = state["step"].to(parameter.device)
     states = [optimizer.state[parameter] for parameter in parameters]
     fused_adamw(
         group,

@@ -5,6 +5,7 @@ The step of every adapter is computed in `qriemann.ops` on whole batches of laye
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, overload
@@ -16,10 +17,12 @@ from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters, orthonormality_drift
 from qriemann.geometry.point import FixedRankPoint
 from qriemann.optim.batch import FactorBatch, StepRule
-from qriemann.optim.factors import adamw_step
+from qriemann.optim.factors import adamw_step, refuse_late_group, renamed_options
 from qriemann.optim.rates import warn_of_another_scale
 
 _ON_MANIFOLD = "fixed_rank"
+# Options of AdamW that a group may set, and the names that a step reads them by.
+_RENAMED = {"adamw_betas": "betas", "adamw_eps": "eps"}
 
 
 class FixedRankOptimizer(torch.optim.Optimizer):
@@ -53,6 +56,7 @@ class FixedRankOptimizer(torch.optim.Optimizer):
         self.check_options(defaults)
         warn_of_another_scale(type(self), defaults, self.lr_scale)
         attach_options = {key: value for key, value in attach_options.items() if value is not None}
+        self._model = weakref.ref(params) if isinstance(params, nn.Module) else None
         if isinstance(params, nn.Module):
             params = _trainable(params, attach_options)
         elif attach_options:
@@ -62,6 +66,7 @@ class FixedRankOptimizer(torch.optim.Optimizer):
             )
         self._capturable = capturable
         super().__init__(_split_groups(list(params), defaults), defaults)
+        self._made = True
         for group in self.param_groups:
             self.check_options(group)
         self._group_of = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
@@ -86,6 +91,11 @@ class FixedRankOptimizer(torch.optim.Optimizer):
                     "capturable must come with adapters that the Triton kernels take, got layers that need the batched "
                     "PyTorch path, which synchronizes; leave capturable out"
                 )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch while the optimizer is made, refused later."""
+        refuse_late_group(self)
+        super().add_param_group(param_group)
 
     @classmethod
     def check_options(cls, options: dict[str, Any]) -> None:
@@ -210,6 +220,12 @@ class FixedRankOptimizer(torch.optim.Optimizer):
             offset = [u_entry.pop(f"offset_{key}", None) for key in FixedRankPoint._fields]
             # None as well: the start may have been changed after the adapter was put on the manifold.
             point.offset = None if offset[0] is None else FixedRankPoint(*(part.float() for part in offset))
+        model = None if self._model is None else self._model()
+        if model is not None:
+            # Imported here: parameters are all that this layer needs otherwise.
+            from qriemann.adapters.attach import describe_saved_rank
+
+            describe_saved_rank(model, self.points)
 
 
 def _trainable(model: nn.Module, attach_options: dict[str, Any]) -> list[nn.Parameter]:
@@ -228,7 +244,7 @@ def _split_groups(params: list[Any], defaults: dict[str, Any]) -> list[dict[str,
     groups = []
     for group in params if isinstance(params[0], dict) else [{"params": params}]:
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        options = {key: value for key, value in group.items() if key != "params"}
+        options = renamed_options({key: value for key, value in group.items() if key != "params"}, _RENAMED)
         factors = [p for p in members if hasattr(p, "fixed_rank")]
         others = [p for p in members if not hasattr(p, "fixed_rank")]
         if factors:

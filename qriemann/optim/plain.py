@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -88,6 +88,7 @@ class Muon(FactorOptimizer):
     """
 
     lr_scale = "the spectral norm of one step of a factor"
+    _renamed: ClassVar[dict[str, str]] = {"adamw_betas": "betas"}
     state_keys = frozenset({"step", "exp_avg", "exp_avg_sq", "momentum_buffer"})
 
     def __init__(

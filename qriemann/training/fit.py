@@ -28,13 +28,12 @@ from qriemann.errors import InputError
 from qriemann.training.dry_run import longest_rows
 from qriemann.training.memory import LiveBytes, adapter_tensors
 from qriemann.training.processes import largest_over_processes, process_count
+from qriemann.training.seam import AUTO_BATCH_KEY
 
 logger = logging.getLogger(__name__)
 
 # The share of the free memory that is used: allocators leave gaps, and other programs come.
 _USED_SHARE = 0.9
-# Under this key the state of a trainer's checkpoints holds this callback's.
-_KEY = "qriemann_auto_batch"
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,12 @@ class AutoBatch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        kept = state.stateful_callbacks.get(_KEY)
+        kept = state.stateful_callbacks.get(AUTO_BATCH_KEY)
         self._keep(BatchFit(**kept) if kept else self._choose(kwargs["train_dataloader"]), state)
 
     def _keep(self, fit: BatchFit, state: TrainerState) -> None:
         self.fit = fit
-        state.stateful_callbacks[_KEY] = asdict(fit)
+        state.stateful_callbacks[AUTO_BATCH_KEY] = asdict(fit)
         self._report(fit)
 
     def _choose(self, dataloader: DataLoader) -> BatchFit:

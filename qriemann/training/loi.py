@@ -28,7 +28,7 @@ from qriemann.adapters.attach import Start, describe_saved_rank
 from qriemann.adapters.loi import check_options, locally_optimal_, own_loss, preserved_rng
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters
-from qriemann.training.seam import FixedRankCallback
+from qriemann.training.seam import FixedRankCallback, rows_at_once
 from qriemann.training.values import nearest
 
 _NAME = "locally optimal initialization"
@@ -98,7 +98,7 @@ class LocallyOptimalInit(FixedRankCallback):
             console.print(f"{_NAME}: the gradient is that of the model's own loss, without {changed}")
         seed = args.seed if self._seed is None else self._seed
         with preserved_rng():
-            batches = list(self._draw(kwargs["train_dataloader"], args.train_batch_size, seed + args.process_index))
+            batches = list(self._draw(kwargs["train_dataloader"], rows_at_once(args, state), seed + args.process_index))
         passes = 2 * (self._options["power_iterations"] + 1)
         console.print(f"{_NAME}: {passes} passes over {self._batches} batches")
         started = time.perf_counter()

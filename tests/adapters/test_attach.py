@@ -412,6 +412,65 @@ def test_each_of_two_adapters_with_an_offset_is_saved_so_that_plain_peft_loads_i
         assert relative(logits(reloaded), expected[adapter]) < 1e-5
 
 
+# PEFT 0.21.2 takes the bias of a lora_B for a sharded tensor.
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 14 LoRA tensor.s. have invalid shape")
+@pytest.mark.parametrize("start", ["zero", "offset"])
+def test_rank_stabilized_scaling_with_a_bias_of_b_is_saved_as_it_was_trained(start, tmp_path):
+    options = {"use_rslora": True, "lora_bias": True}
+    model = with_lora(tiny_llama(bias=True), **options)
+    optimizer = Riemannion(model, lr=0.1, adamw_lr=1e-3, start=start)
+    next_token_loss(model, token_batch()).backward()
+    optimizer.step()
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert relative(logits(PeftModel.from_pretrained(tiny_llama(bias=True), tmp_path)), expected) < 1e-5
+    again = with_lora(tiny_llama(bias=True), **options)
+    attach(again, start=start)
+    again.load_adapter(tmp_path, "default")
+    assert relative(logits(again), expected) < 1e-5
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+def test_what_peft_calls_the_delta_weight_is_that_of_the_point(start):
+    model = with_lora(tiny_llama())
+    trained_logits = trained(model) if start == "offset" else None
+    if trained_logits is None:
+        move_points(attach(model, start="zero"))
+        trained_logits = logits(model)
+    dense = tiny_llama()
+    for name, (module, _) in variants(model).items():
+        weight = dense.get_parameter(f"{name.removeprefix('base_model.model.')}.weight")
+        weight.data += module.get_delta_weight("default")
+    assert relative(logits(dense), trained_logits) < 1e-5
+
+
+def test_a_plain_adapter_beside_an_attached_one_works_on_a_bf16_base(tmp_path):
+    plain = with_lora(tiny_llama())
+    fill_lora(plain)
+    plain.save_pretrained(tmp_path)
+    alone = PeftModel.from_pretrained(tiny_llama().bfloat16(), tmp_path)
+    model = with_lora(tiny_llama().bfloat16())
+    trained(model)
+    model.load_adapter(tmp_path, "plain")
+    model.set_adapter("plain")
+    assert torch.equal(logits(model), logits(alone))
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+def test_a_cast_of_the_model_does_not_reach_what_is_saved(start, tmp_path):
+    model = with_lora(tiny_llama())
+    optimizer = Riemannion(model, lr=0.1, start=start)
+    next_token_loss(model, token_batch()).backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path / "before")
+    model.to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "after")
+    before, after = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("before", "after"))
+    assert before == after
+    assert logits(model.to(torch.bfloat16)).dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters() if hasattr(p, "fixed_rank")} == {torch.float32}
+
+
 def test_an_adapter_that_was_deleted_leaves_its_name_to_another(tmp_path):
     model = with_lora(tiny_llama())
     model.add_adapter("second", second_config(model))

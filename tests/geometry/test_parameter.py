@@ -43,6 +43,29 @@ def test_the_point_follows_its_parameters():
     torch.testing.assert_close(record.point().dense(), 6 * before, rtol=1e-6, atol=0)
 
 
+def test_a_cast_of_the_factors_is_undone_to_the_bit_also_after_a_step_in_place():
+    record = make()
+    record.follow()
+    with torch.no_grad():
+        record.u.mul_(1.5)
+    expected = record.u.detach().clone(), record.v_transposed.detach().clone()
+    for parameter in (record.u, record.v_transposed):
+        parameter.data = parameter.data.bfloat16()
+    record.follow()
+    assert torch.equal(record.u, expected[0])
+    assert torch.equal(record.v_transposed, expected[1])
+
+
+def test_cast_factors_that_changed_are_rounded_with_a_warning(caplog):
+    record = make()
+    record.follow()
+    record.u.data = 2 * record.u.data.bfloat16()
+    expected = record.u.detach().float()
+    record.follow()
+    assert torch.equal(record.u, expected)
+    assert "the factors of layer were cast to torch.bfloat16 and changed" in caplog.text
+
+
 def test_points_are_found_once_in_the_order_of_their_first_parameter():
     first, second, other = make(), make(seed=1), nn.Parameter(torch.zeros(3))
     parameters = [other, second.v_transposed, first.u, second.u, first.v_transposed]

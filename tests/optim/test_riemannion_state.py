@@ -313,6 +313,48 @@ def test_a_group_of_plain_parameters_sets_its_own_rate():
     assert all(torch.equal(p, q) for p, q in zip(others, copies, strict=True))
 
 
+@pytest.mark.parametrize(("saved", "other"), [("zero", "offset"), ("offset", "zero")])
+def test_a_state_of_the_other_start_is_saved_so_that_plain_peft_loads_it(saved, other, tmp_path):
+    first, second = with_lora(tiny_llama()), with_lora(tiny_llama())
+    optimizer = Riemannion(first, lr=0.1, start=saved, seed=0)
+    train(first, optimizer, range(2))
+    Riemannion(second, lr=0.1, start=other, seed=1).load_state_dict(optimizer.state_dict())
+    second.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    ids = token_batch()
+    assert relative(reloaded(ids).logits, first(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("method", [Riemannion, RiemannLoRA])
+def test_a_step_under_autocast_is_the_step_without(method):
+    first, second = with_lora(tiny_llama()), with_lora(tiny_llama())
+    optimizers = [method(model, lr=0.05, seed=0) for model in (first, second)]
+    backward(first)
+    backward(second)
+    optimizers[0].step()
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizers[1].step()
+    assert same_bits(all_numbers(first, optimizers[0]), all_numbers(second, optimizers[1]))
+
+
+def test_a_group_of_plain_parameters_sets_its_own_adamw():
+    model = with_lora(tiny_llama(), modules_to_save=["lm_head"])
+    attach(model)
+    factors = [p for p in model.parameters() if hasattr(p, "fixed_rank")]
+    others = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "fixed_rank")]
+    options = {"betas": (0.5, 0.6), "eps": 1e-3}
+    group = {"params": others, "lr": 0.02} | {f"adamw_{key}": value for key, value in options.items()}
+    optimizer = Riemannion([{"params": factors}, group], lr=0.1)
+    copies, adamw = reference_adamw(others, lr=0.02, weight_decay=0.0, **options)
+    for seed in range(2):
+        backward(model, seed)
+        for parameter, twin in zip(others, copies, strict=True):
+            twin.grad = parameter.grad.clone()
+        optimizer.step()
+        adamw.step()
+    assert all(torch.equal(p, q) for p, q in zip(others, copies, strict=True))
+
+
 # What it says about itself, and what it refuses.
 
 
@@ -397,6 +439,14 @@ def test_one_factor_without_the_other_is_refused_by_name():
     attach(model)
     with pytest.raises(InputError, match=r"q_proj split"):
         Riemannion([p for n, p in model.named_parameters() if "lora_A" in n])
+
+
+def test_a_group_that_comes_later_is_refused():
+    model = with_lora(tiny_llama())
+    optimizer = Riemannion(model, lr=0.1)
+    with pytest.raises(InputError, match="param groups must be given when Riemannion is made"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    train(model, optimizer, range(1))
 
 
 def test_nothing_to_train_is_refused():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qriemann
 from qriemann.optim import AdamW, Muon, ScaledAdamW, ScaledGD
@@ -371,6 +372,30 @@ def test_other_trainable_parameters_are_trained_by_torchs_adamw(method):
     assert relative(head.detach(), copy.detach()) < 1e-6
 
 
+def test_a_state_loaded_to_the_cpu_goes_on_where_the_parameters_are():
+    # A trainer on one GPU loads optimizer.pt to the CPU. Fake tensors stand for a card: they have a device and no numbers.
+    def make() -> tuple[list[tuple[str, nn.Parameter]], AdamW]:
+        shapes = {"layer.lora_A.default.weight": (2, 8), "layer.lora_B.default.weight": (8, 2)}
+        named = [(name, nn.Parameter(torch.zeros(shape, device="cuda"))) for name, shape in shapes.items()]
+        return named, AdamW(named)
+
+    def step(named: list[tuple[str, nn.Parameter]], optimizer: AdamW) -> None:
+        for _, parameter in named:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    with FakeTensorMode():
+        named, optimizer = make()
+        step(named, optimizer)
+        saved = torch.optim.Optimizer.state_dict(optimizer)
+        saved["state"] = {i: {key: value.cpu() for key, value in e.items()} for i, e in saved["state"].items()}
+        named, optimizer = make()
+        torch.optim.Optimizer.load_state_dict(optimizer, saved)
+        step(named, optimizer)
+        devices = {value.device.type for _, p in named for value in optimizer.state[p].values()}
+        assert devices == {"cuda"}
+
+
 @pytest.mark.parametrize("method", [ScaledGD, ScaledAdamW, AdamW, Muon])
 @pytest.mark.parametrize("lora", [{}, {"rank_pattern": {"q_proj": 7}}, {"use_dora": True}], ids=str)
 def test_a_bf16_adapter_becomes_float32_and_trains(method, lora):
@@ -386,6 +411,38 @@ def test_a_bf16_adapter_becomes_float32_and_trains(method, lora):
         losses.append(loss.item())
         optimizer.step()
     assert losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize(("method", "names"), [(ScaledGD, ("betas", "eps")), (Muon, ("betas", "eps"))])
+def test_a_group_sets_adamw_by_the_names_of_the_constructor(method, names):
+    model = with_lora(tiny_llama(), modules_to_save=["lm_head"], target_modules=["q_proj"])
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    factors, others = ([(n, p) for n, p in trained if (".lora_" in n) is wanted] for wanted in (True, False))
+    options = {"lr": 1e-2, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.2}
+    optimizer = method([{"params": factors}, {"params": others} | {f"adamw_{key}": v for key, v in options.items()}])
+    (head,) = (p for _, p in others)
+    copy = nn.Parameter(head.detach().clone())
+    reference = torch.optim.AdamW([copy], **options)
+    for seed in range(2):
+        optimizer.zero_grad()
+        next_token_loss(model, token_batch(seed)).backward()
+        copy.grad = head.grad.clone()
+        optimizer.step()
+        reference.step()
+    assert relative(head.detach(), copy.detach()) < 1e-6
+
+
+@pytest.mark.parametrize("method", [ScaledGD, ScaledAdamW])
+def test_a_step_under_autocast_is_the_step_without(method):
+    def factors(*, autocast: bool) -> list[Tensor]:
+        adapter = Adapter(12, 10, 3)
+        optimizer = method(adapter.named(), lr=0.1)
+        adapter.set_gradient(adapter.gradient())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            optimizer.step()
+        return [adapter.a.detach(), adapter.b.detach()]
+
+    assert all(torch.equal(a, b) for a, b in zip(factors(autocast=True), factors(autocast=False), strict=True))
 
 
 def test_each_param_group_has_its_own_rates():

@@ -10,6 +10,7 @@ from datasets import IterableDataset
 from transformers import TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from qriemann import LocallyOptimalInit
 from qriemann.errors import InputError
 from qriemann.training.config import config_from_values
 from qriemann.training.fit import AutoBatch, BatchFit, _parts
@@ -234,3 +235,10 @@ def test_a_recipe_whose_longest_row_does_not_fit_ends_before_anything_is_written
     with pytest.raises(InputError, match="a single row"):
         train(recipe, callbacks=[NoRoom()])
     assert not (tmp_path / "out").exists()
+
+
+def test_gradient_bases_see_no_more_rows_at_once_than_fit(tmp_path):
+    memory = ShortMemory(2)
+    trained(tmp_path / "run", auto=True, memory=memory, callbacks=[LocallyOptimalInit(batches=2)], max_steps=1)
+    # Four passes over two batches of two rows, then a step of eight rows.
+    assert memory.seen[-12:] == [2] * 12

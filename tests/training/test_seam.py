@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import qriemann
+from qriemann import InputError
 from qriemann.geometry.parameter import orthonormality_drift
 from qriemann.training.methods import METHODS
 from qriemann.training.seam import fixed_rank_optimizer
@@ -290,6 +291,45 @@ def test_dpo_trains_with_the_same_optimizer_on_the_manifold(start, given, base, 
     if given == "an adapter":
         # TRL's frozen copy, the reference, is plain LoRA of the rank it was made with.
         assert LoraConfig.from_pretrained(tmp_path / "checkpoint-4" / "ref").r == 4
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")
+def test_dpo_on_an_adapter_that_is_attached_already_is_refused_with_the_remedy(tmp_path):
+    trainer = sft_trainer(tiny_llama(), tmp_path / "sft", "zero")
+    trainer.train()
+    dpo = DPOTrainer(
+        model=trainer.model,
+        processing_class=word_tokenizer(),
+        args=DPOConfig(**trainer_settings(tmp_path / "dpo", max_length=32)),
+        train_dataset=preferences(),
+    )
+    dpo.optimizer_cls_and_kwargs = qriemann.for_trainer("riemannion", lr=0.05)
+    # TRL made its reference of U and V^T.
+    with pytest.raises(
+        InputError, match=r"copy of the factors .* got 'ref' on .*; save the adapter, and give the trainer"
+    ):
+        dpo.train()
+
+
+@starts
+def test_a_second_trainer_on_the_same_model_leaves_the_adapter_as_it_was(start, base, tmp_path):
+    # TRL casts what is trained on a 4-bit base to bf16 in its constructor.
+    first = sft_trainer(load_nf4(base), tmp_path / "first", start)
+    first.train()
+    first.save_model(str(tmp_path / "a"))
+    second = SFTTrainer(
+        model=first.model,
+        processing_class=word_tokenizer(),
+        args=SFTConfig(**trainer_settings(tmp_path / "second")),
+        train_dataset=counting_rows(),
+        optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion", lr=0.05),
+    )
+    assert any(p.dtype == torch.bfloat16 for p in first.model.parameters() if p.requires_grad)
+    second.save_model(str(tmp_path / "b"))
+    second.create_optimizer()
+    second.save_model(str(tmp_path / "c"))
+    saved = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc"]
+    assert saved[0] == saved[1] == saved[2]
 
 
 # What `for_trainer` refuses, before any model is loaded.
