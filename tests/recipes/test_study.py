@@ -240,8 +240,9 @@ def test_the_readmes_starts_are_those_of_the_committed_runs():
         assert f"| {arm} | {group[0]['lr']:g} | {' | '.join(cells)} |" in lines
 
 
-def test_the_readmes_table_is_what_the_committed_runs_give():
-    runs = report.read_runs(RECIPES / "results" / "cpu")
+@pytest.mark.parametrize("study_of", ["cpu", "words"])
+def test_the_readmes_table_is_what_the_committed_runs_give(study_of):
+    runs = report.read_runs(RECIPES / "results" / study_of)
     readme = (RECIPES.parent / "README.md").read_text(encoding="utf-8")
     tasks = {run["task"] for run in runs}
     assert tasks
