@@ -188,7 +188,8 @@ def _attach_layer(
 
 def _cast_input_dtype(module: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """PEFT's, which would keep a float32 copy of the input of every layer alive for float32 factors."""
-    if all(isinstance(module.lora_variant.get(name), FixedRankVariant) for name in module.active_adapters):
+    active = (module.lora_variant.get(name) for name in module.active_adapters)
+    if all(getattr(variant, "takes_any_dtype", False) for variant in active):
         return x
     return type(module)._cast_input_dtype(module, x, dtype)  # type: ignore[call-overload]
 

@@ -161,6 +161,8 @@ class _GradientTap(LoraVariant):
     Unlike `FixedRankVariant` it keeps nothing of the basis' width for each token, so a wide basis costs no activations.
     """
 
+    takes_any_dtype = True
+
     def __init__(self, name: str, rows: int, columns: int, sketch: Float[Tensor, "n k"]) -> None:
         self._name, self._heights = name, (rows, columns)
         self._transposed = True

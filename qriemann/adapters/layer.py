@@ -120,6 +120,9 @@ class FixedRankVariant(LoraVariant):
         point: U, S, V and the frozen offset that is subtracted, if any.
     """
 
+    #: Whether the layer may hand over its input as it came.
+    takes_any_dtype = True
+
     def __init__(self, point: FixedRankParameter) -> None:
         self.point = point
 
