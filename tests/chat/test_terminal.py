@@ -3,6 +3,7 @@
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -65,6 +66,8 @@ def _take_terminal():
 
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    # A test run in the background ignores Ctrl-C, and hands that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_a_chat_in_a_real_terminal(adapter_folder):
