@@ -187,7 +187,7 @@ def _attach_layer(
 
 
 def _cast_input_dtype(module: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """PEFT's, which would keep a float32 copy of the input of every layer alive for float32 factors."""
+    """In the place of PEFT's, by which every layer keeps a float32 copy of its input alive, because its factors are float32."""
     active = (module.lora_variant.get(name) for name in module.active_adapters)
     if all(getattr(variant, "takes_any_dtype", False) for variant in active):
         return x
@@ -195,7 +195,7 @@ def _cast_input_dtype(module: LoraLayer, x: Tensor | None, dtype: torch.dtype) -
 
 
 def get_delta_weight(module: LoraLayer, adapter: str) -> Float[Tensor, "m n"]:
-    """PEFT's, which multiplies the factors and knows no core."""
+    """In the place of PEFT's, which multiplies the factors and knows of no core."""
     if isinstance(module.lora_variant.get(adapter), FixedRankVariant):
         return delta_weight(module, adapter)
     return type(module).get_delta_weight(module, adapter)  # type: ignore[operator]
