@@ -122,7 +122,7 @@ def _check_layer(name: str, module: LoraLayer, adapter: str) -> None:
     factors = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     for other in module.lora_A.keys() - {adapter} if variant is not None else ():
         theirs = module.lora_A[other].weight, module.lora_B[other].weight
-        if all(a.shape == b.shape and torch.equal(a.to(b.dtype), b) for a, b in zip(factors, theirs, strict=True)):
+        if all(a.shape == b.shape and torch.equal(a.to(b), b) for a, b in zip(factors, theirs, strict=True)):
             raise InputError(
                 f"no other adapter may be a copy of the factors of one that is attached, got {other!r} on {name}: U and V "
                 "without S are not the adapter (TRL makes its reference of an adapter in this way); save the adapter, and "
@@ -187,7 +187,7 @@ def _attach_layer(
 
 
 def _cast_input_dtype(module: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """In the place of PEFT's, by which every layer keeps a float32 copy of its input alive, because its factors are float32."""
+    """In the place of PEFT's, which keeps a float32 copy of every layer's input alive, because the factors are float32."""
     active = (module.lora_variant.get(name) for name in module.active_adapters)
     if all(getattr(variant, "takes_any_dtype", False) for variant in active):
         return x
