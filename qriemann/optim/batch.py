@@ -121,7 +121,7 @@ class FactorBatch:
             by_height.setdefault(factor.shape[0], []).append(side)
         self._heights = []
         for sides in by_height.values():
-            factors = torch.stack([tall[side].float() for side in sides])
+            factors = torch.stack([tall[side] for side in sides])
             momentum = torch.stack([self.momentum[side].to(factors.device) for side in sides])
             for index, side in enumerate(sides):
                 self.parameters[side].data = factors[index] if side < layers else factors[index].mT

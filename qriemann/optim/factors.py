@@ -18,13 +18,31 @@ from qriemann.optim.rates import warn_of_another_scale
 
 NamedParameter = tuple[str, nn.Parameter]
 
+#: Options of AdamW beside another method, and the names that a step reads them by.
+ADAMW_OPTIONS = {"adamw_betas": "betas", "adamw_eps": "eps"}
 #: Marks the param groups that hold nothing but factors.
 ON_FACTORS = "lora_factors"
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.(?P<adapter>.*)weight")
 
 
-class FactorOptimizer(torch.optim.Optimizer):
+class GatheringOptimizer(torch.optim.Optimizer):
+    """An optimizer that gathers its tensors when it is made, and so takes no param group later."""
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        self._made = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch while the optimizer is made; InputError later."""
+        if getattr(self, "_made", False):
+            raise InputError(
+                f"param groups must be given when {type(self).__name__} is made, got one later; make a new optimizer"
+            )
+        super().add_param_group(param_group)
+
+
+class FactorOptimizer(GatheringOptimizer):
     """What the optimizers over plain LoRA factors share.
 
     Args:
@@ -61,12 +79,6 @@ class FactorOptimizer(torch.optim.Optimizer):
 
             prepare_plain(params)
         super().__init__(split, defaults)
-        self._made = True
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch while the optimizer is made, refused later."""
-        refuse_late_group(self)
-        super().add_param_group(param_group)
 
     @classmethod
     def check_options(cls, options: dict[str, Any]) -> None:
@@ -157,14 +169,6 @@ class FactorOptimizer(torch.optim.Optimizer):
 def renamed_options(group: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """The group with its options under the names that a step reads them by: a constructor's adamw_betas are betas there."""
     return {names.get(key, key): value for key, value in group.items()}
-
-
-def refuse_late_group(optimizer: torch.optim.Optimizer) -> None:
-    """Raises InputError if the optimizer has been made: its tensors are gathered by then."""
-    if getattr(optimizer, "_made", False):
-        raise InputError(
-            f"param groups must be given when {type(optimizer).__name__} is made, got one later; make a new optimizer"
-        )
 
 
 def adamw_step(optimizer: torch.optim.Optimizer, group: dict[str, Any], *, capturable: bool = False) -> None:

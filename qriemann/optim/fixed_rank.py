@@ -17,15 +17,13 @@ from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters, orthonormality_drift
 from qriemann.geometry.point import FixedRankPoint
 from qriemann.optim.batch import FactorBatch, StepRule
-from qriemann.optim.factors import adamw_step, refuse_late_group, renamed_options
+from qriemann.optim.factors import ADAMW_OPTIONS, GatheringOptimizer, adamw_step, renamed_options
 from qriemann.optim.rates import warn_of_another_scale
 
 _ON_MANIFOLD = "fixed_rank"
-# Options of AdamW that a group may set, and the names that a step reads them by.
-_RENAMED = {"adamw_betas": "betas", "adamw_eps": "eps"}
 
 
-class FixedRankOptimizer(torch.optim.Optimizer):
+class FixedRankOptimizer(GatheringOptimizer):
     """Moves points X = U S V^T on the manifold of rank-r matrices, and everything else by torch's fused AdamW.
 
     A subclass names its options in `__init__` and says by `rule` which of them choose the step; all else is here.
@@ -66,7 +64,6 @@ class FixedRankOptimizer(torch.optim.Optimizer):
             )
         self._capturable = capturable
         super().__init__(_split_groups(list(params), defaults), defaults)
-        self._made = True
         for group in self.param_groups:
             self.check_options(group)
         self._group_of = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
@@ -91,11 +88,6 @@ class FixedRankOptimizer(torch.optim.Optimizer):
                     "capturable must come with adapters that the Triton kernels take, got layers that need the batched "
                     "PyTorch path, which synchronizes; leave capturable out"
                 )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch while the optimizer is made, refused later."""
-        refuse_late_group(self)
-        super().add_param_group(param_group)
 
     @classmethod
     def check_options(cls, options: dict[str, Any]) -> None:
@@ -244,7 +236,7 @@ def _split_groups(params: list[Any], defaults: dict[str, Any]) -> list[dict[str,
     groups = []
     for group in params if isinstance(params[0], dict) else [{"params": params}]:
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        options = renamed_options({key: value for key, value in group.items() if key != "params"}, _RENAMED)
+        options = renamed_options({key: value for key, value in group.items() if key != "params"}, ADAMW_OPTIONS)
         factors = [p for p in members if hasattr(p, "fixed_rank")]
         others = [p for p in members if not hasattr(p, "fixed_rank")]
         if factors:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,6 +21,7 @@ from torch.optim.sgd import sgd
 from qriemann.errors import InputError
 from qriemann.optim.batch import full_float32
 from qriemann.optim.factors import (
+    ADAMW_OPTIONS,
     ON_FACTORS,
     FactorOptimizer,
     NamedParameter,
@@ -277,7 +278,7 @@ class ScaledGD(_Scaled):
     """
 
     lr_scale = "the share of a preconditioned gradient, which has the scale of the loss"
-    _renamed: ClassVar[dict[str, str]] = {"adamw_betas": "betas", "adamw_eps": "eps"}
+    _renamed = ADAMW_OPTIONS
     state_keys = frozenset({"step", "momentum", "exp_avg", "exp_avg_sq"})
 
     def __init__(
