@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qriemann.adapters.attach import attach, truncate_
-    from qriemann.adapters.base import load_base
     from qriemann.adapters.loi import locally_optimal_
+    from qriemann.base.load import load_base
+    from qriemann.checkpoints.manifest import newest_checkpoint
+    from qriemann.checkpoints.protect import protect
     from qriemann.errors import InputError, MissingExtraError
+    from qriemann.evaluation.evaluate import evaluate
     from qriemann.optim.riemannion import Riemannion
     from qriemann.optim.riemannlora import RiemannLoRA
     from qriemann.optim.scaled import ScaledAdamW, ScaledGD
-    from qriemann.publish.push import push
-    from qriemann.publish.report import write_report
-    from qriemann.release.evaluate import evaluate
     from qriemann.release.export import export
     from qriemann.release.merge import merge
+    from qriemann.release.push import push
+    from qriemann.release.report import write_report
     from qriemann.release.spectrum import inspect
-    from qriemann.training.checkpoints import newest_checkpoint
-    from qriemann.training.loi import LocallyOptimalInit
-    from qriemann.training.protect import protect
+    from qriemann.training.loi_callback import LocallyOptimalInit
     from qriemann.training.run import train
     from qriemann.training.seam import FixedRankCallback, for_trainer
 
@@ -33,26 +33,26 @@ __version__ = "0.1.0"
 _HOME = {
     "FixedRankCallback": "qriemann.training.seam",
     "InputError": "qriemann.errors",
-    "LocallyOptimalInit": "qriemann.training.loi",
+    "LocallyOptimalInit": "qriemann.training.loi_callback",
     "MissingExtraError": "qriemann.errors",
     "RiemannLoRA": "qriemann.optim.riemannlora",
     "Riemannion": "qriemann.optim.riemannion",
     "ScaledAdamW": "qriemann.optim.scaled",
     "ScaledGD": "qriemann.optim.scaled",
     "attach": "qriemann.adapters.attach",
-    "evaluate": "qriemann.release.evaluate",
+    "evaluate": "qriemann.evaluation.evaluate",
     "export": "qriemann.release.export",
     "for_trainer": "qriemann.training.seam",
     "inspect": "qriemann.release.spectrum",
-    "load_base": "qriemann.adapters.base",
+    "load_base": "qriemann.base.load",
     "locally_optimal_": "qriemann.adapters.loi",
     "merge": "qriemann.release.merge",
-    "newest_checkpoint": "qriemann.training.checkpoints",
-    "protect": "qriemann.training.protect",
-    "push": "qriemann.publish.push",
+    "newest_checkpoint": "qriemann.checkpoints.manifest",
+    "protect": "qriemann.checkpoints.protect",
+    "push": "qriemann.release.push",
     "train": "qriemann.training.run",
     "truncate_": "qriemann.adapters.attach",
-    "write_report": "qriemann.publish.report",
+    "write_report": "qriemann.release.report",
 }
 
 __all__ = [

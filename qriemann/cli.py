@@ -24,7 +24,7 @@ class _WithoutCredentials:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        from qriemann.publish.private import hide_credentials
+        from qriemann.folder.private import hide_credentials
 
         return self._stream.write(hide_credentials(text))
 
@@ -149,7 +149,7 @@ def _add_train(commands: Any) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.help_keys:
-        from qriemann.training.config import describe_options
+        from qriemann.config.settings import describe_options
 
         for name, default, text in describe_options():
             print(f"{name:28} {default:16} {text}")
@@ -172,8 +172,8 @@ def _add_plan(commands: Any) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from qriemann.training.config import load_config
-    from qriemann.training.plan import describe, describe_cards, plan, plan_cards
+    from qriemann.config.settings import load_config
+    from qriemann.memory.plan import describe, describe_cards, plan, plan_cards
 
     config = load_config(arguments.file, arguments.pairs)
     console = Console()
@@ -191,8 +191,8 @@ def _add_check(commands: Any) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    from qriemann.config.settings import load_config
     from qriemann.training.check import check
-    from qriemann.training.config import load_config
 
     check(load_config(arguments.file, arguments.pairs), arguments.vram)
 
@@ -207,7 +207,7 @@ def run_training(path: str | None, pairs: Sequence[str]) -> int:
     Raises:
         InputError: for anything that the user can mend.
     """
-    from qriemann.training.config import load_config
+    from qriemann.config.settings import load_config
     from qriemann.training.run import train
 
     try:
@@ -328,11 +328,11 @@ def _eval(arguments: argparse.Namespace) -> int:
             f"{' '.join(paths)}{' --tasks' if tasks else ''}{' --scorer' if scorer else ''}; see qriemann eval --help"
         )
     if tasks:
-        from qriemann.release.harness import run_tasks
+        from qriemann.evaluation.harness import run_tasks
 
         figures = run_tasks(paths, tasks.split(","), **options)
     else:
-        from qriemann.release.evaluate import as_dict, evaluate
+        from qriemann.evaluation.evaluate import as_dict, evaluate
 
         *models, data = paths
         other = models[1] if len(models) == 2 else None
@@ -389,7 +389,7 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from qriemann.publish.report import write_report
+    from qriemann.release.report import write_report
 
     print(write_report(arguments.folder))
     return 0
@@ -410,7 +410,7 @@ def _add_push(commands: Any) -> None:
 def _push(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from qriemann.publish.push import push
+    from qriemann.release.push import push
 
     push(
         arguments.folder,

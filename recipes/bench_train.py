@@ -46,7 +46,7 @@ from trl import SFTConfig, SFTTrainer
 
 import qriemann
 from qriemann.errors import InputError
-from qriemann.training.records import environment, peak_gib
+from qriemann.folder.records import environment, peak_gib
 
 #: Shapes for `--model`, from the models' config.json on the Hub; they get random weights.
 SHAPES: dict[str, dict[str, int]] = {

@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, ViTConfig,
 
 import qriemann
 from qriemann.cli import reporting
-from qriemann.training.methods import METHODS, find_method
+from qriemann.optim.methods import METHODS, find_method
 
 _SIZE, _DIRECTIONS = 24, 8
 _TRAIN_IMAGES, _TEST_IMAGES = 2048, 512

@@ -126,10 +126,10 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
     from datasets import Dataset
     from rich.console import Console
 
-    from qriemann.adapters.base import load_base
-    from qriemann.adapters.gguf import EMBEDDED_MODEL
-    from qriemann.training import records
-    from qriemann.training.config import config_from_values
+    from qriemann.base.gguf import EMBEDDED_MODEL
+    from qriemann.base.load import load_base
+    from qriemann.config.settings import config_from_values
+    from qriemann.folder import records
     from qriemann.training.publishing import publish
     from qriemann.training.run import train
 

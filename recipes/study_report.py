@@ -138,7 +138,7 @@ def _cells(arm: str, group: list[Run], reference: list[Run], searched: list[Run]
 
 def _exact_match(group: list[Run]) -> str:
     """The share of right answers with Wilson's 95 % interval for the rows of one seed, because all seeds have the same."""
-    from qriemann.release.evaluate import wilson
+    from qriemann.evaluation.evaluate import wilson
 
     rows = group[0]["test"]["rows"]
     found = wilson(round(statistics.mean(run["test"]["right"] for run in group)), rows)

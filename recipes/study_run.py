@@ -94,9 +94,9 @@ def run_job(job: Job, results: Path) -> dict[str, Any]:
     """
     from datasets import Dataset
 
-    from qriemann.publish.folder import curve, read_json
-    from qriemann.training import records
-    from qriemann.training.config import config_from_values
+    from qriemann.config.settings import config_from_values
+    from qriemann.folder import records
+    from qriemann.folder.contents import curve, read_json
     from qriemann.training.run import train
 
     # Every arm sees the same rows in the same order: the trainer shuffles them by the seed.
@@ -155,11 +155,11 @@ def _trained_tokens_scored_alone() -> Iterator[None]:
 def _test(result: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     from datasets import Dataset
 
-    from qriemann.release.evaluate import greedy_answers
-    from qriemann.release.reload import Row
-    from qriemann.release.rows import Rows
-    from qriemann.training.data import prepare
-    from qriemann.training.sources import Source
+    from qriemann.data.formats import prepare
+    from qriemann.data.sources import Source
+    from qriemann.evaluation.evaluate import greedy_answers
+    from qriemann.evaluation.reload import Row
+    from qriemann.evaluation.rows import Rows
 
     tokenizer = result.tokenizer
     table = Source(Dataset.from_list([{"messages": row["messages"]} for row in rows]), "test")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qriemann.adapters.attach import Start, attach, check_start, describe_saved_rank, lora_layers
 from qriemann.adapters.gradient import GradientSVD, Layers, gradient_svd
 from qriemann.adapters.layer import FixedRankVariant
-from qriemann.adapters.quantized import protect_quantized_weights
+from qriemann.base.quantized import protect_quantized_weights
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter
 from qriemann.geometry.point import FixedRankPoint

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qriemann.adapters.attach import report_low_precision
-from qriemann.adapters.quantized import protect_quantized_weights
+from qriemann.base.quantized import protect_quantized_weights
 from qriemann.errors import InputError
 
 

@@ -24,9 +24,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qriemann.adapters.base_files import load_tokenizer
 from qriemann.adapters.finite import is_finite
 from qriemann.adapters.saved_config import CONFIG, read_config, value_for
+from qriemann.base.files import load_tokenizer
 from qriemann.errors import InputError
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"

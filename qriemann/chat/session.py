@@ -17,12 +17,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as hf_logging
 
-from qriemann.adapters.base import load_base
-from qriemann.adapters.chat_template import render
 from qriemann.adapters.saved import adapter_folder, read_adapter, saved_tokenizer
+from qriemann.base.chat_template import render
+from qriemann.base.load import load_base
+from qriemann.checkpoints.fingerprints import other_base
 from qriemann.errors import InputError
-from qriemann.publish.folder import ModelFolder, read_folder
-from qriemann.training.fingerprints import other_base
+from qriemann.folder.contents import ModelFolder, read_folder
 
 # C0 and C1 control characters but newline and tab: a model's output must not drive the terminal.
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}

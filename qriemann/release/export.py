@@ -17,13 +17,14 @@ from torch import Tensor
 
 from qriemann.adapters.saved import LoraFactors, read_adapter
 from qriemann.errors import InputError
-from qriemann.release import reload, report
-from qriemann.release.folder import check_output, move_into_place, written_or_nothing
-from qriemann.release.proof import Verdict, record
-from qriemann.release.quiet import quiet_upstream
+from qriemann.evaluation import reload
+from qriemann.evaluation.proof import Verdict, record
+from qriemann.evaluation.quiet import quiet_upstream
+from qriemann.folder.records import write_json
+from qriemann.release import proof_report as report
+from qriemann.release.output_folder import check_output, move_into_place, written_or_nothing
 from qriemann.release.spectrum import small_core
 from qriemann.release.trained import load_trained
-from qriemann.training.records import write_json
 
 REPORT = "export_report.json"
 

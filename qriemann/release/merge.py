@@ -17,12 +17,13 @@ from torch import Tensor
 
 from qriemann.adapters.saved import read_adapter
 from qriemann.errors import InputError
-from qriemann.publish.card import write_card
-from qriemann.publish.folder import PROOF, read_folder
-from qriemann.release import report
-from qriemann.release.folder import check_output, move_into_place, written_or_nothing
-from qriemann.release.proof import Verdict, Written, judge, record, worst_weight
-from qriemann.release.quiet import quiet_upstream
+from qriemann.evaluation.proof import Verdict, Written, judge, record, worst_weight
+from qriemann.evaluation.quiet import quiet_upstream
+from qriemann.folder.contents import PROOF, read_folder
+from qriemann.folder.records import write_json
+from qriemann.release import proof_report as report
+from qriemann.release.card import write_card
+from qriemann.release.output_folder import check_output, move_into_place, written_or_nothing
 from qriemann.release.shards import ShardWriter
 from qriemann.release.trained import Trained, load_trained
 from qriemann.release.weights import (
@@ -32,7 +33,6 @@ from qriemann.release.weights import (
     stored_4bit,
     tensor_names,
 )
-from qriemann.training.records import write_json
 
 Into = Literal["nf4-dequantized", "original", "nf4"]
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -86,7 +86,7 @@ def merge(
         revision: of a Hub base; None takes the adapter's.
         dtype: "float32", "bfloat16" or "float16" for what is written. None is float32 for nf4-dequantized and the stored
             one otherwise.
-        data: held-out rows for the proof, as `qriemann.release.rows.load_rows` takes them; None for 32 built-in prompts.
+        data: held-out rows for the proof, as `qriemann.evaluation.rows.load_rows` takes them; None for 32 built-in prompts.
         max_kl: largest mean KL to the trained model that is accepted, nats a token; None chooses by base and dtype.
         shard_gb: size of a file, 1e9 bytes; with the 4-bit base, also what the merge needs in memory.
         console: where progress and the table are printed; None for nowhere.

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from qriemann.adapters.saved import LoraFactors, SavedAdapter, read_adapter
 from qriemann.errors import InputError
-from qriemann.publish.spectrum import effective_rank
-from qriemann.release.quiet import quiet_upstream
+from qriemann.evaluation.quiet import quiet_upstream
+from qriemann.release.saved_spectrum import effective_rank
 from qriemann.release.weights import original_weights, tensor_names
 
 PLOT = "inspect.png"
@@ -50,7 +50,7 @@ class LayerSpectrum:
 
     @property
     def effective_rank(self) -> float:
-        """See `qriemann.publish.spectrum.effective_rank`."""
+        """See `qriemann.release.saved_spectrum.effective_rank`."""
         return effective_rank(self.sigma)
 
     @property

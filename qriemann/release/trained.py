@@ -12,11 +12,11 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qriemann.adapters.base import load_base
 from qriemann.adapters.saved import SavedAdapter, saved_tokenizer
-from qriemann.release.rows import Rows, load_rows
+from qriemann.base.load import load_base
+from qriemann.checkpoints.fingerprints import other_base
+from qriemann.evaluation.rows import Rows, load_rows
 from qriemann.release.weights import Dequantized
-from qriemann.training.fingerprints import other_base
 
 _MAX_LENGTH, _MAX_TOKENS = 1024, 2048
 _RECORDED_BYTES = 2**29

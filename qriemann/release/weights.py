@@ -13,9 +13,9 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from qriemann.adapters.base import load_base
-from qriemann.adapters.gguf import EMBEDDED_MODEL
 from qriemann.adapters.saved_config import refuse_outside
+from qriemann.base.gguf import EMBEDDED_MODEL
+from qriemann.base.load import load_base
 from qriemann.errors import InputError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"

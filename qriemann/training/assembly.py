@@ -13,14 +13,14 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTTrainer
 
-from qriemann.adapters.base import load_base
+from qriemann.base.load import load_base
+from qriemann.config.settings import RunConfig
+from qriemann.data.formats import TokenizedData, prepare, token_count
+from qriemann.data.sources import Source, load_sources
+from qriemann.distributed import process_count
 from qriemann.errors import InputError
-from qriemann.training.config import RunConfig
-from qriemann.training.data import TokenizedData, prepare, token_count
-from qriemann.training.methods import find_method, rate_for_steps
-from qriemann.training.processes import process_count
+from qriemann.optim.methods import find_method, rate_for_steps
 from qriemann.training.seam import for_trainer
-from qriemann.training.sources import Source, load_sources
 
 
 def optimizer_arguments(config: RunConfig) -> tuple[type, dict[str, Any]]:

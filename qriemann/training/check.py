@@ -16,11 +16,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qriemann.training.config import RunConfig
-from qriemann.training.data import trained_token_count
-from qriemann.training.defects import Defect, preview, refuse
-from qriemann.training.dry_run import DryRun, Measured, too_large_evaluation
-from qriemann.training.plan import GIB, Plan, plan
+from qriemann.config.settings import RunConfig
+from qriemann.data.defects import Defect, preview, refuse
+from qriemann.data.formats import trained_token_count
+from qriemann.memory.dry_run import DryRun, Measured, too_large_evaluation
+from qriemann.memory.plan import GIB, Plan, plan
 from qriemann.training.run import train
 
 

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qriemann.publish.folder import curve
-from qriemann.training.records import append_metrics, peak_gib, read_metrics
+from qriemann.folder.contents import curve
+from qriemann.folder.records import append_metrics, peak_gib, read_metrics
 from qriemann.training.seam import fixed_rank_optimizer
 
 Record = Mapping[str, Any]

@@ -5,11 +5,11 @@ from typing import Any
 
 from rich.console import Console
 
-from qriemann.publish.card import write_card
-from qriemann.publish.folder import read_folder
-from qriemann.publish.push import check_push, push
-from qriemann.publish.report import write_report
-from qriemann.training.config import RunConfig
+from qriemann.config.settings import RunConfig
+from qriemann.folder.contents import read_folder
+from qriemann.release.card import write_card
+from qriemann.release.push import check_push, push
+from qriemann.release.report import write_report
 
 
 def take_over_push(config: RunConfig, model: Any) -> tuple[str | None, str | None]:

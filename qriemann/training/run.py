@@ -21,9 +21,26 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
+from qriemann.adapters.targets import adapter_config, check_targets
+from qriemann.base.bars import no_bars_without_terminal
+from qriemann.checkpoints.fingerprints import check_same_run, describe_base, fingerprints
+from qriemann.checkpoints.manifest import FoundCheckpoint
+from qriemann.checkpoints.protect import protect
+from qriemann.checkpoints.saving import find_numeric_defect, is_failed_save, save_adapter, save_failed
+from qriemann.checkpoints.signals import GracefulStop
+from qriemann.checkpoints.step_guard import StepEvent
+from qriemann.config.settings import RunConfig
+from qriemann.data.chat_mask import adjust_tokenizer
+from qriemann.data.defects import find_defects, refuse
+from qriemann.data.formats import TokenizedData, fingerprint, trained_token_count
+from qriemann.distributed import is_main_process, run_on_main
 from qriemann.errors import InputError
-from qriemann.publish.folder import curve, read_json
-from qriemann.training import records
+from qriemann.folder import records
+from qriemann.folder.contents import curve, read_json
+from qriemann.folder.lock import hold, refuse_if_held
+from qriemann.folder.run_folder import begin_run, starting_point, write_run
+from qriemann.memory.auto_batch import AutoBatch, BatchFit
+from qriemann.memory.dry_run import DryRun
 from qriemann.training.assembly import (
     adjust_evaluation,
     build_trainer,
@@ -33,26 +50,9 @@ from qriemann.training.assembly import (
     read_sources,
     tokenize,
 )
-from qriemann.training.checkpoints import FoundCheckpoint
-from qriemann.training.config import RunConfig
-from qriemann.training.data import TokenizedData, fingerprint, trained_token_count
-from qriemann.training.defects import find_defects, refuse
 from qriemann.training.display import Monitor, PlainView, make_view, summary_table
-from qriemann.training.dry_run import DryRun
-from qriemann.training.fingerprints import check_same_run, describe_base, fingerprints
-from qriemann.training.fit import AutoBatch, BatchFit
-from qriemann.training.folder import begin_run, starting_point, write_run
-from qriemann.training.guard import StepEvent
-from qriemann.training.lock import hold, refuse_if_held
-from qriemann.training.loi import recipe_callbacks
-from qriemann.training.processes import is_main_process, run_on_main
-from qriemann.training.protect import protect
+from qriemann.training.loi_callback import recipe_callbacks
 from qriemann.training.publishing import publish, take_over_push
-from qriemann.training.quiet import no_bars_without_terminal
-from qriemann.training.saving import find_numeric_defect, is_failed_save, save_adapter, save_failed
-from qriemann.training.stop import GracefulStop
-from qriemann.training.targets import adapter_config, check_targets
-from qriemann.training.tokens import adjust_tokenizer
 
 # What a disk that is full or failing raises, whatever was being written.
 _DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from qriemann.adapters.attach import accept_offset_checkpoints, check_start
+from qriemann.distributed import refuse_sharding, same_seed
 from qriemann.optim.fixed_rank import FixedRankOptimizer
-from qriemann.training.methods import find_method, resolve_options
-from qriemann.training.processes import refuse_sharding, same_seed
+from qriemann.optim.methods import find_method, resolve_options
 
 # Under this key the state of a trainer's checkpoints holds what `AutoBatch` chose.
 AUTO_BATCH_KEY = "qriemann_auto_batch"
@@ -50,10 +50,10 @@ def for_trainer(
     """The value of `optimizer_cls_and_kwargs` for a stock trainer.
 
     Args:
-        method: a name in `qriemann.training.methods.METHODS`: riemannion, lora-tsd, riemannlora, scaled-gd, scaled-adamw,
+        method: a name in `qriemann.optim.methods.METHODS`: riemannion, lora-tsd, riemannlora, scaled-gd, scaled-adamw,
             adamw or muon.
         lr: on the method's own scale; None takes the method's default, which knows nothing of the number of steps: see
-            `qriemann.training.methods.rate_for_steps`. The trainer's scheduler scales it.
+            `qriemann.optim.methods.rate_for_steps`. The trainer's scheduler scales it.
         start: for a method on the manifold, "offset" (random bases, S = alpha I, the same point subtracted as a frozen
             offset; saves rank 2 r; the default) or "zero" (S = 0); see `qriemann.attach`.
         alpha: scale of S for "offset"; 1 by default.

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qriemann import Riemannion, attach, locally_optimal_
 from qriemann.adapters.attach import lora_layers
 from qriemann.adapters.gradient import gradient_svd
-from qriemann.training.memory import LiveBytes
+from qriemann.memory.live_bytes import LiveBytes
 from tests.adapters.test_loi import BATCHES, KEPT, RANK, dequantized, loss
 from tests.dense import best_approximation, tangent_projection
 from tests.models import (

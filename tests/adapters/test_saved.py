@@ -310,7 +310,7 @@ def test_a_tokenizer_may_say_where_it_was_once_loaded_from(folder):
 
 
 def test_a_chat_template_without_end_is_refused(folder, monkeypatch):
-    monkeypatch.setattr("qriemann.adapters.chat_template._SECONDS", 0.2)
+    monkeypatch.setattr("qriemann.base.chat_template._SECONDS", 0.2)
     tokenizer = word_tokenizer()
     rows = "{% for a in range(99999) %}"
     tokenizer.chat_template = f"{rows}{rows}{'{% endfor %}' * 2}"

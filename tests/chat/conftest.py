@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.models import fill_lora, with_lora
-from tests.training.conftest import make_tokenizer
+from tests.recipe_fixtures import make_tokenizer
 
 
 @pytest.fixture(scope="session")

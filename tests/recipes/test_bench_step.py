@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from qriemann.training.methods import METHODS
+from qriemann.optim.methods import METHODS
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "bench_step.py"
 sys.path.insert(0, str(RECIPE.parent))

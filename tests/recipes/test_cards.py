@@ -9,11 +9,11 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
-from qriemann.training.config import load_config
-from qriemann.training.footprint import GIB
-from qriemann.training.plan import plan
+from qriemann.config.settings import load_config
+from qriemann.memory.footprint import GIB
+from qriemann.memory.plan import plan
 from qriemann.training.run import train
-from tests.training.conftest import chat_rows, make_tokenizer
+from tests.recipe_fixtures import chat_rows, make_tokenizer
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "cards").glob("*.yaml"))
 

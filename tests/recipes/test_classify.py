@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from qriemann.training.methods import METHODS
+from qriemann.optim.methods import METHODS
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "classify.py"
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from qriemann import InputError
-from tests.training.conftest import make_tokenizer, save_model
+from tests.recipe_fixtures import make_tokenizer, save_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 sys.path.insert(0, str(RECIPES))

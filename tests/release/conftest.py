@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qriemann.release.merge import MergeResult, merge
 from tests.models import fill_lora
-from tests.training.conftest import make_tokenizer
+from tests.recipe_fixtures import make_tokenizer
 
 PROMPTS = [f"say {n}" for n in range(20)]
 

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 
 import qriemann
 from qriemann.chat.session import load_session
-from qriemann.release.evaluate import evaluate
+from qriemann.checkpoints.fingerprints import base_fingerprint
+from qriemann.config.settings import config_from_values
+from qriemann.evaluation.evaluate import evaluate
 from qriemann.release.export import export
 from qriemann.release.merge import merge
-from qriemann.training.config import config_from_values
-from qriemann.training.fingerprints import base_fingerprint
 from tests.models import with_lora
+from tests.recipe_fixtures import chat_rows
 from tests.release.conftest import save_chat_base
-from tests.training.conftest import chat_rows
 
 WARNING = "trained on another revision of"
 

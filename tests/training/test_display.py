@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from qriemann.training import records
+from qriemann.folder import records
 from qriemann.training.display import LiveView, PlainView, draw_curve, draw_sparkline, make_view
 
 RECORD = {

@@ -17,14 +17,14 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from qriemann.checkpoints.signals import StoppedBySignal
+from qriemann.config.settings import config_from_values
 from qriemann.errors import InputError
-from qriemann.training.config import config_from_values
 from qriemann.training.run import train
 from qriemann.training.seam import OptimizerFactory
-from qriemann.training.stop import StoppedBySignal
 from tests.models import tiny_llama, with_lora
-from tests.training.conftest import chat_rows
-from tests.training.runs import outcome
+from tests.recipe_fixtures import chat_rows
+from tests.runs import outcome
 
 REPOSITORY = Path(__file__).parents[2]
 PROCESSES = 2

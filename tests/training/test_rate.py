@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from qriemann.training.config import config_from_values
-from qriemann.training.methods import METHODS
+from qriemann.config.settings import config_from_values
+from qriemann.optim.methods import METHODS
 from qriemann.training.run import train
 
 pytestmark = pytest.mark.usefixtures("no_report")

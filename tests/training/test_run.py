@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from qriemann import cli
-from qriemann.training.config import config_from_values
-from qriemann.training.data import prepare
+from qriemann.config.settings import config_from_values
+from qriemann.data.formats import prepare
+from qriemann.data.sources import Source
 from qriemann.training.run import train
-from qriemann.training.sources import Source
-from tests.training.conftest import chat_rows, make_tokenizer, run_cli
+from tests.recipe_fixtures import chat_rows, make_tokenizer, run_cli
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -210,7 +210,7 @@ def test_bad_rows_are_one_line_with_status_2_and_write_nothing(tmp_path, setting
 
 
 def test_a_missing_package_is_named_with_its_pip_install(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "qriemann.training.config")
+    monkeypatch.delitem(sys.modules, "qriemann.config.settings")
     monkeypatch.setitem(sys.modules, "trl", None)
     assert cli.main(["train", "run.yaml"]) == 2
     assert "pip install trl" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 import qriemann
 from qriemann import InputError
 from qriemann.geometry.parameter import orthonormality_drift
-from qriemann.training.methods import METHODS
+from qriemann.optim.methods import METHODS
 from qriemann.training.seam import fixed_rank_optimizer
 from tests.models import (
     WORDS,

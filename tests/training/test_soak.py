@@ -6,7 +6,7 @@ import psutil
 import pytest
 from transformers import TrainerCallback
 
-from tests.training.runs import protected_trainer, uneven_rows
+from tests.runs import protected_trainer, uneven_rows
 
 
 class Resources(TrainerCallback):

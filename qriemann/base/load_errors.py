@@ -1,0 +1,63 @@
+"""What transformers raises on a model that is not there or broken, in one line that says what to do."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+from huggingface_hub import errors as hub_errors
+from safetensors import SafetensorError
+
+from qriemann.base.gguf import EMBEDDED_MODEL
+
+_DAMAGE_ERRORS = (struct.error, IndexError, SafetensorError)
+# Their messages are made for people; those of others say too little without the type.
+_TELLING_ERRORS = (OSError, ValueError, ImportError)
+
+
+def explain(name: str, error: BaseException) -> str:
+    """One line that says why `name` could not be loaded and what to do."""
+    causes = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if caused_by(hub_errors.GatedRepoError):
+        return f"model must be one that you may download, got {name!r}, which is gated; accept its terms on the Hub"
+    if caused_by(hub_errors.RevisionNotFoundError):
+        return f"revision must be a branch, tag or commit of the model, got one that {name!r} does not have"
+    if caused_by(hub_errors.RepositoryNotFoundError):
+        return f"model must be a Hub id that exists, got {name!r}; if it is private, hf auth login first"
+    if "use_safetensors=True" in str(error) or "no file named model.safetensors" in str(error):
+        return (
+            f"weights must be in safetensors, got none in {name!r}; a pickle can run code: save the model again with "
+            "save_pretrained, or, if you trust it, allow_pickle=True (of train and check: --allow pickle)"
+        )
+    if caused_by(hub_errors.HFValidationError):
+        return (
+            f"model must be a Hub id, a local folder, a .gguf file or {EMBEDDED_MODEL!r}, got {name!r}, which is none"
+        )
+    if caused_by(hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError):
+        return (
+            f"model must be reachable, got {name!r}, which is neither a local folder nor in the Hub cache, and the Hub "
+            f"cannot be reached from here; give a local folder or .gguf file, or {EMBEDDED_MODEL!r}"
+        )
+    if caused_by(*_DAMAGE_ERRORS):
+        return (
+            f"model files must be complete, got {name!r}, which is damaged or cut short; download or convert it again"
+        )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    kind = hint = ""
+    if not isinstance(error, _TELLING_ERRORS):
+        kind, hint = f"{type(error).__name__}: ", "; check its config.json and tokenizer"
+    # The validation of a configuration names the field first, and below what is wrong with it.
+    if lines[0].endswith(":") and len(lines) > 1:
+        kind, lines = "", [" ".join(lines[:2])]
+    if Path(name).is_file():
+        hint = "; the file may be damaged or cut short"
+    reason = f"{kind}{lines[0]}".strip(" :") or type(error).__name__
+    return f"model must be a causal language model that transformers can load, got {name!r}: {reason}{hint}"

@@ -1,0 +1,112 @@
+"""One call that makes a stock trainer safe to interrupt: `qriemann.protect(trainer)`.
+
+trainer = SFTTrainer(...)
+qriemann.protect(trainer)
+trainer.train(resume_from_checkpoint=True)
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from qriemann.adapters.attach import accept_offset_checkpoints
+from qriemann.checkpoints.fingerprints import check_same_run, fingerprints_of_trainer
+from qriemann.checkpoints.manifest import find_content_defect, whole_checkpoint
+from qriemann.checkpoints.saving import CompleteCheckpoints
+from qriemann.checkpoints.step_guard import StepEvent, StepGuard
+from qriemann.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def protect(
+    trainer: Trainer,
+    *,
+    max_skipped_steps: int = 10,
+    run: Mapping[str, Any] | None = None,
+    allow: Collection[str] = (),
+    on_event: Callable[[StepEvent], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> StepGuard:
+    """Adds complete checkpoints, exact resume and skipping of non-finite steps to a trainer of transformers or TRL.
+
+    Call it once, before `train`. It switches logging_nan_inf_filter off, takes over save_total_limit, and lets
+    `train(resume_from_checkpoint=True)` take the newest checkpoint that verifies, not the one of the highest number.
+
+    Args:
+        trainer: of transformers or TRL, before it trains.
+        max_skipped_steps: more steps in a row without finite loss and gradient stop the run.
+        run: what every checkpoint's manifest says about this run, if the caller compares it; by default arguments, rows,
+            base and number of processes, which a run that resumes is refused to change.
+        allow: names of what may change all the same, as the refusal names them: "max_steps", "data", "base".
+        on_event: called when a step is skipped or far outside the recent band; logs a warning by default.
+        note: takes lines for the reader; logs a warning by default.
+
+    Returns:
+        The guard, which counts those steps.
+
+    Raises:
+        InputError: ignore_data_skip is set, with which a resumed run would see other rows.
+    """
+    if trainer.args.ignore_data_skip:
+        raise InputError(
+            "ignore_data_skip must be false, got true, with which a resumed run sees other rows than an uninterrupted one; "
+            "leave it out"
+        )
+    accept_offset_checkpoints(trainer.model)
+    guard = StepGuard(trainer, max_skipped_steps=max_skipped_steps, report=on_event)
+    trainer.add_callback(guard)
+    tell = note or (lambda line: logger.warning("%s", line))
+    checkpoints = CompleteCheckpoints(tell, run)
+    trainer.add_callback(checkpoints)
+    trainer.train = _resuming_from_a_whole_one(trainer, checkpoints, allow, tell)  # type: ignore[method-assign]
+    return guard
+
+
+def _resuming_from_a_whole_one(
+    trainer: Trainer, checkpoints: CompleteCheckpoints, allow: Collection[str], note: Callable[[str], None]
+) -> Callable[..., Any]:
+    """The trainer's `train`, whose own choice would be whatever a save that broke off has left."""
+    train, compares = trainer.train, checkpoints.run is None
+
+    @functools.wraps(train)
+    def train_from_a_whole_one(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            found = whole_checkpoint(
+                str(trainer.args.output_dir),
+                asked="resume_from_checkpoint=True",
+                remedy="leave it out, or name the folder of one",
+            )
+            for line in found.passed_over:
+                note(f"passed over {line}")
+            resume_from_checkpoint = str(found.path)
+        elif resume_from_checkpoint:
+            defect = find_content_defect(Path(resume_from_checkpoint))
+            if defect is not None:
+                raise InputError(
+                    f"resume_from_checkpoint must be a checkpoint that can be loaded, got {resume_from_checkpoint}: "
+                    f"{defect}; name an older one"
+                )
+        if compares:
+            checkpoints.run = fingerprints_of_trainer(trainer)
+            if resume_from_checkpoint:
+                remedy = "start anew in another output_dir, or give protect's allow the names {}"
+                check_same_run(Path(resume_from_checkpoint), checkpoints.run, allow, remedy=remedy)
+        checkpoints.begun = False
+        try:
+            return train(resume_from_checkpoint, *args, **kwargs)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            mended = isinstance(error, InputError | torch.OutOfMemoryError)
+            if mended or checkpoints.begun or not resume_from_checkpoint:
+                raise
+            raise InputError(
+                f"resume must be a checkpoint that fits this model and method, got {resume_from_checkpoint}: {error}; "
+                "name another"
+            ) from error
+
+    return train_from_a_whole_one

@@ -1,0 +1,85 @@
+"""Ctrl-C and SIGTERM: once, the step is finished and saved; twice, the run stops where it is."""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qriemann.distributed import largest_over_processes
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StoppedBySignal(KeyboardInterrupt):
+    """A run ended by a signal.
+
+    Attributes:
+        exit_status: 128 + the signal's number, as shells report it.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_status = 128 + number
+
+
+class GracefulStop(TrainerCallback):
+    """Turns the first SIGINT or SIGTERM inside of `with` into a save at the end of the step and the end of training.
+
+    Outside of the main thread, where Python allows no handlers, it leaves signals as they are.
+
+    Attributes:
+        saved: a checkpoint was asked for because of a signal.
+    """
+
+    def __init__(self) -> None:
+        self.saved = False
+        self._received: int | None = None
+        self._last_saved: int | None = None
+        self._at_once = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "GracefulStop":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def stop_at_once(self) -> None:
+        """Raises StoppedBySignal if a signal came, and at the first from here on; to be called when all is saved."""
+        self._at_once = True
+        number = largest_over_processes(self._received or 0)
+        if number:
+            raise StoppedBySignal(number)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # A signal reaches the processes of a run at different steps; all have to stop after the same one.
+        if largest_over_processes(self._received or 0):
+            self.saved = control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The trainer comes here when the training stops, too: after an evaluation in which the signal came, or which, with
+        # save_strategy best, took the save back. Another evaluation would do the same.
+        if largest_over_processes(self._received or 0):
+            self.saved = control.should_training_stop = True
+            control.should_save = self._last_saved != state.global_step
+            control.should_evaluate = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._last_saved = state.global_step
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._at_once or self._received is not None:
+            raise StoppedBySignal(number)
+        self._received = number
+        # print may be what the signal interrupted, and it cannot be entered twice.
+        os.write(2, b"qriemann: stopping after this step, which is saved; once more to stop at once\n")

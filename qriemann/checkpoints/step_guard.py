@@ -1,0 +1,312 @@
+"""A step whose loss or gradient is not finite leaves no trace, and one far outside the recent band is told of.
+
+Skipped as if its batches had not been in the data: parameters and optimizer state stay to the bit, the schedule does not
+advance, the next step draws the random numbers this one would have drawn, and the reported means leave it out. It only counts
+as one of the run's steps, so that a run ends. The unit is the optimizer step: of several accumulated batches, all go.
+
+Factors that left the manifold stop the run before the step, which would bring them back without a word.
+"""
+
+import copy
+import logging
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qriemann.checkpoints.manifest import newest_checkpoint
+from qriemann.checkpoints.saving import DRIFT_LIMIT
+from qriemann.checkpoints.seeding import pin_batches, pin_order, rows_of_step, seed_generators
+from qriemann.distributed import process_count, sum_over_processes
+from qriemann.errors import InputError
+from qriemann.geometry.parameter import fixed_rank_parameters
+from qriemann.ops.apply import orthonormality_error
+from qriemann.optim.batch import full_float32
+
+logger = logging.getLogger(__name__)
+
+# The recent band: so many steps, and at least so many before anything is called unusual.
+_WINDOW, _WARM_UP = 100, 20
+# Distance from the median in standard deviations (of a normal distribution with the same median absolute deviation), and the
+# least deviation as a share of the median, so that a flat curve's every ripple is not one.
+_FAR, _LEAST_SPREAD = 8.0, 0.05
+# Under this key the state of a trainer's checkpoints holds this callback's.
+_KEY = "qriemann_guard"
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """An optimizer step that was skipped, or applied and far outside the recent band.
+
+    Attributes:
+        kind: "skipped" or "spike".
+        step: counted from 1, as in the trainer's records.
+        loss, grad_norm: of the step; the norm before clipping.
+        rows: indices of its training rows; empty for a stream.
+    """
+
+    kind: str
+    step: int
+    loss: float
+    grad_norm: float
+    rows: list[int]
+
+    def __str__(self) -> str:
+        rows = f"; training rows {', '.join(map(str, self.rows))}" if self.rows else ""
+        what = "skipped, as if it had not been in the data" if self.kind == "skipped" else "far above the recent steps"
+        return f"step {self.step}: {what}: loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}{rows}"
+
+    def as_record(self) -> dict[str, Any]:
+        """For `metrics.jsonl`."""
+        return {
+            "step": self.step,
+            self.kind: {"loss": self.loss, "grad_norm": self.grad_norm, "rows": self.rows},
+        }
+
+
+@dataclass
+class _Progress:
+    """What a resumed run has to know of the steps before."""
+
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    spikes: int = 0
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    # Of the means that the next log event reports.
+    loss_sum: float = 0.0
+    last_logged: int = 0
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    tokens: int = 0
+
+
+class StepGuard(TrainerCallback):
+    """Watches every optimizer step of a trainer. Costs one host synchronization a step.
+
+    Args:
+        trainer: whose steps; its `accelerator.clip_grad_norm_` is wrapped, because the norm before clipping is seen nowhere
+            else, and its option logging_nan_inf_filter is switched off, because it would hide what is looked for.
+        max_skipped_steps: more skipped steps in a row stop the run.
+        report: called at every event; the default logs a warning.
+    """
+
+    def __init__(
+        self, trainer: Trainer, *, max_skipped_steps: int = 10, report: Callable[[StepEvent], None] | None = None
+    ) -> None:
+        self._trainer, self._max_skipped = trainer, max_skipped_steps
+        self._report = report or (lambda event: logger.warning("%s", event))
+        self._progress = _Progress()
+        self._grad_norm = self._loss_before = torch.zeros(())
+        self._loss_resumed = 0.0
+        self._metric_lengths: dict[str, int] = {}
+        self._schedule: tuple[dict[str, Any], list[float]] | None = None
+        trainer.args.logging_nan_inf_filter = False
+        clip = trainer.accelerator.clip_grad_norm_
+
+        def remember_norm(*args: Any, **kwargs: Any) -> Any:
+            self._grad_norm = clip(*args, **kwargs)
+            return self._grad_norm
+
+        trainer.accelerator.clip_grad_norm_ = remember_norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped since the beginning of the run, those before a resume included."""
+        return self._progress.skipped
+
+    @property
+    def spikes(self) -> int:
+        """Steps far outside the recent band, likewise."""
+        return self._progress.spikes
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._progress = progress = _read_progress(state.stateful_callbacks.get(_KEY, {}))
+        # The mean of no step; the first step that is taken puts a number here.
+        self._trainer._total_loss_scalar = math.nan
+        if state.global_step:
+            self._trainer._tr_loss.fill_(progress.loss_sum)
+            self._trainer._globalstep_last_logged = progress.last_logged
+            self._train_metrics().update(copy.deepcopy(progress.metrics))
+            if hasattr(self._trainer, "_total_train_tokens"):
+                self._trainer._total_train_tokens = progress.tokens
+        # The trainer's last mean is over the steps of this process.
+        self._loss_resumed = progress.loss_sum
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        dataloader, seed, epoch = kwargs["train_dataloader"], _order_seed(args), int(state.epoch or 0)
+        pin_order(dataloader, seed, epoch)
+        pin_batches(dataloader, seed, epoch, state.global_step, args.gradient_accumulation_steps, args.process_index)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        seed_generators(args.seed, state.global_step - self._progress.skipped, args.process_index)
+        self._loss_before = self._trainer._tr_loss.clone()
+        self._metric_lengths = {name: len(values) for name, values in self._train_metrics().items()}
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A trainer that resumes a finished run of max_steps takes one more step.
+        if state.global_step >= state.max_steps:
+            self._undo_step(kwargs["optimizer"], kwargs["lr_scheduler"])
+            return
+        total = self._trainer._tr_loss
+        measured = (total - self._loss_before, torch.as_tensor(self._grad_norm), total, _drift(kwargs["model"]))
+        seen = torch.stack([value.to(total) for value in measured])
+        # One process must not skip a step that the others take. The gradient's norm is the same in all of them.
+        loss, grad_norm, loss_sum, drift = (sum_over_processes(seen) / process_count()).tolist()
+        progress, step = self._progress, state.global_step + 1
+        if not drift <= DRIFT_LIMIT:
+            raise InputError(
+                f"the factors must stay orthonormal, got max |U^T U - I| = {drift:.1e} before step {step}; "
+                f"{_last_complete(args)}: no step leaves them so, find what else writes to them"
+            )
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            if math.isnan(self._trainer._total_loss_scalar):
+                self._trainer._total_loss_scalar = -self._loss_resumed
+            progress.skipped_in_a_row, progress.loss_sum = 0, loss_sum
+            if _is_spike(progress.losses, loss) or _is_spike(progress.norms, grad_norm):
+                progress.spikes += 1
+                self._report(StepEvent("spike", step, loss, grad_norm, self._rows(args, state, **kwargs)))
+            progress.losses = [*progress.losses, loss][-_WINDOW:]
+            progress.norms = [*progress.norms, grad_norm][-_WINDOW:]
+            return
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        self._undo_step(kwargs["optimizer"], kwargs["lr_scheduler"])
+        # The trainer divides sums of losses by the steps since these numbers.
+        self._trainer._globalstep_last_logged += 1
+        self._trainer._initial_global_step += 1
+        self._report(StepEvent("skipped", step, loss, grad_norm, self._rows(args, state, **kwargs)))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._schedule is not None:
+            _restore_schedule(kwargs["optimizer"], kwargs["lr_scheduler"], *self._schedule)
+            self._schedule = None
+        if state.global_step > state.max_steps:
+            state.global_step = state.max_steps
+            control.should_log = control.should_evaluate = control.should_save = False
+        self._remember(state, control)
+        if self._progress.skipped_in_a_row > self._max_skipped:
+            raise InputError(
+                f"loss and gradient must be finite, got {self._progress.skipped_in_a_row} steps in a row up to step "
+                f"{state.global_step} where they were not; {_last_complete(args)}: lower the learning rate, look at the rows "
+                "named above, or raise max_skipped_steps"
+            )
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._remember(state, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if 0 < state.global_step <= self._progress.skipped:
+            raise InputError(
+                f"loss and gradient must be finite in one step at least, got {state.global_step} steps, all skipped, so "
+                "nothing was trained; lower the learning rate, or look at the rows named above"
+            )
+
+    def _remember(self, state: TrainerState, control: TrainerControl) -> None:
+        """Puts into the trainer's state what a resumed run goes on from."""
+        progress, trainer = self._progress, self._trainer
+        progress.last_logged = trainer._globalstep_last_logged
+        progress.tokens = getattr(trainer, "_total_train_tokens", 0)
+        progress.metrics = {name: values for name, values in self._train_metrics().items() if _are_numbers(values)}
+        # The trainer is about to report them, and to begin anew.
+        if control.should_log and state.global_step > progress.last_logged:
+            progress.loss_sum, progress.last_logged, progress.metrics = 0.0, state.global_step, {}
+        state.stateful_callbacks[_KEY] = copy.deepcopy(vars(progress))
+
+    def _undo_step(self, optimizer: Any, lr_scheduler: Any) -> None:
+        """Leaves the optimizer nothing to do, and the means without the step."""
+        # Parameters without a gradient are left alone by every torch optimizer, their state included.
+        optimizer.zero_grad(set_to_none=True)
+        self._schedule = copy.deepcopy(lr_scheduler.state_dict()), [float(g["lr"]) for g in optimizer.param_groups]
+        self._trainer._tr_loss.copy_(self._loss_before)
+        # What the trainer logs is the norm of the last step that was taken.
+        if isinstance(self._grad_norm, Tensor) and self._progress.norms:
+            self._grad_norm.fill_(self._progress.norms[-1])
+        metrics = self._train_metrics()
+        for name in list(metrics):
+            del metrics[name][self._metric_lengths.get(name, 0) :]
+            # TRL divides by the length.
+            if not metrics[name]:
+                del metrics[name]
+
+    def _train_metrics(self) -> dict[str, list[float]]:
+        """What a TRL trainer averages beside the loss; empty for other trainers."""
+        return getattr(self._trainer, "_metrics", {}).get("train", {})
+
+    def _rows(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> list[int]:
+        dataloader = kwargs["train_dataloader"]
+        return rows_of_step(dataloader, _order_seed(args), state.global_step, args.gradient_accumulation_steps)
+
+
+def _order_seed(args: TrainingArguments) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def _last_complete(args: TrainingArguments) -> str:
+    return f"the last complete checkpoint is {newest_checkpoint(args.output_dir).path or 'none'}"
+
+
+def _drift(model: nn.Module) -> Tensor:
+    """max |U^T U - I| over all factors, V alike, without a host synchronization; 0 without points."""
+    by_shape: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for point in fixed_rank_parameters(model.parameters()):
+        for basis in (point.u.detach(), point.v_transposed.detach().mT):
+            by_shape[basis.shape, basis.device].append(basis.float())
+    with full_float32():
+        errors = [orthonormality_error(torch.stack(bases)).abs().max() for bases in by_shape.values()]
+    return torch.stack([error.to(errors[0].device) for error in errors]).max() if errors else torch.zeros(())
+
+
+def _read_progress(stored: Any) -> _Progress:
+    """What a checkpoint holds under `_KEY`; a stranger's may hold anything."""
+    fresh = vars(_Progress())
+    well_formed = (
+        isinstance(stored, dict)
+        and stored.keys() <= fresh.keys()
+        and all(type(value) is type(fresh[name]) for name, value in stored.items())
+        and all(_are_numbers(stored.get(name, [])) for name in ("losses", "norms"))
+        and all(_are_numbers(values) for values in stored.get("metrics", {}).values())
+    )
+    if not well_formed:
+        raise InputError(
+            f"trainer_state.json must hold under {_KEY} what this version writes, got something else; name another checkpoint"
+        )
+    return _Progress(**stored)
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+
+
+def _is_spike(recent: list[float], value: float) -> bool:
+    if len(recent) < _WARM_UP:
+        return False
+    median = statistics.median(recent)
+    spread = 1.4826 * statistics.median(abs(other - median) for other in recent)
+    return value - median > _FAR * max(spread, _LEAST_SPREAD * abs(median))
+
+
+def _restore_schedule(optimizer: Any, lr_scheduler: Any, state: dict[str, Any], rates: list[float]) -> None:
+    lr_scheduler.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

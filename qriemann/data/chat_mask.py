@@ -1,0 +1,273 @@
+"""Which tokens of a row are trained: the assistant's turns, found with the chat template as it is.
+
+A template without `{% generation %}` markers does not say where an assistant's turn begins, but rendering does: the
+prompt of turn i is the conversation before it plus the generation prompt, and the turn ends with its end token where the
+conversation up to and including it ends. Both are prefixes of the whole conversation, unless the template rewrites what came
+before. Where it rewrites answers (Qwen3 drops the reasoning of earlier turns), no sequence is right for every turn, and each
+turn becomes a row of its own, read as the model will read it; where it rewrites a question once it is answered (Mistral's
+system message), the row is refused by name. What a template writes after the last end token only
+because nothing follows (Phi's end of text) is no part of a turn.
+
+TRL's `assistant_only_loss` instead replaces the template of the families it knows and fails on the others, SmolLM2 among
+them.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from qriemann.base.chat_template import refuse_endless_template
+from qriemann.base.files import load_tokenizer
+from qriemann.errors import InputError
+
+Message = dict[str, Any]
+
+_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class RowError(ValueError):
+    """One row cannot be trained on: the rule it breaks and the remedy. Who knows the row's number makes the sentence."""
+
+    def __init__(self, rule: str, remedy: str) -> None:
+        super().__init__(rule, remedy)
+        self.rule = rule
+        self.remedy = remedy
+
+
+class RewrittenHistoryError(RowError):
+    """The template writes earlier answers differently when the conversation goes on."""
+
+
+#: Token ids of a row, whether each is trained, and whether a token straddles the start of a turn.
+Example = tuple[list[int], list[bool], bool]
+
+
+class AssistantTokenizer:
+    """Token ids of a row, and for each token whether it belongs to an assistant's turn.
+
+    The end token of a turn is trained: it is what the model stops with. The white space that a template writes between the
+    end token and the next turn is not.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.special_ids = _special_ids(tokenizer)
+        end = end_of_turn(tokenizer)
+        self.end: str | None = None if end is None else tokenizer.convert_ids_to_tokens(end)
+
+    def conversations(self, messages: Sequence[Message], *, first_trained: int = 0, **options: Any) -> list[Example]:
+        """The rows that train every turn of a conversation: one, or one a turn where the template rewrites its history.
+
+        Args, Raises: as `conversation`.
+        """
+        try:
+            return [self.conversation(messages, first_trained=first_trained, **options)]
+        except RewrittenHistoryError:
+            turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i >= first_trained]
+            return [self.conversation(messages[: i + 1], first_trained=i, **options) for i in turns]
+
+    def conversation(
+        self,
+        messages: Sequence[Message],
+        *,
+        first_trained: int = 0,
+        tools: list[Any] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> Example:
+        """Token ids, assistant mask and whether a token straddles the start of a turn.
+
+        Args:
+            messages: mappings with role and content.
+            first_trained: the turns before this one are context only, as in the prompt of a prompt and completion.
+            tools: passed on to the chat template.
+            template_kwargs: likewise.
+
+        Raises:
+            RowError: if the template cannot render the conversation or rewrites its history.
+        """
+        options = {"tools": tools, **(template_kwargs or {})}
+        text = self._render(messages, options)
+        ids = self._encode(text)
+        template = self.tokenizer.get_chat_template(tools=tools)
+        if _GENERATION_MARKER.search(template):
+            return ids, self._marked(messages, ids, first_trained, options), False
+        mask = [False] * len(ids)
+        straddles = False
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or index < first_trained:
+                continue
+            prompt, turn = self._turn_texts(messages, index, options)
+            if not text.startswith(turn):
+                raise RewrittenHistoryError(
+                    "a conversation that the chat template renders the same when it goes on (this one rewrites the turns up "
+                    f"to {index + 1})",
+                    "split it into one row for each assistant turn",
+                )
+            if not turn.startswith(prompt):
+                raise RowError(
+                    f"a question that the chat template renders the same once it is answered (turn {index} changes)",
+                    "put the text of a system turn into the first user turn, or name another template with "
+                    "chat_template_path",
+                )
+            prompt_ids = self._encode(prompt)
+            start = _common_prefix_length(prompt_ids, ids)
+            straddles = straddles or start < len(prompt_ids)
+            stop = len(ids) if turn == text else _common_prefix_length(self._encode(turn), ids)
+            stop = self._trim_after_end_token(ids, start, stop)
+            mask[start:stop] = [True] * (stop - start)
+        return ids, mask, straddles
+
+    def whole_conversation(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[Any] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> Example:
+        """The same with every token trained, the template's own included."""
+        ids = self._encode(self._render(messages, {"tools": tools, **(template_kwargs or {})}))
+        return ids, [True] * len(ids), False
+
+    def completion(self, prompt: str, completion: str) -> Example:
+        """The same for two plain strings; the end-of-sequence token is appended to the completion and trained."""
+        prompt_ids = self.tokenizer(prompt)["input_ids"] if prompt else []
+        ids = self._with_end(self.tokenizer(prompt + completion)["input_ids"])
+        # A tokenizer that appends its own end token does so to the prompt alone as well.
+        if prompt_ids and prompt_ids[-1] == self.tokenizer.eos_token_id:
+            prompt_ids = prompt_ids[:-1]
+        start = _common_prefix_length(prompt_ids, ids)
+        return ids, [index >= start for index in range(len(ids))], start < len(prompt_ids)
+
+    def text(self, text: str) -> Example:
+        """The same for a text without roles: every token is trained, the appended end token included."""
+        ids = self._with_end(self.tokenizer(text)["input_ids"])
+        return ids, [True] * len(ids), False
+
+    def _with_end(self, ids: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+    def _render(self, messages: Sequence[Message], options: dict[str, Any], *, prompt: bool = False) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompt, **options
+            )
+        # Templates are programs: they raise TemplateError on purpose and anything else by accident.
+        except Exception as error:
+            raise RowError(
+                f"a conversation that the chat template accepts (it says: {error})", "correct the turns"
+            ) from error
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _turn_texts(self, messages: Sequence[Message], index: int, options: dict[str, Any]) -> tuple[str, str]:
+        if index == 0:
+            raise RowError(
+                "a conversation that does not open with the assistant", "put a user turn first or drop that turn"
+            )
+        prompt = self._render(messages[:index], options, prompt=True)
+        turn = self._render(messages[: index + 1], options)
+        return prompt, turn[: self._end_of(turn, len(prompt), str(messages[index].get("content")))]
+
+    def _end_of(self, turn: str, start: int, content: str) -> int | None:
+        """Where the end token of a turn stops, past those that the turn quotes; None if it ends otherwise."""
+        if self.end is None:
+            return None
+        stop = start
+        for _ in range(content.count(self.end) + 1):
+            found = turn.find(self.end, stop)
+            if found < 0:
+                return None
+            stop = found + len(self.end)
+        return stop
+
+    def _trim_after_end_token(self, ids: list[int], start: int, stop: int) -> int:
+        last = next((i for i in range(stop - 1, start - 1, -1) if ids[i] in self.special_ids), None)
+        if last is None or self.tokenizer.decode(ids[last + 1 : stop]).strip():
+            return stop
+        return last + 1
+
+    def _marked(
+        self, messages: Sequence[Message], ids: list[int], first_trained: int, options: dict[str, Any]
+    ) -> list[bool]:
+        """The mask of a template with generation markers, end tokens added where the markers leave them out."""
+        rendered = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
+        )
+        mask = [bool(bit) for bit in rendered["assistant_masks"]]
+        if rendered["input_ids"] != ids or len(mask) != len(ids):
+            raise RowError("a template whose generation markers line up with the tokens", "use a fast tokenizer")
+        for index in range(1, len(ids)):
+            if mask[index - 1] and ids[index] in self.special_ids and ids[index - 1] not in self.special_ids:
+                mask[index] = True
+        if first_trained:
+            prompt_ids = self._encode(self._render(messages[:first_trained], options, prompt=True))
+            start = _common_prefix_length(prompt_ids, ids)
+            mask[:start] = [False] * start
+        return mask
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes after what an assistant says; None where there is none."""
+    if not tokenizer.chat_template:
+        return None
+    said = "qriemann"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    # A template may refuse these turns; a row that it refuses is told so when it is rendered.
+    except Exception:
+        return None
+    after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
+    return next((token for token in after if token in _special_ids(tokenizer)), None)
+
+
+def adjust_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, *, eos_token: str | None = None, chat_template_path: str | None = None
+) -> None:
+    """Gives the tokenizer the end token and the chat template that `SFTTrainer` would give it once the tokens are made.
+
+    Args:
+        tokenizer: changed in place.
+        eos_token: in its vocabulary; None keeps its own.
+        chat_template_path: a .jinja file, or a tokenizer whose template is taken; None keeps its own.
+
+    Raises:
+        InputError: for a token outside the vocabulary, or a template that cannot be read.
+    """
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise InputError(f"eos_token must be in the tokenizer's vocabulary, got {eos_token!r}; check its spelling")
+        tokenizer.eos_token = eos_token
+    if chat_template_path is None:
+        return
+    path = Path(chat_template_path)
+    try:
+        named = path.suffix in (".jinja", ".j2")
+        template = (
+            path.read_text("utf-8") if named else load_tokenizer(str(path), trust_remote_code=False).chat_template
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"chat_template_path must be a .jinja file or a tokenizer, got {str(path)!r}: {str(error).splitlines()[0]}; "
+            "check the path"
+        ) from error
+    if not template:
+        raise InputError(f"chat_template_path must name a chat template, got a tokenizer without one at {str(path)!r}")
+    tokenizer.chat_template = template
+    refuse_endless_template(tokenizer)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
+
+
+def _common_prefix_length(ids: Sequence[int], others: Sequence[int]) -> int:
+    for index, (left, right) in enumerate(zip(ids, others, strict=False)):
+        if left != right:
+            return index
+    return min(len(ids), len(others))

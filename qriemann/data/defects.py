@@ -1,0 +1,192 @@
+"""What is wrong with tokens that are about to be trained on, found in the tokens themselves.
+
+An error stops the run, because nothing in its loss curve would show it: a model whose end token is never trained does not
+stop talking, samples that see each other teach it to look at strangers. Whoever means it names it in `allow`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from qriemann.data.chat_mask import end_of_turn
+from qriemann.data.formats import IGNORED, TokenizedData
+from qriemann.errors import InputError
+
+# Below this share of rows, an end token that is rarely trained is worth a line.
+_MOST_ROWS = 0.5
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One thing that is wrong.
+
+    Attributes:
+        name: for `allow`.
+        rule: what must hold.
+        found: what does hold.
+        remedy: what to do.
+        error: whether it stops the run.
+    """
+
+    name: str
+    rule: str
+    found: str
+    remedy: str
+    error: bool = False
+
+    def __str__(self) -> str:
+        allowed = f", or --allow {self.name} if it is meant" if self.error else ""
+        return f"{self.rule}, got {self.found}; {self.remedy}{allowed}"
+
+
+def refuse(defects: Iterable[Defect], allow: Collection[str], note: Callable[[str], None]) -> None:
+    """Notes every defect, and stops at the first error that is not allowed.
+
+    Raises:
+        InputError: that error.
+    """
+    stopping = None
+    for defect in defects:
+        if defect.error and defect.name not in allow:
+            stopping = stopping or defect
+        else:
+            note(f"{'allowed: ' if defect.error else ''}{defect}")
+    if stopping is not None:
+        raise InputError(str(stopping))
+
+
+def find_defects(
+    data: TokenizedData, tokenizer: PreTrainedTokenizerBase, model: Any, max_length: int | None = None
+) -> list[Defect]:
+    """The defects of the rows as they will be trained, errors first.
+
+    Args:
+        data: before it is truncated or packed.
+        tokenizer: that made it.
+        model: whose embedding is to hold every token.
+        max_length: where rows are cut, in tokens.
+
+    Cost: one pass over the tokens.
+    """
+    ends, rows = end_tokens(tokenizer, model), model.get_input_embeddings().weight.shape[0]
+    ended = doubled = largest = 0
+    for ids, labels in _rows(data.train):
+        ended += bool(np.isin(labels[1:max_length], ends).any())
+        doubled += len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
+        largest = max(largest, int(ids.max()))
+    count, names = len(data.train), " or ".join(repr(tokenizer.convert_ids_to_tokens(end)) for end in ends)
+    found = []
+    if ends and not ended:
+        found.append(
+            Defect(
+                "end-token-untrained",
+                f"the end of a turn ({names}) must be among the trained tokens, or the model never learns to stop",
+                f"it trained in none of {count} rows",
+                "use a chat template that ends the assistant's turn with it, or raise max_length if rows are cut",
+                error=True,
+            )
+        )
+    elif ended < _MOST_ROWS * count:
+        found.append(
+            Defect(
+                "end-token-rare",
+                f"the end of a turn ({names}) should be trained in most rows",
+                f"it trained in {ended} of {count}",
+                "raise max_length if rows are cut, or end them with it",
+            )
+        )
+    if largest >= rows:
+        found.append(
+            Defect(
+                "token-outside-embedding",
+                f"every token must have one of the embedding's {rows} rows",
+                f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r})",
+                "use the tokenizer that belongs to the model, or resize its embedding",
+                error=True,
+            )
+        )
+    if doubled:
+        found.append(
+            Defect(
+                "doubled-bos",
+                f"a row should begin with {tokenizer.bos_token!r} once",
+                f"{doubled} of {count} rows that begin with it twice",
+                "remove it from the texts, or from the chat template",
+            )
+        )
+    if tokenizer.pad_token_id in ends:
+        found.append(
+            Defect(
+                "pad-is-end",
+                "the pad token should not be the end token, which other tools then mask",
+                f"{tokenizer.pad_token!r} for both",
+                "set pad_token to another token; the labels of this run are not affected",
+            )
+        )
+    if data.held_out is not None:
+        trained = {ids.tobytes() for ids, _ in _rows(data.train)}
+        common = sum(ids.tobytes() in trained for ids, _ in _rows(data.held_out))
+        if common:
+            found.append(
+                Defect(
+                    "rows-in-both-splits",
+                    "no held-out row should be trained on, or the held-out loss tells nothing",
+                    f"{common} of {len(data.held_out)} held-out rows that are training rows too",
+                    "remove the duplicates",
+                )
+            )
+    return sorted(found, key=lambda defect: not defect.error)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
+    """The tokens that end a turn or a text: the tokenizer's, the generation's, and what the chat template writes."""
+    generation = getattr(model, "generation_config", None)
+    configured = getattr(generation, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    return sorted(end for end in ends | {end_of_turn(tokenizer)} if end is not None)
+
+
+def preview(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, count: int = 2, most_tokens: int = 400
+) -> list[Text]:
+    """The first rows as their tokens read, those that are trained set off by colour, weight and brackets.
+
+    Args:
+        dataset: `input_ids` and `labels`.
+        tokenizer: that made them.
+        count: rows.
+        most_tokens: of a row; of a longer one the middle is left out.
+    """
+    return [
+        _coloured(row["input_ids"], row["labels"], tokenizer, most_tokens)
+        for row in dataset.select(range(min(count, len(dataset))))
+    ]
+
+
+def _coloured(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase, most: int) -> Text:
+    # A first token is never predicted: nothing comes before it.
+    trained = [index > 0 and label != IGNORED for index, label in enumerate(labels)]
+    text, start = Text(), 0
+    for stop in range(1, len(ids) + 1):
+        if stop < len(ids) and trained[stop] == trained[start]:
+            continue
+        run = ids[start:stop]
+        shown = tokenizer.decode(run)
+        if len(run) > most:
+            left_out = f" [... {len(run) - most} tokens ...] "
+            shown = tokenizer.decode(run[: most // 2]) + left_out + tokenizer.decode(run[-(most // 2) :])
+        text.append(f"[{shown}]" if trained[start] else shown, style="bold green" if trained[start] else "dim")
+        start = stop
+    return text
+
+
+def _rows(dataset: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for batch in dataset.select_columns(["input_ids", "labels"]).with_format("numpy").iter(batch_size=1000):
+        yield from zip(batch["input_ids"], batch["labels"], strict=True)

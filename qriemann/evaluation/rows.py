@@ -1,0 +1,118 @@
+"""The rows that two models are compared or one is scored on: tokens, and which of them count."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from qriemann.data.formats import IGNORED, prepare
+from qriemann.data.sources import Source, load_sources
+from qriemann.evaluation.reload import Row
+
+_EXTRA = ("question", "metadata")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenized rows.
+
+    Attributes:
+        source: where they come from, in words, without a path.
+        rows: tokens and counted positions.
+        answers: the `answer` of each row; empty if the rows have none.
+        notices: one line for everything a person should know about them.
+        extra: what else each row with an answer has that a scorer may read, its `question` and `metadata`.
+    """
+
+    source: str
+    rows: list[Row]
+    answers: list[str]
+    notices: list[str]
+    extra: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens count."""
+        return sum(len(row["positions"]) for row in self.rows)
+
+
+def load_rows(
+    data: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    max_tokens: int | None = None,
+    max_rows: int | None = None,
+) -> Rows:
+    """The held-out rows of a dataset, or the built-in prompts.
+
+    Args:
+        data: a local file or a Hub id in any format of the recipe, and also `prompt` or `messages` with `answer`, or
+            `prompt` alone; where it has a split to hold out, that one. None for the built-in prompts.
+        tokenizer: its chat template is used for conversations.
+        max_length: rows are cut there, in tokens; None for no limit, as below.
+        max_tokens: rows after the one that reaches so many counted tokens are left out.
+        max_rows: rows after so many are left out.
+
+    Raises:
+        InputError: as the recipe does, on rows that cannot be used.
+    """
+    source = _built_in(tokenizer) if data is None else _held_out_source(data)
+    if max_rows is not None and max_rows < len(source.rows):
+        source.rows = source.rows.select(range(max_rows))
+    text_field = "prompt" if "completion" not in source.rows.column_names else "text"
+    prepared = prepare(source, None, tokenizer, text_field=text_field, max_length=max_length)
+    rows: list[Row] = []
+    counted = 0
+    for example in prepared.train:
+        ids, labels = example["input_ids"][:max_length], example["labels"][:max_length]
+        positions = [index - 1 for index in range(1, len(ids)) if labels[index] != IGNORED]
+        rows.append(Row(ids=ids, positions=positions, targets=[labels[index + 1] for index in positions]))
+        counted += len(positions)
+        if max_tokens is not None and counted >= max_tokens:
+            break
+    notices = list(prepared.notices)
+    if len(rows) < len(prepared.train):
+        notices.append(f"the first {len(rows)} of {len(prepared.train)} rows are used, {counted} tokens")
+    columns = source.rows.column_names
+    answers = [str(answer).strip() for answer in source.rows["answer"]] if "answer" in columns else []
+    kept = [name for name in _EXTRA if name in columns]
+    extra = (
+        [{name: row[name] for name in kept} for row in source.rows.select_columns(["answer", *kept])] if answers else []
+    )
+    return Rows(source.name, rows, answers, notices, extra)
+
+
+def _held_out_source(data: str) -> Source:
+    train, held_out = load_sources(data)
+    source = held_out or train
+    rows, columns = source.rows, set(source.rows.column_names)
+    if "answer" in columns and "completion" not in columns and columns & {"prompt", "messages"}:
+        rows = rows.map(_answer_as_completion, load_from_cache_file=False).select_columns(
+            ["prompt", "completion", "answer", *(name for name in _EXTRA if name in columns)]
+        )
+    # The file's name without its folder: reports are published.
+    return Source(rows, source.name.replace("\\", "/").rpartition("/")[2])
+
+
+def _answer_as_completion(row: dict[str, Any]) -> dict[str, Any]:
+    """`prompt` and `completion`, both conversations or both plain texts; the answer takes the place of a last answer."""
+    prompt = row.get("messages") or row["prompt"]
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "completion": str(row["answer"])}
+    turns = prompt[:-1] if prompt[-1].get("role") == "assistant" else prompt
+    return {"prompt": turns, "completion": [{"role": "assistant", "content": str(row["answer"])}]}
+
+
+def _built_in(tokenizer: PreTrainedTokenizerBase) -> Source:
+    lines = resources.files("qriemann.release").joinpath("prompts.jsonl").read_text("utf-8").splitlines()
+    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    if tokenizer.chat_template:
+        roles = {"prompt": "user", "completion": "assistant"}
+        rows = [{key: [{"role": roles[key], "content": text}] for key, text in row.items()} for row in rows]
+    return Source(Dataset.from_list(rows), "the built-in prompts")

@@ -1,0 +1,234 @@
+"""The methods by name: what each does, its defaults with their sources, and the scale that its learning rate lives on.
+
+A new method is a `FixedRankOptimizer` or `FactorOptimizer` with `check_options` and `lr_scale`, an entry in METHODS and, if
+it keeps other than one block of state for a factor, one in `footprint._STATE_BLOCKS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_origin, get_type_hints
+
+from torch import Tensor
+
+from qriemann.config.values import convert
+from qriemann.errors import InputError
+from qriemann.optim import AdamW, Muon, Riemannion, RiemannLoRA, ScaledAdamW, ScaledGD
+from qriemann.optim.factors import FactorOptimizer
+from qriemann.optim.fixed_rank import FixedRankOptimizer
+from qriemann.optim.rates import warn_of_another_scale
+
+
+@dataclass(frozen=True)
+class Default:
+    """An option's value when none is given, and where it comes from."""
+
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        optimizer: the class; called with the PEFT model and options.
+        does: one line on the step.
+        state: what the optimizer keeps of each factor.
+        take_when: one line on when to choose it.
+        defaults: by option; what is not named here has the class's default.
+    """
+
+    optimizer: type[FixedRankOptimizer] | type[FactorOptimizer]
+    does: str
+    state: str
+    take_when: str
+    defaults: Mapping[str, Default]
+
+    @property
+    def on_manifold(self) -> bool:
+        """Whether the adapter is a point U S V^T with a start, rather than plain LoRA factors."""
+        return issubclass(self.optimizer, FixedRankOptimizer)
+
+    def options(self) -> dict[str, Any]:
+        """Every option with its default."""
+        parameters = inspect.signature(self.optimizer).parameters
+        own = {key: p.default for key, p in parameters.items() if key not in ("params", *_START)}
+        return own | {key: default.value for key, default in self.defaults.items()}
+
+
+# How a point starts; no options of the step.
+_START = ("start", "alpha", "seed")
+
+_PAPER = "arXiv 2507.12142 v2, Llama-3-8B"
+_SCALED = "reference code of arXiv 2402.02347"
+_NO_DECAY = Default(0.0, "decay of X moves the function away from the start's when the start is an offset")
+
+METHODS: dict[str, Method] = {
+    "riemannion": Method(
+        Riemannion,
+        does="Muon's orthogonalized momentum on the manifold of rank-r matrices",
+        state="1 block",
+        take_when="the default; one rate for all layers and ranks, no dependence on how X is factored",
+        defaults={
+            "lr": Default(5e-3, "about 120 steps by `rate_for_steps`, which recipes take"),
+            "momentum": Default(0.9, _PAPER),
+            "weight_decay": _NO_DECAY,
+        },
+    ),
+    "lora-tsd": Method(
+        Riemannion,
+        does="riemannion with three rounds of polar and tangent projection a step",
+        state="1 block",
+        take_when="its paper is to be compared with; at the default start it trains as riemannion does, loss for loss",
+        defaults={
+            "lr": Default(5e-3, "as riemannion: recipes/results/cpu, the same losses at the same rates"),
+            "momentum": Default(0.9, "as riemannion"),
+            "weight_decay": _NO_DECAY,
+            "tangent_iterations": Default(3, "arXiv 2609.02734: 3 to 5"),
+        },
+    ),
+    "riemannlora": Method(
+        RiemannLoRA,
+        does="averaged Riemannian gradient, each block divided by its root mean square norm",
+        state="1 block",
+        take_when="the first version of the paper is to be reproduced",
+        defaults={
+            "lr": Default(
+                1e-2, "recipes/results/cpu: 3e-2 is the best of three over 60 steps, 1e-2 next; longer runs want less"
+            ),
+            "momentum": Default(0.9, "as riemannion"),
+            "weight_decay": _NO_DECAY,
+        },
+    ),
+    "scaled-gd": Method(
+        ScaledGD,
+        does="gradient descent on the factors, preconditioned by r x r Gram matrices",
+        state="none, 1 block with momentum",
+        take_when="memory for any state is short, or the plainest step independent of the factors is wanted",
+        defaults={
+            "lr": Default(1e-2, f"{_SCALED}: the largest of the three that its training-loss figure compares"),
+            "momentum": Default(0.0, f"{_SCALED}: none"),
+            "weight_decay": Default(0.01, f"{_SCALED}: all its language-model runs"),
+        },
+    ),
+    "scaled-adamw": Method(
+        ScaledAdamW,
+        does="AdamW on the factors, its gradients preconditioned by r x r Gram matrices",
+        state="2 blocks",
+        take_when="AdamW is wanted with less dependence on the scales of the two factors",
+        defaults={
+            "lr": Default(5e-5, f"{_SCALED}: Mistral-7B in NF4"),
+            "betas": Default((0.9, 0.999), f"{_SCALED}: Mistral-7B in NF4"),
+            "weight_decay": Default(0.01, f"{_SCALED}: Mistral-7B in NF4"),
+        },
+    ),
+    "adamw": Method(
+        AdamW,
+        does="torch's fused AdamW on the factors; lora_plus_ratio=16 is LoRA+",
+        state="2 blocks",
+        take_when="a baseline is wanted, or the settings of a LoRA run are to be kept",
+        defaults={
+            "lr": Default(2e-4, "QLoRA, arXiv 2305.14314: NF4 models up to 13B"),
+            "betas": Default((0.9, 0.999), "torch.optim.AdamW"),
+            "weight_decay": Default(0.0, "transformers' TrainingArguments"),
+            "lora_plus_ratio": Default(1.0, "plain LoRA; LoRA+, arXiv 2402.12354, recommends 16"),
+        },
+    ),
+    "muon": Method(
+        Muon,
+        does="torch's Muon on each factor by itself",
+        state="1 block",
+        take_when="a baseline is wanted for what the manifold adds to orthogonalization",
+        defaults={
+            "lr": Default(1e-3, "torch.optim.Muon"),
+            "momentum": Default(0.95, "torch.optim.Muon"),
+            "weight_decay": Default(0.1, "torch.optim.Muon"),
+        },
+    ),
+}
+
+
+# A step of Riemannion moves X by lr in the spectral norm, so lr times the number of steps bounds how far a run can go, and
+# that is what does well alike in runs of 30 and of 5,300 steps.
+_USUAL_WAY = Default(0.6, "recipes/results/cpu: 0.36 to 0.72 over 60 steps; the paper's 1e-4 for 5,300 make 0.53")
+_OTHER_WAY = Default(0.2, "recipes/results/cpu: 0.18 over 60 steps from S = 0, and from gradient bases with an offset")
+_LARGEST = Default(2e-2, "recipes/quickstart.py, 30 steps; shorter runs were not measured")
+
+
+def rate_for_steps(name: str, steps: int, *, usual_start: bool) -> float | None:
+    """The default learning rate of a run whose length is known; None where it does not depend on the length.
+
+    Args:
+        name: of the method.
+        steps: of the optimizer.
+        usual_start: random bases with an offset.
+    """
+    if find_method(name).optimizer is not Riemannion:
+        return None
+    way = _USUAL_WAY if usual_start else _OTHER_WAY
+    return float(f"{min(way.value / steps, _LARGEST.value):.2g}")
+
+
+def find_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        InputError: there is none; it says which is meant, if one looks alike.
+    """
+    if not isinstance(name, str) or name not in METHODS:
+        raise InputError(f"method must be one of {', '.join(METHODS)}, got {name!r}{_hint(name, METHODS)}")
+    return METHODS[name]
+
+
+def resolve_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a method's constructor: what was given, and the table's defaults for the rest.
+
+    Args:
+        name: of the method.
+        given: by option; None stands for "not given".
+
+    Raises:
+        InputError: an option that the method does not have, or a value of another type or out of range.
+    """
+    method, given = find_method(name), {key: value for key, value in given.items() if value is not None}
+    known = method.options()
+    for key in given:
+        if key in _START and not method.on_manifold:
+            on_manifold = ", ".join(other for other, row in METHODS.items() if row.on_manifold)
+            raise InputError(
+                f"{key} must be left out for {name}, got {given[key]!r}; only methods on the manifold have a start: "
+                f"{on_manifold}"
+            )
+        if key not in known and key not in _START:
+            raise InputError(f"{key} is not an option of {name}; known: {', '.join(known)}{_hint(key, known)}")
+    hints = get_type_hints(method.optimizer.__init__)
+    given = {key: value if key == "start" else _as_declared(key, value, hints[key]) for key, value in given.items()}
+    merged = {**known, **{key: value for key, value in given.items() if key not in _START}}
+    # A class that has AdamW for some parameters only names its rates so, and its param groups have the plain names.
+    plain_names = {"adamw_betas": "betas", "adamw_eps": "eps"}
+    method.optimizer.check_options({plain_names.get(key, key): value for key, value in merged.items()})
+    warn_of_another_scale(method.optimizer, merged, method.optimizer.lr_scale)
+    return {key: default.value for key, default in method.defaults.items()} | given
+
+
+def _as_declared(key: str, value: Any, hint: Any) -> Any:
+    """An option as people write it, in the type that the constructor declares: YAML reads 1e-4 as a string."""
+    if isinstance(value, Tensor):  # a learning rate that changes between the replays of a CUDA graph
+        return value
+    is_pair = get_origin(hint) is tuple
+    try:
+        if not is_pair:
+            return convert(hint, value)
+        first, second = convert(list[float], value)
+        return first, second
+    except ValueError as error:
+        raise InputError(f"{key} must be {'two numbers' if is_pair else error}, got {value!r}") from None
+
+
+def _hint(name: Any, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,202 @@
+"""Locally optimal initialization inside a stock trainer: a callback that runs before the first step.
+
+    trainer = SFTTrainer(
+        ...,
+        optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion", lr=5e-3),
+        callbacks=[qriemann.LocallyOptimalInit(batches=8)],
+    )
+
+The optimizer has put the adapter on the manifold by then, at random bases; the callback moves every point in place.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from qriemann.adapters.attach import Start, describe_saved_rank
+from qriemann.adapters.loi import check_options, locally_optimal_, own_loss, preserved_rng
+from qriemann.config.values import nearest
+from qriemann.errors import InputError
+from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters
+from qriemann.training.seam import FixedRankCallback, rows_at_once
+
+_NAME = "locally optimal initialization"
+
+
+class LocallyOptimalInit(FixedRankCallback):
+    """Starts the adapter where its tangent space holds the leading directions of the gradient; see `locally_optimal_`.
+
+    The batches are a sample of the trainer's data, drawn beside its dataloader: the order of the training that follows and
+    all random generators are those of a run without it. A resumed run has its start already, so there it does nothing.
+
+    Args:
+        batches: training batches of the device's size to look at, >= 1.
+        start, alpha: as in `locally_optimal_`; None keeps what the optimizer attached the adapter with.
+        oversampling, power_iterations: as in `locally_optimal_`.
+        seed: of the sample and the sketch; None takes the trainer's.
+        loss_fn: called with (model, batch); None takes the loss the model returns. Trainers whose batches have no labels
+            (DPO, GRPO) need one.
+
+    Raises:
+        InputError: a value out of range. When training begins: as `locally_optimal_`, for more batches than there are, and
+            for an adapter that is not on the manifold.
+    """
+
+    def __init__(
+        self,
+        batches: int = 8,
+        *,
+        start: Start | None = None,
+        alpha: float | None = None,
+        oversampling: int = 16,
+        power_iterations: int = 1,
+        seed: int | None = None,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    ) -> None:
+        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+            raise InputError(f"batches must be an integer >= 1, got {batches!r}")
+        check_options(
+            "offset" if start is None else start,
+            1.0 if alpha is None else alpha,
+            oversampling,
+            power_iterations,
+            0 if seed is None else seed,
+        )
+        self._batches, self._seed, self._loss_fn = batches, seed, loss_fn
+        self._start, self._alpha = start, alpha
+        self._options: dict[str, Any] = {"oversampling": oversampling, "power_iterations": power_iterations}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Progress goes where the trainer's own does.
+        console = Console(stderr=True, quiet=not state.is_world_process_zero, soft_wrap=True)
+        model = kwargs["model"]
+        points = fixed_rank_parameters(model.parameters())
+        if state.global_step > 0:
+            console.print(f"{_NAME} is skipped: the run resumes at step {state.global_step} from its own start")
+            # The checkpoint's points may have another start than the one they were attached with.
+            describe_saved_rank(model, points)
+            return
+        if not points:
+            raise InputError(
+                f"{_NAME} must have an adapter on the fixed-rank manifold, got plain factors; give the trainer "
+                "optimizer_cls_and_kwargs=qriemann.for_trainer('riemannion'), or leave the initialization out"
+            )
+        if self._loss_fn is None and (changed := _changed_loss(args)):
+            console.print(f"{_NAME}: the gradient is that of the model's own loss, without {changed}")
+        seed = args.seed if self._seed is None else self._seed
+        with preserved_rng():
+            batches = list(self._draw(kwargs["train_dataloader"], rows_at_once(args, state), seed + args.process_index))
+        passes = 2 * (self._options["power_iterations"] + 1)
+        console.print(f"{_NAME}: {passes} passes over {self._batches} batches")
+        started = time.perf_counter()
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task(_NAME, total=None)
+
+            def show(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+                if not console.is_terminal and done % len(batches) == 0 and done < total:
+                    console.print(f"{_NAME}: pass {done // len(batches)} of {passes} done")
+
+            locally_optimal_(
+                model,
+                batches,
+                self._loss_fn or _lean_loss,
+                start=self._start or _attached_start(points),
+                alpha=_attached_alpha(points) if self._alpha is None else self._alpha,
+                **self._options,
+                seed=seed,
+                progress=show,
+            )
+        console.print(f"{_NAME}: done in {time.perf_counter() - started:.0f} s")
+
+    def _draw(self, loader: DataLoader, batch_size: int, seed: int) -> Iterator[Any]:
+        """The batches to look at, from a loader of their own: iterating over the trainer's would move its samplers on."""
+        dataset: Any = getattr(loader, "dataset", None)
+        if dataset is None:
+            raise InputError(
+                f"the trainer's data must come from a torch DataLoader, got {type(loader).__name__}; pass the batches to "
+                "qriemann.locally_optimal_ before training"
+            )
+        if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
+            raise InputError(
+                "the training data must be readable more than once, got an IterableDataset that is its own iterator; "
+                "the batches looked at would be missing from training"
+            )
+        own = DataLoader(
+            dataset,
+            # Without a size and without a sampler of batches, the dataset's items are batches.
+            None if loader.batch_size is None and loader.batch_sampler is None else batch_size,
+            # The sampler that shuffles refuses an empty dataset in words of its own.
+            shuffle=not isinstance(dataset, IterableDataset) and len(dataset) > 0,
+            generator=torch.Generator().manual_seed(seed),
+            collate_fn=loader.collate_fn,
+        )
+        drawn = 0
+        for batch in itertools.islice(own, self._batches):
+            drawn += 1
+            yield batch
+        if 0 < drawn < self._batches:
+            raise InputError(
+                f"batches must be at most what the training data has, got {self._batches} of {drawn} batches of "
+                f"{batch_size}; lower batches"
+            )
+
+
+def _attached_start(points: Sequence[FixedRankParameter]) -> Start:
+    return "zero" if all(point.offset is None for point in points) else "offset"
+
+
+def _attached_alpha(points: Sequence[FixedRankParameter]) -> float:
+    """The scale of S at an offset start, where S = alpha I; 1 at S = 0, which has none."""
+    return next((point.s[0, 0].item() for point in points if point.offset is not None), 1.0)
+
+
+def _changed_loss(args: TrainingArguments) -> str | None:
+    """What the trainer's arguments add to the loss that the model returns."""
+    if args.label_smoothing_factor:
+        return f"label_smoothing_factor {args.label_smoothing_factor:g}"
+    kind = getattr(args, "loss_type", None)
+    return f"loss_type {kind}" if isinstance(kind, str) and "nll" not in kind else None
+
+
+def recipe_callbacks(
+    init: str, options: Mapping[str, Any] | None, *, start: str, alpha: float
+) -> list[LocallyOptimalInit]:
+    """The callbacks that a recipe's `init` stands for, with its `init_kwargs`, start and alpha."""
+    if init != "loi":
+        if options:
+            raise InputError(f"init_kwargs must be left out without init: loi, got {dict(options)!r}; add init: loi")
+        return []
+    known = [
+        key for key in inspect.signature(LocallyOptimalInit).parameters if key not in ("start", "alpha", "loss_fn")
+    ]
+    for key in options or ():
+        if key not in known:
+            raise InputError(
+                f"init_kwargs must be among {', '.join(known)}, got {key!r}; did you mean {nearest(key, known)!r}?"
+            )
+    return [LocallyOptimalInit(**(options or {}), start=start, alpha=alpha)]  # type: ignore[arg-type]
+
+
+def _lean_loss(model: Any, batch: Any) -> Tensor:
+    """The loss that `model(**batch)` returns, as a training step computes it.
+
+    TRL gives a causal language model's forward a switch, by which the logits of the whole vocabulary are never there at once.
+    """
+    forward = getattr(getattr(model, "get_base_model", lambda: model)(), "forward", None)
+    if "fused_lm_head" in getattr(getattr(forward, "__code__", None), "co_varnames", ()) and "labels" in batch:
+        batch = {**batch, "fused_lm_head": True}
+    return own_loss(model, batch)

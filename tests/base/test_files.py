@@ -1,0 +1,162 @@
+"""A base model from anybody: loaded as it is, or one line that says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from qriemann.base.load import load_base
+from qriemann.errors import InputError
+from tests.base.test_load import tiny_config as tied_config
+from tests.base.test_load import tiny_tokenizer, write_gguf
+
+UP = "model.layers.1.mlp.up_proj.weight"
+NORM = "model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = tied_config()
+    config.tie_word_embeddings = False
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def pristine(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base")
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def folder(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "base"))
+
+
+def set_keys(folder: Path, file: str = "config.json", **keys: Any) -> None:
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def change(folder: Path, name: str, to: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+    """Without `to` the tensor is left out."""
+    tensors = load_file(folder / "model.safetensors")
+    before = tensors.pop(name)
+    if to is not None:
+        tensors[name] = to(before)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def set_one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def to(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return to
+
+
+def index_elsewhere(folder: Path) -> None:
+    secret = folder.parent / "secret.safetensors"
+    (folder / "model.safetensors").rename(secret)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(secret), "../secret.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def refusal(folder: Path, **options: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        load_base(folder, device="cpu", **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a shard elsewhere": (index_elsewhere, "must stay in its folder, got '../secret.safetensors'"),
+    "a tokenizer elsewhere": (
+        lambda f: set_keys(f, "tokenizer_config.json", fast_tokenizer_files=["../tokenizer.4.0.json"]),
+        "must stay in its folder, got '../tokenizer.4.0.json'",
+    ),
+    "NaN in a linear layer": (lambda f: change(f, UP, set_one(math.nan)), f"got NaN or infinities in {UP} of"),
+    "infinity in a linear layer": (lambda f: change(f, UP, set_one(-math.inf)), f"got NaN or infinities in {UP} of"),
+    "NaN in a norm": (lambda f: change(f, NORM, set_one(math.nan)), f"got NaN or infinities in {NORM} of"),
+    "integers": (lambda f: change(f, UP, lambda x: x.to(torch.int64)), f"floating-point numbers, got I64 for '{UP}'"),
+    "a tensor left out": (lambda f: change(f, UP, None), f"got none for {UP} in"),
+    "a norm left out": (lambda f: change(f, NORM, None), f"got none for {NORM} in"),
+    "a head left out": (lambda f: change(f, "lm_head.weight", None), "got none for lm_head.weight in"),
+    "a layer too many": (
+        lambda f: set_keys(f, num_hidden_layers=3),
+        "got none for model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight, "
+        "model.layers.2.mlp.gate_proj.weight and 6 more in",
+    ),
+    "a tensor of another shape": (
+        lambda f: change(f, UP, lambda x: torch.ones(3, 3)),
+        f"got {UP} of (3, 3) for (128, 64) in",
+    ),
+    "a million layers": (
+        lambda f: set_keys(f, num_hidden_layers=10**6),
+        "num_hidden_layers must be at most the number of tensors stored, 21, got 1000000",
+    ),
+    "words enough to fill the machine": (lambda f: set_keys(f, vocab_size=10**9), "model that its weights fill"),
+    "a width that is no number": (lambda f: set_keys(f, hidden_size="x"), "'hidden_size' expected int, got str"),
+    "no heads": (lambda f: set_keys(f, num_attention_heads=0), "ZeroDivisionError"),
+    "fewer words than none": (lambda f: set_keys(f, vocab_size=-1), "check its config.json"),
+    "a list for a type": (lambda f: set_keys(f, model_type=["llama"]), "check its config.json"),
+    "a dtype that there is not": (lambda f: set_keys(f, dtype="evil"), "no attribute 'evil'"),
+    "brackets without end": (lambda f: (f / "config.json").write_text("[" * 10**5), "RecursionError"),
+    "a tokenizer without end": (lambda f: (f / "tokenizer.json").write_text("[" * 10**5), "RecursionError"),
+}
+
+
+@pytest.mark.parametrize("quantize", ["nf4", None])
+@pytest.mark.parametrize(("hurt", "words"), WRONG.values(), ids=WRONG.keys())
+def test_what_is_wrong_with_a_model_is_one_line(
+    folder: Path, hurt: Callable[[Path], Any], words: str, quantize: Any
+) -> None:
+    hurt(folder)
+    assert words in refusal(folder, quantize=quantize)
+
+
+def test_a_checkpoint_stored_in_4_bit_with_a_scale_that_is_no_number_is_refused(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_base(folder, device="cpu")
+    stored = tmp_path / "stored"
+    model.save_pretrained(stored)
+    tokenizer.save_pretrained(stored)
+    load_base(stored, device="cpu")
+    change(stored, f"{UP}.nested_absmax", lambda x: x * math.nan)
+    assert f"got NaN or infinities in {UP} of" in refusal(stored)
+
+
+def test_shards_in_the_folder_load_as_the_model_they_were_cut_from(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded, _ = load_base(tmp_path, quantize=None, device="cpu")
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("quantize", ["nf4", None])
+def test_a_gguf_file_is_held_to_the_same(model: LlamaForCausalLM, tmp_path: Path, quantize: Any) -> None:
+    path, config = tmp_path / "tiny.gguf", tied_config()
+    torch.manual_seed(0)
+    tied = LlamaForCausalLM(config)
+    for layers, words in (
+        (3, "got none for model.layers.2.input_layernorm.weight"),
+        (10**6, "block_count must be at most the number of tensors in the file, 20, got 1000000"),
+    ):
+        tied.config.num_hidden_layers = layers
+        write_gguf(path, tied)
+        assert words in refusal(path, quantize=quantize)
+    tied.config.num_hidden_layers = 2
+    set_one(math.nan)(tied.state_dict()[UP])
+    write_gguf(path, tied)
+    assert f"got NaN or infinities in {UP} of" in refusal(path, quantize=quantize)

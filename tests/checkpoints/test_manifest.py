@@ -1,0 +1,370 @@
+"""A checkpoint counts when it is whole, and whatever fails while one is saved leaves one that counts."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qriemann.checkpoints.manifest import (
+    MANIFEST,
+    commit,
+    find_content_defect,
+    find_defect,
+    newest_checkpoint,
+    read_manifest,
+    rotate,
+)
+from qriemann.errors import InputError
+from qriemann.geometry.parameter import fixed_rank_parameters
+from tests.runs import protected_trainer
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run's folder with checkpoint-1 and checkpoint-2, both complete."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer, _ = protected_trainer(folder, max_steps=2)
+    trainer.train()
+    return folder
+
+
+@pytest.fixture
+def run(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a manifest that was never written": lambda folder: (folder / MANIFEST).unlink(),
+    "a manifest cut short": lambda folder: (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes()[:-9]),
+    "a file cut short": lambda folder: os.truncate(folder / "optimizer.pt", 1000),
+    "a file that is gone": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "one bit": lambda folder: flip_a_byte(folder / "adapter_model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(run, damage):
+    assert newest_checkpoint(run).path == run / "checkpoint-2"
+    damage(run / "checkpoint-2")
+    found = newest_checkpoint(run)
+    assert found.path == run / "checkpoint-1"
+    assert len(found.passed_over) == 1
+    assert found.passed_over[0].startswith("checkpoint-2: ")
+
+
+def test_the_newest_is_the_one_completed_last_and_not_the_one_of_the_highest_step(run):
+    # A run that went on from step 1 once more, with other save_steps.
+    trainer, _ = protected_trainer(run, max_steps=2, save_steps=5, save_total_limit=2)
+    (run / "checkpoint-2").rename(run / "checkpoint-9")
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    assert newest_checkpoint(run).path == run / "checkpoint-2"
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-9"}
+
+
+def test_a_checkpoint_without_optimizer_state_does_not_count(tmp_path):
+    trainer, _ = protected_trainer(tmp_path, max_steps=1, save_only_model=True)
+    trainer.train()
+    assert newest_checkpoint(tmp_path).path is None
+    assert "optimizer.pt" in find_defect(tmp_path / "checkpoint-1") or "trainer_state" in find_defect(
+        tmp_path / "checkpoint-1"
+    )
+
+
+def test_a_manifest_may_not_name_files_outside_of_its_folder(run):
+    (run / "secret").write_text("x")
+    manifest = run / "checkpoint-2" / MANIFEST
+    content = json.loads(manifest.read_text())
+    content["files"]["../secret"] = {"bytes": 1, "sha256": "0"}
+    manifest.write_text(json.dumps(content))
+    assert "outside" in find_defect(run / "checkpoint-2")
+
+
+def test_numbers_that_are_not_finite_are_found_behind_a_valid_manifest(run):
+    path = run / "checkpoint-2" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, path)
+    assert name in find_content_defect(run / "checkpoint-2")
+
+
+def test_code_in_a_pickle_is_not_run(run):
+    ran = run / "ran"
+
+    class Touch:
+        def __reduce__(self):
+            return (Path.touch, (ran,))
+
+    torch.save({"state": Touch()}, run / "checkpoint-2" / "optimizer.pt")
+    assert "optimizer.pt" in find_content_defect(run / "checkpoint-2")
+    assert not ran.exists()
+
+
+def test_a_point_that_left_the_manifold_stops_the_run_and_is_not_completed(run):
+    trainer, _ = protected_trainer(run, max_steps=4, protection={"allow": ["max_steps"]})
+    spoiled = []
+
+    def spoil(optimizer, args, kwargs):
+        point = fixed_rank_parameters(trainer.model.parameters())[0]
+        if len(spoiled) == 1:
+            point.u.data.mul_(1.01)
+        spoiled.append(point)
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_post_hook(spoil)
+    with pytest.raises(InputError, match=r"orthonormal.*2.0e-02 at step 4.*checkpoint-3"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert newest_checkpoint(run).path == run / "checkpoint-3"
+
+
+def adamw(run, **settings):
+    """A trainer of plain LoRA factors with a trained head, none of which is a point."""
+    lora = {"modules_to_save": ["lm_head"]}
+    return protected_trainer(run, method="adamw", lora=lora, **{"max_steps": 2, **settings})[0]
+
+
+@pytest.mark.parametrize("spoil", ["lora_A", "lm_head", "exp_avg"])
+def test_what_is_not_finite_after_a_step_of_any_method_is_never_a_checkpoint(tmp_path, spoil):
+    trainer = adamw(tmp_path)
+    trainer.create_optimizer()
+
+    def spoil_one(optimizer, args, kwargs):
+        parameters = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+        if spoil == "exp_avg":
+            next(iter(optimizer.state.values()))["exp_avg"][0, 0] = torch.inf
+        else:
+            next(p for n, p in parameters.items() if spoil in n).data[0, 0] = torch.nan
+
+    trainer.optimizer.register_step_post_hook(spoil_one)
+    with pytest.raises(InputError, match=rf"must be finite.*in .*{spoil}.* at step 1; begin anew"):
+        trainer.train()
+    assert newest_checkpoint(tmp_path).path is None
+
+
+def sign(folder: Path) -> None:
+    """A manifest that fits whatever the folder holds."""
+    step = int(folder.name.rpartition("-")[2])
+    commit(folder, step, read_manifest(folder)["run"])
+
+
+def edit_state(change):
+    def edit(folder):
+        path = folder / "trainer_state.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    return edit
+
+
+def edit_optimizer(change):
+    def edit(folder):
+        content = torch.load(folder / "optimizer.pt", weights_only=True)
+        change(content)
+        torch.save(content, folder / "optimizer.pt")
+
+    return edit
+
+
+def spoil_factors(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file({name: tensor * torch.nan for name, tensor in load_file(path).items()}, path)
+
+
+UNUSABLE = {
+    "factors": (spoil_factors, "adapter_model.safetensors"),
+    "momentum": (
+        edit_optimizer(lambda c: c["state"][0]["momentum"].fill_(torch.nan)),
+        "optimizer.pt holds numbers that are not finite in state.0.momentum",
+    ),
+    "rate": (edit_optimizer(lambda c: c["param_groups"][0].update(lr=float("nan"))), "param_groups.0.lr"),
+    "step": (edit_state({"global_step": "x"}), "trainer_state.json"),
+    "history": (edit_state({"log_history": 5}), "trainer_state.json"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "named"), UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_a_checkpoint_that_no_run_can_go_on_from_is_passed_over_whatever_its_manifest(run, spoil, named):
+    spoil(run / "checkpoint-2")
+    sign(run / "checkpoint-2")
+    found = newest_checkpoint(run)
+    assert found.path == run / "checkpoint-1"
+    assert named in found.passed_over[0]
+
+
+def test_a_state_that_does_not_fit_is_one_line_before_the_first_step(run, tmp_path):
+    # By position: 0.0 is the momentum of the first factor, in another shape.
+    edit_optimizer(lambda c: c["state"][0].update(momentum=torch.ones(5, 7)))(run / "checkpoint-2")
+    edit_state({"global_step": 10**9})(run / "checkpoint-1")
+    adamw(tmp_path / "adamw", max_steps=1).train()
+    edit_optimizer(lambda c: c["state"][0].update(exp_avg=torch.ones(5, 7)))(tmp_path / "adamw" / "checkpoint-1")
+    for folder, trainer, message in (
+        (run / "checkpoint-2", protected_trainer(run, max_steps=2)[0], "fits this model and method"),
+        (
+            run / "checkpoint-1",
+            protected_trainer(run, max_steps=2)[0],
+            "within the run's 2 steps, got one of step 1000000000",
+        ),
+        (tmp_path / "adamw" / "checkpoint-1", adamw(tmp_path / "adamw", max_steps=1), r"exp_avg of \(5, 7\)"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            trainer.train(resume_from_checkpoint=str(folder))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders")
+@pytest.mark.parametrize("name", [MANIFEST, "scaler.pt", "trainer_state.json", "other.safetensors"])
+def test_a_pipe_in_a_checkpoint_blocks_nobody(run, name):
+    (run / "checkpoint-2" / name).unlink(missing_ok=True)
+    os.mkfifo(run / "checkpoint-2" / name)
+    signal.alarm(30)
+    try:
+        assert newest_checkpoint(run).path == run / "checkpoint-1"
+    finally:
+        signal.alarm(0)
+
+
+def test_deletion_leaves_alone_what_a_link_leads_to(run, tmp_path):
+    archive = tmp_path / "archive"
+    (run / "checkpoint-1").rename(archive)
+    (run / "checkpoint-1").symlink_to(archive)
+    before = {path.name: path.read_bytes() for path in archive.iterdir()}
+    assert rotate(run, 1) == []
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert {path.name: path.read_bytes() for path in archive.iterdir()} == before
+
+
+def test_checkpoints_of_weights_alone_do_not_displace_the_last_to_go_on_from(run):
+    protection = {"allow": ["max_steps"]}
+    settings = {"max_steps": 5, "save_total_limit": 2, "save_only_model": True}
+    trainer, _ = protected_trainer(run, protection=protection, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
+    assert newest_checkpoint(run).path == run / "checkpoint-2"
+
+
+def test_a_deletion_that_fails_is_told_and_does_not_stop_the_run(run, monkeypatch):
+    lines = []
+    protection = {"note": lines.append, "allow": ["max_steps"]}
+    trainer, _ = protected_trainer(run, max_steps=3, save_total_limit=2, protection=protection)
+
+    def refuse(path, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert lines == ["checkpoint-1 could not be deleted: Permission denied"]
+    assert newest_checkpoint(run).path == run / "checkpoint-3"
+    assert find_defect(run / "checkpoint-1") is not None
+
+
+class Faults:
+    """Counts the writes, flushes, renames and deletions inside a folder; the one of a given number fails half done."""
+
+    def __init__(self, monkeypatch, folder: Path, fail_at: int | None, number: int = errno.ENOSPC) -> None:
+        self.count, self.fail_at, self.error = 0, fail_at, OSError(number, os.strerror(number))
+        self.folder = str(folder)
+        for module, name in ((os, "replace"), (os, "rename"), (os, "unlink"), (os, "remove"), (os, "rmdir")):
+            monkeypatch.setattr(module, name, self.before(getattr(module, name)))
+        monkeypatch.setattr(os, "fsync", self.before(os.fsync, is_inside=lambda *args: True))
+        for module, name in ((torch, "save"), self.safetensors_writer()):
+            monkeypatch.setattr(module, name, self.halfway(getattr(module, name)))
+        opened = self.opener(io.open)
+        monkeypatch.setattr(io, "open", opened)
+        monkeypatch.setattr("builtins.open", opened)
+
+    @staticmethod
+    def safetensors_writer():
+        import peft.peft_model
+
+        return peft.peft_model, "safe_save_file"
+
+    def due(self) -> bool:
+        self.count += 1
+        return self.count == self.fail_at
+
+    def inside(self, *args) -> bool:
+        # shutil.rmtree deletes by names relative to an open folder.
+        return any(self.folder in str(arg) for arg in args) or not os.path.isabs(str(args[0]))
+
+    def before(self, function, is_inside=None):
+        def faulty(*args, **kwargs):
+            if (is_inside or self.inside)(*args) and self.due():
+                raise self.error
+            return function(*args, **kwargs)
+
+        return faulty
+
+    def halfway(self, function):
+        def faulty(content, path, *args, **kwargs):
+            function(content, path, *args, **kwargs)
+            if self.inside(path) and self.due():
+                os.truncate(path, os.path.getsize(path) // 2)
+                raise self.error
+
+        return faulty
+
+    def opener(self, function):
+        def faulty(path, mode="r", *args, **kwargs):
+            if set(mode) & set("wax+") and self.inside(path) and self.due():
+                function(path, "w").close()
+                raise self.error
+            return function(path, mode, *args, **kwargs)
+
+        return faulty
+
+
+def test_whatever_fails_in_a_save_one_of_the_last_two_checkpoints_verifies(run, monkeypatch):
+    """The save of step 3 after those of 1 and 2, of which one is kept, once for every operation that can fail."""
+    trainer, _ = protected_trainer(run, max_steps=2, save_total_limit=1)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    handler = trainer.callback_handler
+    trainer.state.global_step = 3
+
+    def save() -> None:
+        trainer._save_checkpoint(trainer.model, None)
+        handler.on_save(trainer.args, trainer.state, trainer.control)
+
+    template = run.parent / "template"
+    shutil.copytree(run, template)
+    fail_at, outcomes = 0, []
+    while True:
+        fail_at += 1
+        shutil.rmtree(run)
+        shutil.copytree(template, run)
+        number = (errno.ENOSPC, errno.EACCES, errno.EINTR)[fail_at % 3]
+        with monkeypatch.context() as patched:
+            faults = Faults(patched, run, fail_at, number)
+            try:
+                save()
+            except (OSError, InputError):
+                outcomes.append("failed")
+            else:
+                outcomes.append("saved")
+        if faults.count < fail_at:
+            break
+        found = newest_checkpoint(run)
+        assert found.path is not None, fail_at
+        assert found.path.name == ("checkpoint-3" if outcomes[-1] == "saved" else found.path.name)
+        for path in found.path.iterdir():
+            if path.suffix in (".pt", ".pth") and found.path.name == "checkpoint-2":
+                assert path.read_bytes() == (template / "checkpoint-2" / path.name).read_bytes()
+        assert find_content_defect(found.path) is None
+    # Every file of the checkpoint is written and flushed at least once, and the old one is deleted.
+    files = len(list((run / "checkpoint-3").iterdir()))
+    assert len(outcomes) > 2 * files
+    assert outcomes.count("failed") > files
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-3"}

@@ -1,0 +1,259 @@
+"""Interrupted and resumed is uninterrupted, bit for bit: parameters, optimizer state, rates, reported losses."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import stat
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import safe_globals
+
+import qriemann
+from qriemann.checkpoints.fingerprints import check_same_run
+from qriemann.checkpoints.manifest import commit
+from qriemann.checkpoints.saving import save_adapter
+from qriemann.errors import InputError
+from qriemann.optim.methods import METHODS
+from tests.runs import assert_same, logged, outcome, protected_trainer, uneven_rows
+
+# 22 rows in batches of 4, two a step: 6 batches and 3 steps an epoch, the last step's second batch short.
+STEPS = 7
+CASES = {
+    "zero start, means over several steps": {"options": {"start": "zero"}, "logging_steps": 3},
+    "locally optimal start": {"loi": True, "lora": {"lora_dropout": 0.3}},
+    "packing": {"packing": True, "max_length": 16, "eval_packing": False, "num_train_epochs": 9},
+    "dropout and an evaluation at the end of each epoch": {"lora": {"lora_dropout": 0.3}, "eval_strategy": "epoch"},
+    "rows grouped by length": {"train_sampling_strategy": "group_by_length"},
+    "a sampler without a seed": {"accelerator_config": {"use_seedable_sampler": False}},
+    "batches unaccumulated": {"gradient_accumulation_steps": 1, "max_steps": 9},
+    "recomputed activations": {"activation_checkpointing": True, "lora": {"lora_dropout": 0.3}},
+    "a trained head": {"lora": {"modules_to_save": ["lm_head"]}},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*packing.*:UserWarning", "ignore:.*attention implementation.*:UserWarning")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_a_run_resumed_around_an_epochs_end_ends_where_the_whole_one_does(tmp_path, case):
+    check_resume(tmp_path, case, [3, 4])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*packing.*:UserWarning", "ignore:.*attention implementation.*:UserWarning")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_a_run_resumed_at_any_step_ends_where_the_whole_one_does(tmp_path, case):
+    check_resume(tmp_path, case, range(1, STEPS))
+
+
+def check_resume(tmp_path, case, steps):
+    settings = {"max_steps": STEPS, **case}
+    whole, _ = protected_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    expected = outcome(whole)
+    for step in steps:
+        resumed, _ = protected_trainer(tmp_path / f"resumed-{step}", **settings, save_strategy="no")
+        torch.randn(7)  # whatever the process drew before
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert_same(outcome(resumed), expected)
+        assert logged(resumed) == logged(whole)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_resumes_exactly(tmp_path, method):
+    settings = {"method": method, "max_steps": 4, "lora": {"lora_dropout": 0.2}}
+    whole, _ = protected_trainer(tmp_path / "whole", save_steps=2, **settings)
+    whole.train()
+    resumed, _ = protected_trainer(tmp_path / "resumed", save_strategy="no", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_same(outcome(resumed), outcome(whole))
+
+
+STARTS = {"zero": {"options": {"start": "zero"}}, "offset": {"options": {"start": "offset"}}, "loi": {"loi": True}}
+MATRIX = {
+    f"{name} {start}": {"method": name, **changes}
+    for name, method in METHODS.items()
+    for start, changes in (STARTS if method.on_manifold else {"": {}}).items()
+}
+# Four steps an epoch, the last of one batch.
+PACKED = {"packing": True, "max_length": 16, "eval_packing": False, "per_device_train_batch_size": 1}
+
+
+class KilledError(Exception):
+    """Ends a run between two batches of a step."""
+
+
+class KillWithin(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KilledError
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*packing.*:UserWarning", "ignore:.*attention implementation.*:UserWarning")
+@pytest.mark.parametrize("packing", [{}, PACKED], ids=["", "packed"])
+@pytest.mark.parametrize("case", MATRIX.values(), ids=MATRIX.keys())
+def test_wherever_a_run_of_any_method_is_interrupted_it_ends_where_the_whole_one_does(tmp_path, case, packing):
+    settings = {"max_steps": STEPS, "num_train_epochs": 9, "lora": {"lora_dropout": 0.2}, **case, **packing}
+    whole, _ = protected_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    epoch = math.ceil(len(whole.get_train_dataloader()) / 2)
+    assert 2 < epoch < STEPS - 1
+    for step in (epoch - 1, epoch, epoch + 1):
+        resumed, _ = protected_trainer(tmp_path / f"resumed-{step}", **settings, save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert_same(outcome(resumed), outcome(whole))
+    killed, _ = protected_trainer(tmp_path / "killed", **settings)
+    killed.add_callback(KillWithin(2))
+    with pytest.raises(KilledError):
+        killed.train()
+    resumed, _ = protected_trainer(tmp_path / "killed", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(outcome(resumed), outcome(whole))
+    assert logged(resumed) == logged(whole)
+
+
+class DrawingCollator:
+    """Leaves tokens out of the loss by numbers from each of the three generators."""
+
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, rows):
+        batch = self.collate(rows)
+        shape = batch["labels"].shape
+        left_out = torch.rand(shape) + torch.from_numpy(np.random.random(shape)) < 2 * random.random()
+        # Every row keeps a token to train on.
+        left_out[:, 1] = False
+        batch["labels"] = batch["labels"].masked_fill(left_out, -100)
+        return batch
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_collator_draws_is_drawn_again(tmp_path, workers):
+    def drawing(folder, **settings):
+        trainer, _ = protected_trainer(folder, max_steps=5, dataloader_num_workers=workers, **settings)
+        trainer.data_collator = DrawingCollator(trainer.data_collator)
+        return trainer
+
+    whole = drawing(tmp_path / "whole")
+    whole.train()
+    for step in (1, 3, 4):
+        resumed = drawing(tmp_path / f"resumed-{step}", save_strategy="no")
+        torch.randn(7), np.random.random(3), random.random()  # whatever the process drew before
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert_same(outcome(resumed), outcome(whole))
+        assert logged(resumed) == logged(whole)
+
+
+def test_a_stock_trainers_own_choice_passes_over_a_save_that_broke_off(tmp_path):
+    lines = []
+    whole, _ = protected_trainer(tmp_path, max_steps=4)
+    whole.train()
+    (tmp_path / "checkpoint-4" / "manifest.json").unlink()
+    os.truncate(tmp_path / "checkpoint-4" / "optimizer.pt", 1000)
+    again, _ = protected_trainer(tmp_path, max_steps=4, protection={"note": lines.append})
+    again.train(resume_from_checkpoint=True)
+    assert [line.partition(": ")[0] for line in lines] == ["passed over checkpoint-4"]
+    assert_same(outcome(again), outcome(whole))
+
+
+def test_a_stock_trainer_without_a_whole_checkpoint_is_told_in_one_line(tmp_path):
+    whole, _ = protected_trainer(tmp_path, max_steps=1)
+    whole.train()
+    os.truncate(tmp_path / "checkpoint-1" / "optimizer.pt", 1000)
+    again, _ = protected_trainer(tmp_path, max_steps=1)
+    with pytest.raises(InputError, match=r"checkpoint-1: optimizer.pt has 1000 bytes") as caught:
+        again.train(resume_from_checkpoint=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_whoever_may_read_the_other_files_may_read_the_weights(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        trainer, _ = protected_trainer(tmp_path / "run", max_steps=1)
+        trainer.train()
+        save_adapter(trainer, tmp_path / "run")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.parent.name for path in files} >= {"run", "checkpoint-1"}
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in files} == {path.name: mode for path in files}
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    whole, _ = protected_trainer(tmp_path, max_steps=4)
+    whole.train()
+    again, _ = protected_trainer(tmp_path, max_steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same(outcome(again), outcome(whole))
+    assert again.state.global_step == 4
+    assert not (tmp_path / "checkpoint-5").exists()
+
+
+def test_every_file_of_a_checkpoint_loads_without_running_code(tmp_path):
+    trainer, _ = protected_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    pickled = {path.name for path in (tmp_path / "checkpoint-1").iterdir() if path.suffix in (".pt", ".pth")}
+    assert pickled == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    for name in pickled:
+        # The trainer's own list of NumPy's harmless types, which a generator's state is made of.
+        with safe_globals():
+            assert torch.load(tmp_path / "checkpoint-1" / name, weights_only=True)
+
+
+def test_the_newest_checkpoint_is_what_a_stock_trainer_is_given(tmp_path):
+    trainer, _ = protected_trainer(tmp_path, max_steps=3, save_total_limit=2)
+    trainer.train()
+    again, _ = protected_trainer(tmp_path, max_steps=3)
+    found = qriemann.newest_checkpoint(tmp_path)
+    again.train(resume_from_checkpoint=str(found.path))
+    assert found.path.name == "checkpoint-3"
+    assert_same(outcome(again), outcome(trainer))
+    assert not (tmp_path / "checkpoint-1").exists()
+
+
+CHANGES = {
+    "per_device_train_batch_size": {"per_device_train_batch_size": 2},
+    "seed": {"seed": 3},
+    "gradient_accumulation_steps": {"gradient_accumulation_steps": 1},
+    "learning_rate": {"learning_rate": 0.5},
+    "lora_dropout": {"lora": {"lora_dropout": 0.5}},
+    "data": {"rows": uneven_rows(21)},
+    "optimizer_momentum": {"options": {"momentum": 0.5}},
+}
+
+
+def test_what_changed_under_a_stock_trainer_is_named_and_can_be_allowed(tmp_path):
+    whole, _ = protected_trainer(tmp_path, max_steps=2)
+    whole.train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    for name, change in CHANGES.items():
+        changed, _ = protected_trainer(tmp_path, **{"max_steps": 2, **change})
+        with pytest.raises(InputError, match=rf"protect's allow the names {name} if you mean it"):
+            changed.train(resume_from_checkpoint=checkpoint)
+    allowed, _ = protected_trainer(tmp_path, max_steps=2, seed=3, protection={"allow": ["seed"]})
+    allowed.train(resume_from_checkpoint=checkpoint)
+    assert allowed.state.global_step == 2
+
+
+def test_another_number_of_processes_is_named(tmp_path):
+    now = {"settings": {}, "processes": 1, "data": "a", "base": "b", "base_floats": "c", "base_config": {}}
+    (tmp_path / "checkpoint-1").mkdir()
+    commit(tmp_path / "checkpoint-1", 1, {**now, "processes": 2})
+    with pytest.raises(InputError, match="got 1 processes instead of 2"):
+        check_same_run(tmp_path / "checkpoint-1", now, [])
+    check_same_run(tmp_path / "checkpoint-1", now, ["processes"])
+
+
+def test_skipping_no_rows_is_refused_because_resume_would_see_others(tmp_path):
+    with pytest.raises(InputError, match="ignore_data_skip must be false"):
+        protected_trainer(tmp_path, ignore_data_skip=True)

@@ -1,0 +1,353 @@
+"""Stock chat templates, as they behave: what is trained is what the assistant says, and the token that ends its turn.
+
+Each template stands beside the conversation written out by hand, token for token, with the trained parts marked.
+"""
+
+from importlib.resources import files
+
+import pytest
+
+from qriemann.data.chat_mask import AssistantTokenizer
+from qriemann.data.defects import end_tokens, find_defects
+from qriemann.data.formats import IGNORED, prepare
+from qriemann.data.sources import load_sources
+from qriemann.errors import InputError
+from tests.models import tiny_llama
+from tests.recipe_fixtures import CHATML, make_tokenizer
+
+# A default system turn with a date line; contents are trimmed.
+LLAMA_31 = (
+    "{{ bos_token }}{% set given = messages[0]['role'] == 'system' %}"
+    "{{ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: ' }}"
+    "{{ (date_string if date_string is defined else '26 Jul 2024') + '\n\n' }}"
+    "{{ (messages[0]['content'] | trim if given else '') + '<|eot_id|>' }}"
+    "{% for turn in (messages[1:] if given else messages) %}"
+    "{{ '<|start_header_id|>' + turn['role'] + '<|end_header_id|>\n\n' + turn['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+# The reasoning of answers before the last question is dropped; after it, an answer without any gets an empty block.
+QWEN3 = (
+    "{% set asked = namespace(last=-1) %}"
+    "{% for turn in messages %}{% if turn['role'] == 'user' %}{% set asked.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for turn in messages %}{{ '<|im_start|>' + turn['role'] + '\n' }}"
+    "{% if turn['role'] == 'assistant' %}"
+    "{% set thought = '' %}{% set said = turn['content'] %}"
+    "{% if '</think>' in said %}"
+    "{% set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if loop.index0 > asked.last and (loop.last or thought) %}"
+    "{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ said }}"
+    "{% else %}{{ turn['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+# The assistant is the model; there is no system turn, its text opens the first user's; roles must alternate.
+GEMMA_3 = (
+    "{{ bos_token }}{% set given = messages[0]['role'] == 'system' %}"
+    "{% for turn in (messages[1:] if given else messages) %}"
+    "{% if (turn['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if turn['role'] == 'assistant' else turn['role']) + '\n' }}"
+    "{% if loop.first and given %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+    "{{ turn['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+# v0.3: the system text stands in the user turn that is still to be answered, and nowhere once it is.
+MISTRAL_V03 = (
+    "{{ bos_token }}{% set given = messages[0]['role'] == 'system' %}"
+    "{% for turn in (messages[1:] if given else messages) %}"
+    "{% if turn['role'] == 'user' %}"
+    "{{ '[INST] ' + (messages[0]['content'] + '\n\n' if given and loop.last else '') + turn['content'] + '[/INST]' }}"
+    "{% else %}{{ ' ' + turn['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+)
+# The end of text is written once, where no answer is asked for; the end of a turn is another token.
+PHI_35 = (
+    "{% for turn in messages %}{{ '<|' + turn['role'] + '|>\n' + turn['content'] + '<|end|>\n' }}{% endfor %}"
+    "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+)
+PHI_4_MINI = (
+    "{% for turn in messages %}{{ '<|' + turn['role'] + '|>' + turn['content'] + '<|end|>' }}{% endfor %}"
+    "{{ '<|assistant|>' if add_generation_prompt else eos_token }}"
+)
+
+# (template, first token, end of text, further tokens)
+FAMILIES = {
+    "llama-3.1": (
+        LLAMA_31,
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    ),
+    "qwen3": (QWEN3, None, "<|im_end|>", ["<|im_start|>", "<|endoftext|>", "<think>", "</think>"]),
+    "gemma-3": (GEMMA_3, "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"]),
+    "mistral-v0.3": (MISTRAL_V03, "<s>", "</s>", ["[INST]", "[/INST]"]),
+    "phi-3.5": (PHI_35, "<s>", "<|endoftext|>", ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]),
+    "phi-4-mini": (PHI_4_MINI, None, "<|endoftext|>", ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]),
+    "smollm2": (CHATML, None, "<|im_end|>", ["<|im_start|>"]),
+}
+
+ONE = [("user", "two"), ("assistant", "2")]
+SEVERAL = [("user", "a"), ("assistant", "b\n\nb"), ("user", "c"), ("assistant", "d"), ("user", "e"), ("assistant", "f")]
+SYSTEM = ("system", "Count.")
+
+_DATES = (
+    "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+)
+_ASKED = "<|start_header_id|>user<|end_header_id|>\n\n"
+_ANSWERS = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+_MODEL = "<end_of_turn>\n<start_of_turn>model\n"
+_CHATML = "<|im_end|>\n<|im_start|>assistant\n"
+
+# Family, turns, and the row as written by hand: context and trained text by turns.
+ROWS = {
+    "llama-3.1, one turn": (
+        "llama-3.1",
+        ONE,
+        [f"<|begin_of_text|>{_DATES}<|eot_id|>{_ASKED}two{_ANSWERS}", "2<|eot_id|>"],
+    ),
+    "llama-3.1, several turns after a system message": (
+        "llama-3.1",
+        [SYSTEM, *SEVERAL],
+        [
+            f"<|begin_of_text|>{_DATES}Count.<|eot_id|>{_ASKED}a{_ANSWERS}",
+            "b\n\nb<|eot_id|>",
+            f"{_ASKED}c{_ANSWERS}",
+            "d<|eot_id|>",
+            f"{_ASKED}e{_ANSWERS}",
+            "f<|eot_id|>",
+        ],
+    ),
+    "llama-3.1, white space around the answer": (
+        "llama-3.1",
+        [("user", "a"), ("assistant", " b\n"), ("user", "c")],
+        [
+            f"<|begin_of_text|>{_DATES}<|eot_id|>{_ASKED}a{_ANSWERS}",
+            "b<|eot_id|>",
+            f"{_ASKED}c<|eot_id|>",
+        ],
+    ),
+    "llama-3.1, an answer that quotes the end token": (
+        "llama-3.1",
+        [("user", "a"), ("assistant", "b<|eot_id|>c"), ("user", "d")],
+        [
+            f"<|begin_of_text|>{_DATES}<|eot_id|>{_ASKED}a{_ANSWERS}",
+            "b<|eot_id|>c<|eot_id|>",
+            f"{_ASKED}d<|eot_id|>",
+        ],
+    ),
+    "qwen3, one turn": (
+        "qwen3",
+        ONE,
+        [f"<|im_start|>user\ntwo{_CHATML}", "<think>\n\n</think>\n\n2<|im_end|>", "\n"],
+    ),
+    "qwen3, a system message and reasoning": (
+        "qwen3",
+        [SYSTEM, ("user", "two"), ("assistant", "<think>\none, two\n</think>\n\n2")],
+        [
+            f"<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\ntwo{_CHATML}",
+            "<think>\none, two\n</think>\n\n2<|im_end|>",
+            "\n",
+        ],
+    ),
+    "gemma-3, one turn": (
+        "gemma-3",
+        ONE,
+        [f"<bos><start_of_turn>user\ntwo{_MODEL}", "2<end_of_turn>", "\n"],
+    ),
+    "gemma-3, several turns after a system message": (
+        "gemma-3",
+        [SYSTEM, *SEVERAL],
+        [
+            f"<bos><start_of_turn>user\nCount.\n\na{_MODEL}",
+            "b\n\nb<end_of_turn>",
+            f"\n<start_of_turn>user\nc{_MODEL}",
+            "d<end_of_turn>",
+            f"\n<start_of_turn>user\ne{_MODEL}",
+            "f<end_of_turn>",
+            "\n",
+        ],
+    ),
+    "mistral-v0.3, one turn": ("mistral-v0.3", ONE, ["<s>[INST] two[/INST]", " 2</s>"]),
+    "mistral-v0.3, several turns": (
+        "mistral-v0.3",
+        SEVERAL,
+        ["<s>[INST] a[/INST]", " b\n\nb</s>", "[INST] c[/INST]", " d</s>", "[INST] e[/INST]", " f</s>"],
+    ),
+    "phi-3.5, one turn": (
+        "phi-3.5",
+        ONE,
+        ["<|user|>\ntwo<|end|>\n<|assistant|>\n", "2<|end|>", "\n<|endoftext|>"],
+    ),
+    "phi-3.5, several turns after a system message": (
+        "phi-3.5",
+        [SYSTEM, *SEVERAL],
+        [
+            "<|system|>\nCount.<|end|>\n<|user|>\na<|end|>\n<|assistant|>\n",
+            "b\n\nb<|end|>",
+            "\n<|user|>\nc<|end|>\n<|assistant|>\n",
+            "d<|end|>",
+            "\n<|user|>\ne<|end|>\n<|assistant|>\n",
+            "f<|end|>",
+            "\n<|endoftext|>",
+        ],
+    ),
+    "phi-4-mini, several turns": (
+        "phi-4-mini",
+        SEVERAL,
+        [
+            "<|user|>a<|end|><|assistant|>",
+            "b\n\nb<|end|>",
+            "<|user|>c<|end|><|assistant|>",
+            "d<|end|>",
+            "<|user|>e<|end|><|assistant|>",
+            "f<|end|>",
+            "<|endoftext|>",
+        ],
+    ),
+    "smollm2, one turn with the default system prompt": (
+        "smollm2",
+        ONE,
+        [f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\ntwo{_CHATML}", "2<|im_end|>", "\n"],
+    ),
+    "smollm2, several turns after a system message": (
+        "smollm2",
+        [SYSTEM, *SEVERAL],
+        [
+            f"<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\na{_CHATML}",
+            "b\n\nb<|im_end|>",
+            f"\n<|im_start|>user\nc{_CHATML}",
+            "d<|im_end|>",
+            f"\n<|im_start|>user\ne{_CHATML}",
+            "f<|im_end|>",
+            "\n",
+        ],
+    ),
+}
+
+
+def tokenizer_of(family):
+    template, first, end, further = FAMILIES[family]
+    tokenizer = make_tokenizer(template)
+    named = {"eos_token": end, "additional_special_tokens": further}
+    tokenizer.add_special_tokens(named if first is None else {**named, "bos_token": first})
+    return tokenizer
+
+
+def as_messages(turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def by_turns(ids, trained, tokenizer):
+    """Text of the runs of tokens that are trained and that are not."""
+    runs = []
+    for index, token in enumerate(ids):
+        if index == 0 or trained[index] != trained[index - 1]:
+            runs.append([])
+        runs[-1].append(token)
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize(("family", "turns", "expected"), ROWS.values(), ids=ROWS)
+def test_the_trained_tokens_are_the_assistants_and_the_end_of_its_turn(family, turns, expected, write_rows):
+    tokenizer = tokenizer_of(family)
+    path = write_rows([{"messages": as_messages(turns)}])
+    rows = prepare(*load_sources(str(path)), tokenizer)
+    ids, labels = rows.train[0]["input_ids"], rows.train[0]["labels"]
+    trained = [label != IGNORED for label in labels]
+    assert by_turns(ids, trained, tokenizer) == expected
+    # The first of the hand-written parts is context, so that an inverted mask would not pass.
+    assert not trained[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_end_of_a_turn_is_known_and_no_defect_is_found(family, write_rows):
+    tokenizer = tokenizer_of(family)
+    rows = prepare(*load_sources(str(write_rows([{"messages": as_messages(ONE)}]))), tokenizer)
+    model = tiny_llama(vocabulary=len(tokenizer))
+    assert find_defects(rows, tokenizer, model) == []
+    last = [label for label in rows.train[0]["labels"] if label != IGNORED][-1]
+    assert last in end_tokens(tokenizer, model)
+
+
+def test_qwen3_without_thinking_trains_the_answer_alone():
+    tokenizer = tokenizer_of("qwen3")
+    ids, mask, _ = AssistantTokenizer(tokenizer).conversation(
+        as_messages(ONE), template_kwargs={"enable_thinking": False}
+    )
+    assert by_turns(ids, mask, tokenizer) == [
+        f"<|im_start|>user\ntwo{_CHATML}<think>\n\n</think>\n\n",
+        "2<|im_end|>",
+        "\n",
+    ]
+
+
+def test_qwen3_reads_each_answer_of_a_conversation_after_the_history_as_it_will_be_then(write_rows):
+    path = write_rows([{"messages": as_messages(turns)} for turns in (ONE, SEVERAL)])
+    tokenizer = tokenizer_of("qwen3")
+    data = prepare(*load_sources(str(path)), tokenizer)
+    rows = [by_turns(row["input_ids"], [label != IGNORED for label in row["labels"]], tokenizer) for row in data.train]
+    empty = "<think>\n\n</think>\n\n"
+    history = f"<|im_start|>user\na{_CHATML}b\n\nb<|im_end|>\n<|im_start|>user\nc{_CHATML}"
+    assert rows == [
+        [f"<|im_start|>user\ntwo{_CHATML}", f"{empty}2<|im_end|>", "\n"],
+        [f"<|im_start|>user\na{_CHATML}", f"{empty}b\n\nb<|im_end|>", "\n"],
+        [history, f"{empty}d<|im_end|>", "\n"],
+        [f"{history}d<|im_end|>\n<|im_start|>user\ne{_CHATML}", f"{empty}f<|im_end|>", "\n"],
+    ]
+    assert [
+        notice
+        for notice in data.notices
+        if "1 of 2 rows" in notice and "become one for each answer, 4 in all" in notice
+    ]
+
+
+def test_a_conversation_that_became_several_rows_is_held_out_whole(write_rows):
+    talks = [[(role, f"{text}{number}") for role, text in SEVERAL] for number in range(6)]
+    path = write_rows([{"messages": as_messages(turns)} for turns in talks])
+    tokenizer = tokenizer_of("qwen3")
+    data = prepare(*load_sources(str(path)), tokenizer, eval_size=2)
+    assert (len(data.train), len(data.held_out)) == (12, 6)
+    # The first question names the conversation.
+    first = [
+        {tokenizer.decode(row["input_ids"]).split("\n")[1] for row in part} for part in (data.train, data.held_out)
+    ]
+    assert [len(names) for names in first] == [4, 2]
+    assert not first[0] & first[1]
+
+
+# What no sequence of tokens is right for, and what the line says of it.
+REFUSED = {
+    "mistral-v0.3, a system message": ("mistral-v0.3", [SYSTEM, *ONE], "turn 2 changes.*into the first user turn"),
+    "gemma-3, two questions in a row": ("gemma-3", [ONE[0], *ONE], "roles must alternate"),
+}
+
+
+@pytest.mark.parametrize(("family", "turns", "line"), REFUSED.values(), ids=REFUSED)
+def test_what_a_template_cannot_carry_is_refused_by_its_row(family, turns, line, write_rows):
+    path = write_rows([{"messages": as_messages(ONE)}, {"messages": as_messages(turns)}])
+    with pytest.raises(InputError, match=line) as caught:
+        prepare(*load_sources(str(path)), tokenizer_of(family))
+    assert "row 2" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# Families whose template TRL carries a copy of, as published.
+PUBLISHED = {"llama-3.1": "llama3_1", "qwen3": "qwen3", "gemma-3": "gemma3", "phi-3.5": "phi3_5"}
+
+
+@pytest.mark.parametrize(("family", "name"), PUBLISHED.items())
+def test_the_templates_of_this_file_render_as_the_published_ones(family, name):
+    published = (files("trl") / "chat_templates" / f"{name}.jinja").read_text("utf-8")
+    tokenizer = tokenizer_of(family)
+    for turns in (
+        ONE,
+        SEVERAL,
+        [SYSTEM, *SEVERAL],
+        [SYSTEM, ("user", "a"), ("assistant", "<think>\nw\n</think>\n\nb")],
+    ):
+        for asked in (False, True):
+            given = as_messages(turns[:-1] if asked else turns)
+            assert tokenizer.apply_chat_template(
+                given, tokenize=False, add_generation_prompt=asked
+            ) == tokenizer.apply_chat_template(
+                given, tokenize=False, add_generation_prompt=asked, chat_template=published
+            )

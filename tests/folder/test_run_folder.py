@@ -1,0 +1,99 @@
+"""Where `--resume auto` begins: at the newest checkpoint that can be loaded, or anew where no save was ever finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qriemann.checkpoints.manifest import MANIFEST
+from tests.recipe_fixtures import run_cli
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+@pytest.fixture
+def settings(settings):
+    return {
+        **settings,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "save_steps": 1,
+        "eval_size": 2,
+        "eval_on_start": True,
+    }
+
+
+def resumed_from(folder) -> str | None:
+    return json.loads((folder / "run.json").read_text())["resumed_from"]
+
+
+def test_the_command_that_goes_on_with_a_run_also_starts_it(tmp_path, settings):
+    out = tmp_path / "out"
+    assert run_cli(tmp_path, settings, "--resume", "auto") == 0
+    assert resumed_from(out) is None
+    whole = (out / "adapter_model.safetensors").read_bytes()
+    # As a kill in the first save leaves it: records of some steps, and a checkpoint without a manifest.
+    shutil.rmtree(out / "checkpoint-2")
+    (out / "checkpoint-1" / MANIFEST).unlink()
+    os.truncate(out / "checkpoint-1" / "optimizer.pt", 100)
+    (out / "adapter_model.safetensors").unlink()
+    (out / "adapter_config.json").unlink()
+    assert run_cli(tmp_path, settings, "--resume", "auto") == 0
+    assert resumed_from(out) is None
+    assert (out / "adapter_model.safetensors").read_bytes() == whole
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in lines if "eval_loss" in record].count(0) == 1
+
+
+def test_auto_begins_nothing_anew_over_somebodys_work(tmp_path, settings, capfd):
+    assert run_cli(tmp_path, settings) == 0
+    out = tmp_path / "out"
+    for folder in (out / "checkpoint-1", out / "checkpoint-2"):
+        os.truncate(folder / "optimizer.pt", 100)
+    assert run_cli(tmp_path, settings, "--resume", "auto") == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "checkpoint-2: optimizer.pt has 100 bytes" in line
+    assert "checkpoint-1: optimizer.pt has 100 bytes" in line
+    for folder in (out / "checkpoint-1", out / "checkpoint-2"):
+        shutil.rmtree(folder)
+    # An adapter whose run saved no checkpoint.
+    assert run_cli(tmp_path, settings, "--resume", "auto") == 2
+    (out / "adapter_model.safetensors").unlink()
+    (out / "adapter_config.json").unlink()
+    # Another tool's checkpoint.
+    (out / "run.json").unlink()
+    (out / "checkpoint-500").mkdir()
+    assert run_cli(tmp_path, settings, "--resume", "auto") == 2
+    assert "checkpoint-500" in capfd.readouterr().err.splitlines()[-1]
+
+
+def edit_config(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.1}))
+
+
+def round_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    rounded = {name: tensor.to(torch.bfloat16).float() for name, tensor in load_file(path).items()}
+    save_file(rounded, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(edit_config, "a base configured otherwise (rms_norm_eps 0.1 instead of 1e-06)"), (round_weights, "not the base")],
+)
+def test_a_base_that_is_not_the_same_to_the_last_bit_is_named(tmp_path, settings, capfd, change, named):
+    base = Path(shutil.copytree(settings["model_name_or_path"], tmp_path / "base"))
+    settings = {**settings, "model_name_or_path": str(base), "max_steps": 1, "eval_on_start": False, "eval_size": 0}
+    assert run_cli(tmp_path, settings) == 0
+    assert run_cli(tmp_path, settings, "--resume") == 0
+    change(base)
+    assert run_cli(tmp_path, settings, "--resume") == 2
+    assert named in capfd.readouterr().err.splitlines()[-1]
+    assert run_cli(tmp_path, settings, "--resume", "--allow", "base") == 0

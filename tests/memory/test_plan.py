@@ -1,0 +1,322 @@
+"""The plan against the bytes that torch's allocator hands out in real steps, and its answers against themselves."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from peft import get_peft_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from qriemann import Riemannion, cli
+from qriemann.adapters.targets import adapter_config
+from qriemann.config.settings import config_from_values
+from qriemann.errors import InputError
+from qriemann.memory.footprint import GIB, Footprint
+from qriemann.memory.plan import plan
+from tests.models import load_nf4
+
+# The promise of the plan; what is found is within half a percent.
+PEAK_RTOL = 0.10
+
+MODELS = {
+    # Grouped heads; at this width and depth the layers outweigh the loss where nothing is recomputed.
+    "llama": LlamaConfig(
+        vocab_size=300,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+    ),
+    # Never given weights: layers so wide that the loss is nothing beside them.
+    "wide": LlamaConfig(
+        vocab_size=300,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=5,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+    ),
+    # Never given weights: embeddings that outweigh what a step computes.
+    "wordy": LlamaConfig(
+        vocab_size=60000,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+    ),
+    "qwen": Qwen2Config(
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Each model with weights."""
+    torch.manual_seed(0)
+    made = {}
+    for name, kind in (("llama", LlamaForCausalLM), ("qwen", Qwen2ForCausalLM)):
+        made[name] = tmp_path_factory.mktemp(name)
+        kind(MODELS[name]).save_pretrained(made[name])
+    return made
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """A configuration for a model of which there is nothing but config.json."""
+
+    def make(model="llama", **settings):
+        folder = tmp_path / model
+        folder.mkdir(exist_ok=True)
+        (MODELS[model] if isinstance(model, str) else model).save_pretrained(folder)
+        return config_from_values(
+            {"model_name_or_path": str(folder), "output_dir": str(tmp_path / "out"), "lora_r": 8, **settings}
+        )
+
+    return make
+
+
+def allocated_peak(run):
+    """The most bytes that torch's CPU allocator had out at once while `run` ran, beyond those it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def held_bytes(model, points):
+    """Bytes of the distinct tensors that a model with its adapter holds, quantization state included."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    for point in points:
+        tensors += [point.s, *point.offset]
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+CONFIGURATIONS = {
+    "a deep model, all activations kept": ("llama", "nf4", 2, 128, False, True),
+    "the same with checkpointing": ("llama", "nf4", 2, 128, True, True),
+    "one long row": ("llama", "nf4", 1, 512, False, False),
+    "many short rows, checkpointing": ("qwen", "nf4", 8, 64, True, True),
+    "an unquantized base": ("qwen", "none", 2, 256, False, True),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "quantize", "batch", "length", "checkpointing", "padded"), CONFIGURATIONS.values(), ids=CONFIGURATIONS
+)
+def test_the_planned_peak_is_the_allocators(name, quantize, batch, length, checkpointing, padded, folders, make_config):
+    config = make_config(
+        name,
+        quantize=quantize,
+        per_device_train_batch_size=batch,
+        max_length=length,
+        activation_checkpointing=checkpointing,
+        eval_strategy="no",
+        use_cpu=True,
+    )
+    base = load_nf4(folders[name]) if quantize == "nf4" else AutoModelForCausalLM.from_pretrained(folders[name])
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    model = get_peft_model(base, adapter_config(config.model))
+    optimizer = Riemannion(model, start="offset", seed=0)
+    if checkpointing:
+        base.activation_checkpointing_enable()
+        base.enable_input_require_grads()
+    model.train()
+    ids = torch.randint(1, 200, (batch, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, length // 2 :] = 0
+
+    def step():
+        model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).loss.backward()
+
+    result = plan(config)
+    stored = dict(result.stored)
+    del stored["Python and libraries"], stored["optimizer state"]
+    assert sum(stored.values()) == held_bytes(model, optimizer.points)
+    assert result.phase == "training"
+    assert sum(size for _, size in result.computed) == pytest.approx(allocated_peak(step), rel=PEAK_RTOL)
+
+
+def test_the_optimizer_state_is_what_the_optimizer_holds(folders, make_config):
+    config = make_config("qwen", max_length=64)
+    model = get_peft_model(load_nf4(folders["qwen"]), adapter_config(config.model))
+    optimizer = Riemannion(model, start="offset", seed=0)
+    blocks = [block for batch in optimizer._batches for block in batch.momentum]
+    held = sum(block.numel() * block.element_size() for block in blocks)
+    assert dict(plan(config).stored)["optimizer state"] == held
+
+
+@pytest.mark.parametrize(("length", "checkpointing"), [(8, True), (512, False)])
+def test_two_shallow_models_tell_what_the_whole_one_needs(length, checkpointing, make_config, monkeypatch):
+    # At 8 tokens a layer's gradients outweigh the activations that it keeps, at 512 it is the other way round.
+    config = make_config(
+        "wide", max_length=length, activation_checkpointing=checkpointing, eval_strategy="no", quantize="none"
+    )
+    grown, whole = Footprint(config), Footprint(config)
+    phase, parts = grown.computed(grown.load)
+    monkeypatch.setattr(Footprint, "_depths", (None,))
+    counted_phase, counted = whole.computed(whole.load)
+    assert phase == counted_phase
+    assert parts.total() == pytest.approx(counted.total(), rel=0.01)
+
+
+def test_the_longest_row_and_the_largest_batch_fit_and_the_next_do_not(make_config):
+    settings = {"max_length": 256, "per_device_train_batch_size": 2, "eval_strategy": "no"}
+    card = plan(make_config("qwen", **{**settings, "max_length": 520})).high / GIB
+    result = plan(make_config("qwen", **settings), card)
+    assert result.fits
+    assert result.longest == 512
+    assert result.largest_batch >= 2
+
+    def fits(**change):
+        return plan(make_config("qwen", **{**settings, **change})).high <= card * GIB
+
+    assert fits(max_length=result.longest)
+    assert not fits(max_length=result.longest + 128)
+    assert fits(per_device_train_batch_size=result.largest_batch)
+    assert not fits(per_device_train_batch_size=result.largest_batch + 1)
+
+
+ROWS, EVALUATION = "per_device_train_batch_size", "per_device_eval_batch_size"
+# What is too large, and a change after which it is not.
+TOO_LARGE = {
+    "a batch": ("qwen", {ROWS: 16, "eval_strategy": "no"}, {ROWS: 4}),
+    "kept activations": (
+        "wide",
+        {ROWS: 1, "quantize": "none", "activation_checkpointing": False, "eval_strategy": "no"},
+        {"activation_checkpointing": True},
+    ),
+    "an evaluation": ("qwen", {ROWS: 1, EVALUATION: 64}, {EVALUATION: 8}),
+    "rows": ("qwen", {ROWS: 1, "max_length": 1024, "eval_strategy": "no"}, {"max_length": 256}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "settings", "change"), TOO_LARGE.values(), ids=TOO_LARGE.keys())
+def test_what_does_not_fit_does_with_the_change_that_is_named(model, settings, change, make_config):
+    settings = {"max_length": 128, **settings}
+    card = plan(make_config(model, **{**settings, **change})).high * 1.01 / GIB
+    result = plan(make_config(model, **settings), card)
+    assert not result.fits
+    assert change.keys() <= result.remedy.keys()
+    mended = make_config(model, **{**settings, **result.remedy})
+    assert plan(mended).high <= card * GIB
+    assert mended.sft.per_device_train_batch_size * mended.sft.gradient_accumulation_steps == settings[ROWS]
+
+
+def test_embeddings_in_host_memory_free_their_bytes_on_a_gpu_and_none_on_the_cpu(make_config):
+    for use_cpu, freed in ((False, 2 * 60000 * 256), (True, 0)):
+        settings = {"max_length": 64, "use_cpu": use_cpu, "dtype": "bfloat16"}
+        kept, offloaded = (plan(make_config("wordy", **settings, offload_embeddings=where)) for where in (False, True))
+        assert kept.peak - offloaded.peak == freed
+        assert offloaded.computed == kept.computed
+
+
+def test_offloading_the_embeddings_is_named_where_it_is_enough(make_config):
+    settings = {"max_length": 64, "eval_strategy": "no"}
+    card = (plan(make_config("wordy", **settings, offload_embeddings=True)).high + 1024) / GIB
+    result = plan(make_config("wordy", **settings), card)
+    assert not result.fits
+    assert result.remedy == {"offload_embeddings": True}
+    assert plan(make_config("wordy", **settings, **result.remedy), card).fits
+
+
+def test_offloading_comes_before_shorter_rows(make_config):
+    settings = {"per_device_train_batch_size": 1, "eval_strategy": "no", "max_length": 512}
+    fitting = make_config("wordy", **{**settings, "max_length": 256}, offload_embeddings=True)
+    card = (plan(fitting).high + 1024) / GIB
+    result = plan(make_config("wordy", **settings), card)
+    assert result.remedy["offload_embeddings"] is True
+    mended = plan(make_config("wordy", **{**settings, **result.remedy}), card)
+    assert mended.fits
+    assert mended.load.length >= 256
+
+
+def test_packed_samples_need_the_mask_that_keeps_them_apart(make_config):
+    packed = {
+        "packing": True,
+        "max_length": 512,
+        "per_device_train_batch_size": 2,
+        "eval_strategy": "no",
+        "quantize": "none",
+    }
+    masked, unmasked = (
+        sum(size for _, size in plan(make_config("wide", **packed, attn_implementation=attention)).computed)
+        for attention in ("sdpa", "flash_attention_2")
+    )
+    # Two samples of 512 tokens in one row: a mask of 1024 x 1024 bytes, and the same as bf16 in the layer at work.
+    assert masked - unmasked >= 3 * 1024**2
+
+
+BAD = {
+    "a card below the weights": ({}, 0.01, "must hold more than what is stored"),
+    "a card of no size": ({}, 0.0, "vram must be"),
+    "no length": ({"max_length": None}, None, "max_length"),
+    "no model": ({"model_name_or_path": None}, None, "model_name_or_path"),
+    "a model that is not there": ({"model_name_or_path": "./no/such"}, None, "./no/such"),
+    "targets that match nothing": ({"lora_target_modules": ["q_prj"]}, None, "q_prj"),
+    "tied embeddings in host memory": (
+        {"model": "qwen", "offload_embeddings": True},
+        None,
+        "offload_embeddings must be",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "vram", "part"), BAD.values(), ids=BAD.keys())
+def test_what_cannot_be_planned_is_named(change, vram, part, make_config):
+    with pytest.raises(InputError, match=part):
+        plan(make_config(**{"max_length": 64, **change}), vram)
+
+
+@pytest.mark.parametrize("kind", ["t5", "gemma3"])
+def test_a_model_that_is_no_causal_language_model_of_text_is_refused(kind, make_config, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": kind, "vocab_size": 100}))
+    with pytest.raises(InputError, match="causal language model"):
+        plan(make_config(model_name_or_path=str(tmp_path / "other"), max_length=64))
+
+
+def test_the_commands_print_the_peak_and_every_card(make_config, tmp_path, capsys):
+    settings = {"max_length": 64, "eval_strategy": "no"}
+    result = plan(make_config("qwen", **settings))
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        yaml.safe_dump({"model_name_or_path": result.model, "output_dir": "unused", "lora_r": 8, **settings})
+    )
+    assert cli.main(["plan", str(path), "--vram", "12"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{result.peak / GIB:.2f}" in printed
+    assert "fits 12 GiB" in printed
+    assert cli.main(["plan", str(path), "--all-cards"]) == 0
+    printed = capsys.readouterr().out
+    for card in (8, 12, 16, 24, 32):
+        assert f"{card} GiB" in printed
+    assert cli.main(["plan", str(path), "--vram", "0.1"]) == 2
+    assert not (tmp_path / "out").exists()

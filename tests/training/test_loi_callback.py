@@ -1,0 +1,415 @@
+"""Locally optimal initialization as a callback of stock trainers: what it starts from, and what it leaves as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+import qriemann
+from qriemann import InputError, LocallyOptimalInit
+from qriemann.config.settings import config_from_values
+from qriemann.training.loi_callback import _lean_loss
+from qriemann.training.run import train
+from qriemann.training.seam import fixed_rank_optimizer
+from tests.dense import best_approximation, tangent_projection
+from tests.models import (
+    counting_rows,
+    dense_gradients,
+    load_nf4,
+    next_token_loss,
+    relative,
+    save_tiny_base,
+    tiny_llama,
+    token_batch,
+    trainer_settings,
+    variants,
+    with_lora,
+    word_tokenizer,
+)
+
+RANK = 4
+LORA = {"r": RANK, "lora_alpha": 8, "target_modules": "all-linear"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def sft_trainer(
+    model: nn.Module, folder: Path, callbacks: list[TrainerCallback], method: Any = None, **settings: Any
+) -> SFTTrainer:
+    return SFTTrainer(
+        model=model,
+        processing_class=word_tokenizer(),
+        args=SFTConfig(**trainer_settings(folder, **settings)),
+        train_dataset=counting_rows(),
+        peft_config=LoraConfig(**LORA, lora_dropout=0.1),
+        optimizer_cls_and_kwargs=method or qriemann.for_trainer("riemannion", lr=0.05),
+        callbacks=callbacks,
+    )
+
+
+class Watch(TrainerCallback):
+    """After the callbacks before it: the points at the start, the batches that are trained on, and torch's generator."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.at_start = {name: point.point().dense() for name, (_, point) in variants(model).items()}
+        self.bases = {name: (p.point().u.clone(), p.point().v.clone()) for name, (_, p) in variants(model).items()}
+        self.trained: list[Tensor] = []
+        self.random = torch.get_rng_state()
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_pre_hook(lambda _, inputs: self.trained.append(inputs[0].clone()))
+
+
+def shares_kept(bases: dict[str, tuple[Tensor, Tensor]], gradients: dict[str, Tensor], rank: int) -> list[float]:
+    """How much of the norm of the best approximation of `rank` the tangent space holds, layer by layer."""
+    shares = []
+    for name, (u, v) in bases.items():
+        kept = tangent_projection(gradients[name], u.double(), v.double()).norm()
+        shares.append((kept / best_approximation(gradients[name], rank).norm()).item())
+    return shares
+
+
+@pytest.mark.parametrize(("kind", "start"), [("sft", "offset"), ("transformers", "zero")])
+def test_training_begins_where_the_tangent_space_holds_the_gradient_of_the_data(kind, start, tmp_path, capsys):
+    # Six batches of four are all the rows, so the sample is the data in whatever order.
+    initialize, watch = LocallyOptimalInit(6, start=start), Watch()
+    method = qriemann.for_trainer("riemannion", lr=0.05)
+    if kind == "sft":
+        trainer = sft_trainer(tiny_llama(), tmp_path, [initialize, watch])
+        rows = torch.tensor(trainer.train_dataset["input_ids"])
+    else:
+        rows = token_batch(rows=24, length=9)
+        trainer = Trainer(
+            model=with_lora(tiny_llama(), r=RANK),
+            args=TrainingArguments(**trainer_settings(tmp_path)),
+            train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch"),
+            optimizer_cls_and_kwargs=method,
+            callbacks=[initialize, watch],
+        )
+    trainer.train()
+    reference = with_lora(tiny_llama(), r=RANK)
+    qriemann.attach(reference, start="zero")
+    gradients = dense_gradients(tiny_llama(), reference, [rows])
+    assert min(shares_kept(watch.bases, gradients, 2 * RANK if start == "offset" else RANK)) > 0.99
+    printed = capsys.readouterr().err
+    assert "4 passes over 6 batches" in printed
+    assert "done in" in printed
+
+
+def test_the_order_of_the_data_and_all_random_numbers_are_those_of_a_run_without_it(tmp_path):
+    runs = []
+    for callbacks in ([], [LocallyOptimalInit(6)]):
+        watch = Watch()
+        trainer = sft_trainer(
+            tiny_llama(),
+            tmp_path,
+            [*callbacks, watch],
+            max_steps=-1,
+            num_train_epochs=2,
+            activation_checkpointing=False,
+        )
+        trainer.train()
+        runs.append((watch, torch.get_rng_state()))
+    (plain, random), (initialized, random_initialized) = runs
+    assert len(plain.trained) == 12
+    assert all(torch.equal(a, b) for a, b in zip(plain.trained, initialized.trained, strict=True))
+    assert torch.equal(plain.random, initialized.random)
+    assert torch.equal(random, random_initialized)
+    name = next(iter(plain.bases))
+    assert relative(initialized.bases[name][0], plain.bases[name][0]) > 0.5
+
+
+def test_the_loss_of_the_probe_is_the_models_own_without_the_logits_of_the_vocabulary(tmp_path):
+    vocabulary = 3000
+    trainer = sft_trainer(tiny_llama(vocabulary=vocabulary), tmp_path, [], activation_checkpointing=False)
+    batch = next(iter(trainer.get_train_dataloader()))
+    largest: dict[str, int] = {}
+    losses = {}
+    for name, compute in (("lean", _lean_loss), ("whole", lambda model, batch: model(**batch).loss)):
+        sizes = []
+        weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes, weights: set[int] = weights) -> Tensor:
+            sizes.append(0 if tensor.untyped_storage().data_ptr() in weights else tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            losses[name] = compute(trainer.model.eval(), batch)
+        largest[name] = max(sizes)
+    assert losses["lean"].item() == pytest.approx(losses["whole"].item(), rel=1e-5)
+    tokens = batch["input_ids"].shape[0] * (batch["input_ids"].shape[1] - 1)
+    assert largest["whole"] >= tokens * vocabulary
+    assert largest["lean"] < tokens * vocabulary / 4
+
+
+# Resuming.
+
+
+def everything(trainer: Any) -> list[Tensor]:
+    """Every number that training moves: points, offsets, momentum."""
+    numbers = []
+    optimizer = fixed_rank_optimizer(trainer.optimizer)
+    for _, (_, point) in sorted(variants(trainer.model).items()):
+        numbers += [*point.point(), *(point.offset or ())]
+        for parameter in (point.u, point.v_transposed):
+            state = optimizer.state[parameter]
+            assert state
+            numbers += [state[key] for key in sorted(state)]
+    return numbers
+
+
+@pytest.mark.parametrize("start", ["offset", "zero"])
+def test_a_resumed_run_keeps_its_start_and_ends_bit_for_bit_where_an_uninterrupted_one_does(
+    start, base, tmp_path, capsys
+):
+    def trainer(folder: Path) -> SFTTrainer:
+        initialize = LocallyOptimalInit(2, start=start)
+        return sft_trainer(load_nf4(base), folder, [initialize], save_strategy="steps", save_steps=2)
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    assert LoraConfig.from_pretrained(tmp_path / "whole" / "checkpoint-2").r == (
+        2 * RANK if start == "offset" else RANK
+    )
+    assert "skipped" not in capsys.readouterr().err
+    torch.manual_seed(99)  # another process: whatever was drawn before must not matter
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert "locally optimal initialization is skipped: the run resumes at step 2" in capsys.readouterr().err
+    expected, got = everything(whole), everything(resumed)
+    assert len(expected) == len(got)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_a_checkpoint_that_is_still_at_a_zero_start_resumes_without_the_offset_it_was_attached_with(tmp_path):
+    def trainer(folder: Path) -> SFTTrainer:
+        # The first step of a warmup has the rate 0, so its checkpoint holds S = 0.
+        settings = {"save_strategy": "steps", "save_steps": 1, "warmup_steps": 2, "max_steps": 3}
+        return sft_trainer(tiny_llama(), folder, [LocallyOptimalInit(2, start="zero")], **settings)
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    expected, got = everything(whole), everything(resumed)
+    assert len(expected) == len(got)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    assert LoraConfig.from_pretrained(tmp_path / "resumed" / "checkpoint-3").r == RANK
+
+
+# Several processes.
+
+
+def _start_of_a_rank(rank: int, address: str, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    model = with_lora(tiny_llama(), r=RANK)
+    qriemann.locally_optimal_(model, [token_batch(rank, 4, 20)], next_token_loss)
+    torch.save([point.point().dense() for _, point in variants(model).values()], f"{out}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_with_different_batches_start_at_the_point_of_all_batches(tmp_path):
+    out = str(tmp_path / "rank")
+    torch.multiprocessing.spawn(_start_of_a_rank, (f"file://{tmp_path / 'meet'}", out), nprocs=2)
+    model = with_lora(tiny_llama(), r=RANK)
+    qriemann.locally_optimal_(model, [token_batch(rank, 4, 20) for rank in (0, 1)], next_token_loss)
+    for rank in (0, 1):
+        for (name, (_, point)), got in zip(variants(model).items(), torch.load(f"{out}{rank}"), strict=True):
+            assert relative(got, point.point().dense()) < 1e-3, name
+
+
+# Which start.
+
+
+@pytest.mark.parametrize(
+    ("attached", "asked", "rank", "scale"),
+    [
+        ({"start": "zero"}, {}, RANK, 0),
+        ({"alpha": 0.25}, {}, 2 * RANK, 0.25),
+        ({"start": "zero"}, {"start": "offset", "alpha": 0.5}, 2 * RANK, 0.5),
+        ({"alpha": 0.25}, {"start": "zero"}, RANK, 0),
+    ],
+    ids=str,
+)
+def test_the_start_is_the_optimizers_unless_the_callback_names_one(attached, asked, rank, scale, tmp_path):
+    watch = Watch()
+    method = qriemann.for_trainer("riemannion", lr=0.05, **attached)
+    trainer = sft_trainer(tiny_llama(), tmp_path, [LocallyOptimalInit(1, **asked), watch], method, max_steps=1)
+    trainer.train()
+    for name, x in watch.at_start.items():
+        assert torch.linalg.svdvals(x)[:RANK] == pytest.approx(scale, rel=1e-5), name
+    assert trainer.model.peft_config["default"].r == rank
+
+
+# What is refused.
+
+
+def test_a_method_off_the_manifold_is_refused_with_the_remedy(tmp_path):
+    trainer = sft_trainer(tiny_llama(), tmp_path, [LocallyOptimalInit(2)], method=(torch.optim.AdamW, {"lr": 1e-4}))
+    with pytest.raises(InputError, match=r"got plain factors; .*for_trainer\('riemannion'\)"):
+        trainer.train()
+    assert not variants(trainer.model)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_more_batches_than_there_are_is_refused_with_both_numbers(streaming, tmp_path, capsys):
+    trainer = sft_trainer(tiny_llama(), tmp_path, [LocallyOptimalInit(7)])
+    if streaming:
+        trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    with pytest.raises(InputError, match="batches must be at most what the training data has, got 7 of 6 batches of 4"):
+        trainer.train()
+    assert "locally optimal initialization" not in capsys.readouterr().err
+
+
+def test_an_empty_dataset_is_refused():
+    model = with_lora(tiny_llama())
+    qriemann.attach(model, seed=5)
+    loader: Any = torch.utils.data.DataLoader([], collate_fn=list)
+    state, args = TrainerState(), TrainingArguments(use_cpu=True)
+    with pytest.raises(InputError, match="batches must hold at least one batch, got none"):
+        LocallyOptimalInit(2).on_train_begin(args, state, None, model=model, optimizer=None, train_dataloader=loader)
+
+
+def begin(loader: Any, batches: int = 2) -> None:
+    """The callback at the start of a training that reads from `loader`."""
+    model = with_lora(tiny_llama(), r=RANK)
+    qriemann.attach(model, seed=5)
+    args = TrainingArguments(use_cpu=True)
+    LocallyOptimalInit(batches).on_train_begin(args, TrainerState(), None, model=model, train_dataloader=loader)
+
+
+class ReadOnce(torch.utils.data.IterableDataset):
+    """Rows that are gone when they were read."""
+
+    def __init__(self) -> None:
+        self.left = [{"input_ids": row, "labels": row} for row in token_batch(rows=24, length=9)]
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.left:
+            raise StopIteration
+        return self.left.pop()
+
+
+def test_data_that_can_be_read_once_is_refused_before_a_row_is_gone():
+    dataset = ReadOnce()
+    with pytest.raises(
+        InputError, match="must be readable more than once, got an IterableDataset that is its own iterator"
+    ):
+        begin(torch.utils.data.DataLoader(dataset, 4))
+    assert len(dataset.left) == 24
+
+
+def test_a_list_in_the_place_of_a_dataloader_is_refused():
+    with pytest.raises(InputError, match="must come from a torch DataLoader, got list"):
+        begin([{"input_ids": token_batch(), "labels": token_batch()}])
+
+
+def test_a_dataset_of_ready_batches_is_read_as_it_is():
+    ready = [{"input_ids": token_batch(seed), "labels": token_batch(seed)} for seed in range(3)]
+    begin(torch.utils.data.DataLoader(ready, batch_size=None))
+    with pytest.raises(InputError, match="got 4 of 3 batches"):
+        begin(torch.utils.data.DataLoader(ready, batch_size=None), batches=4)
+
+
+# https://github.com/huggingface/trl: disable_gradient_checkpointing of TRL 1.16 uses names that transformers 5.23 deprecates.
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")
+@pytest.mark.parametrize("given", [False, True])
+def test_batches_without_labels_are_refused_unless_a_loss_is_given(given, tmp_path):
+    rows = [{"prompt": "one ", "chosen": "two", "rejected": "nine"}] * 16
+    options = {"loss_fn": lambda model, batch: next_token_loss(model, batch["input_ids"])} if given else {}
+    trainer = DPOTrainer(
+        model=tiny_llama(),
+        processing_class=word_tokenizer(),
+        args=DPOConfig(**trainer_settings(tmp_path, max_steps=1, max_length=32)),
+        train_dataset=Dataset.from_list(rows),
+        peft_config=LoraConfig(**LORA),
+        callbacks=[LocallyOptimalInit(2, **options)],
+    )
+    trainer.optimizer_cls_and_kwargs = qriemann.for_trainer("riemannion", lr=0.05)
+    if given:
+        trainer.train()
+        assert trainer.state.global_step == 1
+    else:
+        with pytest.raises(InputError, match=r"batches must hold labels, .* got \[.*'input_ids'.*\]; or pass loss_fn"):
+            trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": 0}, "batches must be an integer >= 1, got 0"),
+        ({"batches": 1.5}, "batches must be an integer >= 1, got 1.5"),
+        ({"batches": True}, "batches must be an integer >= 1, got True"),
+        ({"alpha": True}, "alpha must be a number, got True"),
+        ({"seed": "x"}, "seed must be an integer >= 0, got 'x'"),
+        ({"start": "ofset"}, "start must be one of 'zero', 'offset', got 'ofset'"),
+        ({"alpha": float("nan")}, "alpha must be a finite number > 0, got nan"),
+        ({"oversampling": -1}, "oversampling must be an integer >= 0, got -1"),
+        ({"power_iterations": -1}, "power_iterations must be an integer >= 0, got -1"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name_at_the_call(options, message):
+    with pytest.raises(InputError, match=message):
+        LocallyOptimalInit(**options)
+
+
+# In a recipe.
+
+
+@pytest.fixture
+def settings(settings) -> dict[str, Any]:
+    return {
+        **settings,
+        "quantize": "nf4",
+        "lora_r": RANK,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "eval_strategy": "no",
+        "use_cpu": True,
+        "init": "loi",
+        "init_kwargs": {"batches": 3, "power_iterations": 0},
+    }
+
+
+def test_a_recipe_asks_for_it_by_one_word(settings, capsys):
+    watch = Watch()
+    result = train(config_from_values({**settings, "alpha": 0.25}), callbacks=[watch])
+    assert "locally optimal initialization: 2 passes over 3 batches" in capsys.readouterr().err
+    assert json.loads((result.output_dir / "run.json").read_text())["config"]["init"] == "loi"
+    for name, x in watch.at_start.items():
+        assert torch.linalg.svdvals(x)[:RANK] == pytest.approx(0.25, rel=1e-5), name
+    assert LoraConfig.from_pretrained(result.output_dir).r == 2 * RANK
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init": "lora"}, "init must be"),
+        ({"init_kwargs": {"batch": 3}}, "init_kwargs must be among batches, .*, got 'batch'; did you mean 'batches'"),
+        ({"init_kwargs": {"batches": 0}}, "batches must be an integer >= 1, got 0"),
+        ({"init": "random"}, "init_kwargs must be left out without init: loi, got"),
+        ({"init_kwargs": {"batches": 70}}, "got 70 of 6 batches of 4"),
+    ],
+    ids=str,
+)
+def test_a_recipe_with_a_bad_value_is_refused_and_leaves_no_trace(changes, message, settings):
+    with pytest.raises(InputError, match=message):
+        train(config_from_values({**settings, **changes}))
+    assert not Path(settings["output_dir"]).exists()
