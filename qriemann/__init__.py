@@ -9,9 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qriemann.adapters.attach import attach, truncate_
+    from qriemann.adapters.attach import attach, load_base, truncate_
     from qriemann.adapters.loi import locally_optimal_
-    from qriemann.base.load import load_base
     from qriemann.checkpoints.manifest import newest_checkpoint
     from qriemann.checkpoints.protect import protect
     from qriemann.errors import InputError, MissingExtraError
@@ -44,7 +43,7 @@ _HOME = {
     "export": "qriemann.release.export",
     "for_trainer": "qriemann.training.seam",
     "inspect": "qriemann.release.spectrum",
-    "load_base": "qriemann.base.load",
+    "load_base": "qriemann.adapters.attach",
     "locally_optimal_": "qriemann.adapters.loi",
     "merge": "qriemann.release.merge",
     "newest_checkpoint": "qriemann.checkpoints.manifest",

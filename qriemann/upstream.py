@@ -135,6 +135,23 @@ class TrainerState:
         return self.trainer._prepare_inputs(batch)
 
 
+def keep_input_dtype(layer: Any) -> None:
+    """Lets a PEFT layer hand its input on as it came while every active variant has `takes_any_dtype`.
+
+    Otherwise PEFT keeps a float32 copy of the input alive in every wrapped layer, because the factors are float32. The switch
+    that it offers, `cast_input_dtype_enabled`, would reach the other adapters of the layer. tests/adapters/test_layer.py
+    """
+    # Not a closure: a copied model must copy what is bound to its layers.
+    layer._cast_input_dtype = functools.partial(_cast_input_dtype, layer)
+
+
+def _cast_input_dtype(layer: Any, x: Any, dtype: Any) -> Any:
+    active = (layer.lora_variant.get(name) for name in layer.active_adapters)
+    if all(getattr(variant, "takes_any_dtype", False) for variant in active):
+        return x
+    return type(layer)._cast_input_dtype(layer, x, dtype)
+
+
 def attention_of(config: Any) -> str:
     """The attention implementation that a transformers model computes with; tests/memory/test_dry_run.py."""
     return config._attn_implementation
