@@ -121,10 +121,10 @@ class SavedAdapter:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise InputError(f"{self.folder} does not fit {base}: {' '.join(lines[:2])}; {_OTHER_BASE}") from error
 
-    def _check_named(self, model: nn.Module, base: str) -> None:
+    def _check_named(self, model: Any, base: str) -> None:
         """Raises InputError unless the file holds what the configuration names, and nothing else."""
         config, held = self.config, self.layers.keys()
-        named = {name for name, _ in model.named_modules() if check_target_module_exists(config, name) is True}
+        named = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
         if named != held:
             missing, extra = sorted(named - held), sorted(held - named)
             got = f"none for {missing[0]}" if missing else f"factors for {extra[0]}, which is not one of them"

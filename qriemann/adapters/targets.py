@@ -76,7 +76,7 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
             )
 
 
-def _matched(model: nn.Module, target: Any, linear: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _matched(model: Any, target: Any, linear: dict[str, nn.Module]) -> dict[str, nn.Module]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     inner = {name: module for name, module in linear.items() if module is not head}
     if target == _ALL_LINEAR:
