@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qriemann.adapters.attach import attach as attach
     from qriemann.adapters.attach import truncate_ as truncate_
     from qriemann.adapters.loi import locally_optimal_ as locally_optimal_
-    from qriemann.base.load import load_base as load_base
+    from qriemann.adapters.attach import load_base as load_base
     from qriemann.checkpoints.manifest import newest_checkpoint as newest_checkpoint
     from qriemann.checkpoints.protect import protect as protect
     from qriemann.config import Settings as Settings
@@ -56,7 +56,7 @@ _HOME = {
     "export": "release.export",
     "for_trainer": "training.seam",
     "inspect": "release.spectrum",
-    "load_base": "base.load",
+    "load_base": "adapters.attach",
     "load_settings": "config",
     "locally_optimal_": "adapters.loi",
     "merge": "release.merge",

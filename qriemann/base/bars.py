@@ -1,25 +1,12 @@
-"""Keeps upstream's progress bars out of an output that is no terminal: each redraws itself with control characters."""
+"""The former place of `qriemann.upstream.quiet`; goes with its last two callers."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-import datasets
 from rich.console import Console
-from transformers.utils import logging as hf_logging
+
+from qriemann.upstream import quiet
 
 
-@contextmanager
-def no_bars_without_terminal(console: Console) -> Iterator[None]:
-    """Hides the bars of `datasets` and transformers where the console is no terminal; those shown before are shown after."""
-    libraries = (
-        (datasets.is_progress_bar_enabled, datasets.disable_progress_bars, datasets.enable_progress_bars),
-        (hf_logging.is_progress_bar_enabled, hf_logging.disable_progress_bar, hf_logging.enable_progress_bar),
-    )
-    hidden = [] if console.is_terminal else [library for library in libraries if library[0]()]
-    for _, disable, _ in hidden:
-        disable()
-    try:
-        yield
-    finally:
-        for _, _, enable in hidden:
-            enable()
+def no_bars_without_terminal(console: Console) -> AbstractContextManager[None]:
+    """Hides upstream's bars where the console is no terminal."""
+    return quiet(bars=console.is_terminal)

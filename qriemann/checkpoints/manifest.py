@@ -21,8 +21,8 @@ import torch
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from qriemann.adapters.finite import find_not_finite
 from qriemann.adapters.saved import finite_tensors
+from qriemann.base.finite import find_not_finite
 from qriemann.errors import InputError
 from qriemann.folder.files import open_like_its_folder, replace_file, sync
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qriemann.adapters.finite import find_not_finite
+from qriemann.base.finite import find_not_finite
 from qriemann.checkpoints.manifest import commit, newest_checkpoint, rotate
 from qriemann.distributed import wait_for_all
 from qriemann.errors import InputError
