@@ -7,7 +7,6 @@ included, leaves a folder that does not count, and whatever changes a file after
 to be staged in another folder, no trainer has to be subclassed, and older checkpoints are deleted only after that moment.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from transformers.trainer_pt_utils import safe_globals
 from qriemann.adapters.finite import find_not_finite
 from qriemann.adapters.saved import finite_tensors
 from qriemann.errors import InputError
-from qriemann.folder.files import open_like_its_folder, replace_file, sync
+from qriemann.folder.files import open_like_its_folder, replace_file, sha256, sync
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -63,7 +62,7 @@ def commit(folder: Path, step: int, run: Mapping[str, Any] | None = None) -> Non
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         open_like_its_folder(path)
         sync(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     for inner in (path for path in folder.rglob("*") if path.is_dir()):
         sync(inner)
     serial = 1 + max((_serial(other) for other in checkpoint_folders(folder.parent)), default=0)
@@ -87,7 +86,7 @@ def find_defect(folder: Path) -> str | None:
             size = path.stat().st_size if path.is_file() else None
             if size != expected.get("bytes"):
                 return f"{name} has {'no' if size is None else size} bytes instead of {expected.get('bytes')}"
-            if _sha256(path) != expected.get("sha256"):
+            if sha256(path) != expected.get("sha256"):
                 return f"{name} is not the file that was saved: its SHA-256 differs"
         except (OSError, ValueError) as error:
             return f"{name!r} cannot be read: {getattr(error, 'strerror', None) or error}"
@@ -262,8 +261,3 @@ def _serial(folder: Path) -> int:
     # Not the step, because a run may go on from an older checkpoint, and not the clock, because clocks are set back.
     content = read_manifest(folder)
     return 0 if content is None else content["serial"]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
