@@ -28,6 +28,7 @@ from qriemann.checkpoints.manifest import FoundCheckpoint
 from qriemann.checkpoints.protect import protect
 from qriemann.checkpoints.saving import find_numeric_defect, is_failed_save, save_adapter, save_failed
 from qriemann.checkpoints.signals import GracefulStop
+from qriemann.checkpoints.starting_point import begin_run, starting_point
 from qriemann.checkpoints.step_guard import StepEvent
 from qriemann.config.settings import RunConfig
 from qriemann.data.chat_mask import adjust_tokenizer
@@ -38,7 +39,7 @@ from qriemann.errors import InputError
 from qriemann.folder import records
 from qriemann.folder.contents import curve, read_json
 from qriemann.folder.lock import hold, refuse_if_held
-from qriemann.folder.run_folder import begin_run, starting_point, write_run
+from qriemann.folder.records import write_run
 from qriemann.memory.auto_batch import AutoBatch, BatchFit
 from qriemann.memory.dry_run import DryRun
 from qriemann.training.assembly import (
@@ -149,7 +150,7 @@ class _Run:
         # Asking for the device is what joins the processes of a launcher.
         self.device = config.sft.device
         run_on_main(lambda: refuse_if_held(self.folder))
-        starting_point(config)
+        self._starting_point()
         self.view = make_view(ours.display) if is_main_process() else make_view("none", Console(quiet=True))
         with no_bars_without_terminal(self.view.console):
             sources = read_sources(config, train_dataset, eval_dataset)
@@ -170,14 +171,18 @@ class _Run:
         self.defects = find_defects(self.data, self.tokenizer, self.model, config.sft.max_length)
         if self.instead is None:
             refuse(self.defects, ours.allow, self.view.note)
-        self.prints = fingerprints(config, self.model, fingerprint(self.data.train, self.data.held_out))
+        self.prints = fingerprints(config.as_dict(), self.model, fingerprint(self.data.train, self.data.held_out))
+
+    def _starting_point(self) -> FoundCheckpoint:
+        ours = self.config.qriemann
+        return starting_point(self.folder, resume=ours.resume, overwrite=ours.overwrite, allow=ours.allow)
 
     def build(self) -> None:
         """Takes the output folder, finds the checkpoint to go on from and makes the trainer."""
         config = self.config
         # Nothing is written before this, and the lock takes with it what an error leaves empty.
         run_on_main(lambda: self.held.enter_context(hold(self.folder)))
-        self.found = starting_point(config)
+        self.found = self._starting_point()
         if self.found.path is not None:
             check_same_run(self.found.path, self.prints, config.qriemann.allow)
         for line in self.found.passed_over:
@@ -187,7 +192,16 @@ class _Run:
         adjust_evaluation(config, self.data, resuming=self.found.path is not None)
         self.described = _describe(config, self.model, self.data, self.prints, self.found)
         self.monitor = Monitor(
-            self.view, self.folder, self.device, lambda step: begin_run(self.folder, config, step, self.described)
+            self.view,
+            self.folder,
+            self.device,
+            lambda step: begin_run(
+                self.folder,
+                resume=config.qriemann.resume,
+                overwrite=config.qriemann.overwrite,
+                step=step,
+                described=self.described,
+            ),
         )
         self.stop = self.held.enter_context(GracefulStop())
         dry_run = DryRun(config, self.data, self.defects, self.view.note, self.instead)
