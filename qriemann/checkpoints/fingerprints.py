@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,13 @@ def fingerprints(settings: Mapping[str, Any], model: Any, data_print: str | None
     Cost: that of `base_fingerprint`.
     """
     model_config = model.config.to_dict() if isinstance(getattr(model, "config", None), PreTrainedConfig) else {}
+    base, base_floats = _base_fingerprints(model)
     prints = {
         "settings": {key: value for key, value in settings.items() if not _FREE.fullmatch(key)},
         "processes": process_count(),
         "data": data_print,
-        "base": base_fingerprint(model),
-        "base_floats": _float_fingerprint(model),
+        "base": base,
+        "base_floats": base_floats,
         "base_config": {key: value for key, value in model_config.items() if not _FREE_OF_MODEL.fullmatch(key)},
     }
     # As it comes back out of a manifest. The text of an object may hold its address.
@@ -98,37 +99,28 @@ def base_fingerprint(model: nn.Module) -> str:
 
     Cost: 0.4 s for the embedded model on one core, 111 MB; 3 s for each GB.
     """
-    digest = hashlib.sha256()
-    for name, parameter in _base_parameters(model):
-        digest.update(f"{_PEFT_NAMES.sub('', name)} {tuple(parameter.shape)}".encode())
+    return _base_fingerprints(model)[0]
+
+
+def _base_fingerprints(model: nn.Module) -> tuple[str, str]:
+    """`base_fingerprint`, and the SHA-256 over the floats that it rounds, to their last bit."""
+    rounded, exact = hashlib.sha256(), hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or "modules_to_save" in name:
+            continue
+        rounded.update(f"{_PEFT_NAMES.sub('', name)} {tuple(parameter.shape)}".encode())
         state: Any = getattr(parameter, "quant_state", None)
+        rounds = parameter.is_floating_point() and state is None and parameter.dtype is not torch.bfloat16
+        if rounds:
+            exact.update(str(parameter.dtype).encode())
         for chunk in parameter.detach().reshape(-1).split(_CHUNK):
-            floats = chunk.is_floating_point() and state is None
-            digest.update(_as_bytes(chunk.to(torch.bfloat16) if floats else chunk))
+            rounded.update(_as_bytes(chunk.to(torch.bfloat16) if rounds else chunk))
+            if rounds:
+                exact.update(_as_bytes(chunk))
         if state is not None:
             for scales in (state.absmax, *((state.offset, state.state2.absmax) if state.nested else ())):
-                digest.update(_as_bytes(scales))
-    return digest.hexdigest()
-
-
-def _float_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the unquantized floats of the base to their last bit, except those in bfloat16, which are exact above.
-
-    Apart from `base_fingerprint`, because a chat may load the base in another dtype than the training did.
-    """
-    digest = hashlib.sha256()
-    for _, parameter in _base_parameters(model):
-        if parameter.is_floating_point() and parameter.dtype is not torch.bfloat16:
-            digest.update(str(parameter.dtype).encode())
-            for chunk in parameter.detach().reshape(-1).split(_CHUNK):
-                digest.update(_as_bytes(chunk))
-    return digest.hexdigest()
-
-
-def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in model.named_parameters():
-        if ".lora_" not in name and "modules_to_save" not in name:
-            yield name, parameter
+                rounded.update(_as_bytes(scales))
+    return rounded.hexdigest(), exact.hexdigest()
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:

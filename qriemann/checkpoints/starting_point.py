@@ -26,10 +26,10 @@ def starting_point(folder: Path, *, resume: str | None, overwrite: bool, allow: 
     check_folder(folder, resume=resume, overwrite=overwrite)
     if resume is None:
         return FoundCheckpoint(None)
+    if resume == "auto" and _nothing_was_saved(folder):
+        unfinished = [f"{path.name}: its save was not finished" for path in records.checkpoint_folders(folder)]
+        return FoundCheckpoint(None, unfinished)
     if resume == "auto":
-        if _nothing_was_saved(folder):
-            unfinished = [f"{path.name}: its save was not finished" for path in records.checkpoint_folders(folder)]
-            return FoundCheckpoint(None, unfinished)
         return _newest(folder)
     defect = find_defect(Path(resume))
     if defect is not None and "unverified" not in allow:

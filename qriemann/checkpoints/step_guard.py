@@ -62,10 +62,7 @@ class StepEvent:
 
     def as_record(self) -> dict[str, Any]:
         """For `metrics.jsonl`."""
-        return {
-            "step": self.step,
-            self.kind: {"loss": self.loss, "grad_norm": self.grad_norm, "rows": self.rows},
-        }
+        return {"step": self.step, self.kind: {"loss": self.loss, "grad_norm": self.grad_norm, "rows": self.rows}}
 
 
 @dataclass
@@ -161,10 +158,10 @@ class StepGuard(TrainerCallback):
         seen = torch.stack([value.to(total) for value in measured])
         # No process may skip a step that the others take. The gradient's norm is the same in all of them.
         loss, grad_norm, loss_sum, worst = (sum_over_processes(seen) / process_count()).tolist()
-        progress, step = self._progress, state.global_step + 1
+        progress = self._progress
         if not worst <= DRIFT_LIMIT:
             raise InputError(
-                f"the factors must stay orthonormal, got max |U^T U - I| = {worst:.1e} before step {step}; "
+                f"the factors must stay orthonormal, got max |U^T U - I| = {worst:.1e} before step {state.global_step + 1}; "
                 f"{last_complete(str(args.output_dir))}: no step leaves them so, find what else writes to them"
             )
         if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -173,7 +170,7 @@ class StepGuard(TrainerCallback):
             progress.skipped_in_a_row, progress.loss_sum = 0, loss_sum
             if _is_spike(progress.losses, loss) or _is_spike(progress.norms, grad_norm):
                 progress.spikes += 1
-                self._report(StepEvent("spike", step, loss, grad_norm, self._rows(args, state, **kwargs)))
+                self._tell("spike", loss, grad_norm, kwargs["train_dataloader"])
             progress.losses = [*progress.losses, loss][-_WINDOW:]
             progress.norms = [*progress.norms, grad_norm][-_WINDOW:]
             return
@@ -183,7 +180,7 @@ class StepGuard(TrainerCallback):
         # The trainer divides sums of losses by the steps since these numbers.
         self._trainer._globalstep_last_logged += 1
         self._trainer._initial_global_step += 1
-        self._report(StepEvent("skipped", step, loss, grad_norm, self._rows(args, state, **kwargs)))
+        self._tell("skipped", loss, grad_norm, kwargs["train_dataloader"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._schedule is not None:
@@ -243,9 +240,10 @@ class StepGuard(TrainerCallback):
         """What a TRL trainer averages besides the loss; empty for other trainers."""
         return getattr(self._trainer, "_metrics", {}).get("train", {})
 
-    def _rows(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> list[int]:
-        dataloader = kwargs["train_dataloader"]
-        return rows_of_step(dataloader, _order_seed(args), state.global_step, args.gradient_accumulation_steps)
+    def _tell(self, kind: str, loss: float, grad_norm: float, loader: Any) -> None:
+        args, step = self._trainer.args, self._trainer.state.global_step
+        rows = rows_of_step(loader, _order_seed(args), step, args.gradient_accumulation_steps)
+        self._report(StepEvent(kind, step + 1, loss, grad_norm, rows))
 
 
 def _order_seed(args: TrainingArguments) -> int:

@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,20 +117,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
     versions = {"qriemann": qriemann.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.processor() or platform.machine())
-    return {
-        "versions": versions,
-        "device": {
-            "type": device.type,
-            "name": name,
-            "threads": torch.get_num_threads(),
-            "platform": platform.platform(),
-        },
-    }
+    described = {"type": device.type, "name": name, "threads": torch.get_num_threads(), "platform": platform.platform()}
+    return {"versions": versions, "device": described}
 
 
 def peak_gib(device: torch.device) -> float:
