@@ -30,7 +30,6 @@ from qriemann.data.chat_mask import adjust_tokenizer
 from qriemann.data.defects import Defect, find_defects
 from qriemann.data.formats import TokenizedData, fingerprint, token_count
 from qriemann.distributed import process_count, run_on_main
-from qriemann.errors import InputError
 from qriemann.folder.lock import refuse_if_held
 from qriemann.optim.methods import find_method, rate_for_steps
 from qriemann.training.display import PlainView, make_view
@@ -102,7 +101,7 @@ def prepare(
     """
     started = time.perf_counter()
     view = view or make_view(settings.display)
-    with quiet(view.console):
+    with quiet(bars=view.console.is_terminal):
         args = training_arguments(settings)
         push_to = push_target(settings, model)
         optimizer = _optimizer(settings, args)

@@ -85,7 +85,7 @@ def train(
     """
     settings, folder = prepared.settings, Path(prepared.settings.output_dir)
     view = (view or make_view(settings.display)) if is_main_process() else make_view("none", Console(quiet=True))
-    with quiet(view.console), ExitStack() as held:
+    with quiet(bars=view.console.is_terminal), ExitStack() as held:
         refuse(prepared.defects, settings.allow, view.note)
         # Nothing is written before this, and the lock takes with it what an error leaves empty.
         run_on_main(lambda: held.enter_context(hold(folder)))
@@ -126,9 +126,11 @@ class _Recorder:
 
     def train(self, stop: GracefulStop, callbacks: Sequence[TrainerCallback]) -> TrainResult:
         prepared, settings = self.prepared, self.prepared.settings
-        dry_run = DryRun(prepared.data, settings.allow, self.view.note, auto_batch=settings.auto_batch)
-        own = [*([dry_run] if settings.dry_run else []), *prepared.initialization, self.monitor, stop]
-        self.trainer = dry_run.trainer = build_trainer(prepared, [*own, *callbacks])
+        self.trainer = build_trainer(prepared, [*prepared.initialization, self.monitor, stop, *callbacks])
+        if settings.dry_run:
+            # Where the batch is fitted, that measures the longest one.
+            fitted = settings.auto_batch
+            DryRun(self.trainer, prepared.data, allow=settings.allow, note=self.view.note, training_batch=not fitted)
         self.guard = protect(
             self.trainer,
             max_skipped_steps=settings.max_skipped_steps,
