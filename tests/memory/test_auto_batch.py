@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from datasets import IterableDataset
+from qriemann.training.run import train
 from transformers import TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -14,7 +15,6 @@ from qriemann import LocallyOptimalInit
 from qriemann.config.settings import config_from_values
 from qriemann.errors import InputError
 from qriemann.memory.auto_batch import AutoBatch, BatchFit, _parts
-from qriemann.training.run import train
 from tests.recipe_fixtures import chat_rows
 from tests.runs import assert_same, logged, outcome, protected_trainer, uneven_rows
 

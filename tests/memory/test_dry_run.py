@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from qriemann.training.run import train
 from safetensors.torch import load_file
 
 from qriemann import cli
@@ -13,7 +14,6 @@ from qriemann.errors import InputError
 from qriemann.memory.footprint import Footprint
 from qriemann.memory.plan import plan
 from qriemann.training.check import check
-from qriemann.training.run import train
 from tests.recipe_fixtures import chat_rows
 
 

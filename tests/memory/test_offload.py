@@ -1,12 +1,12 @@
 """`offload_embeddings: true` changes where the embeddings are and nothing that comes out of a run."""
 
 import pytest
+from qriemann.training.run import train
 from safetensors.torch import load_file
 
 from qriemann.base.host_embedding import HostEmbedding
 from qriemann.config.settings import config_from_values
 from qriemann.errors import InputError
-from qriemann.training.run import train
 from tests.models import tiny_llama
 from tests.recipe_fixtures import chat_rows
 

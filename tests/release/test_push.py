@@ -291,10 +291,10 @@ def test_a_merged_model_takes_its_card_from_the_training_that_is_named(hub, tmp_
 
 def test_a_training_ends_in_a_push_of_the_same_files(hub, tmp_path, monkeypatch):
     from datasets import Dataset
+    from qriemann.training.run import train
     from transformers import AutoModelForCausalLM
 
     from qriemann.config.settings import config_from_values
-    from qriemann.training.run import train
     from tests.models import counting_rows, save_tiny_base, word_tokenizer
 
     monkeypatch.chdir(tmp_path)
