@@ -160,21 +160,6 @@ def test_the_function_and_every_frozen_byte_stay_as_they_were(start, attached_at
     assert all(torch.equal(before[name], after[name]) for name in frozen)
 
 
-def test_no_layer_keeps_a_float32_copy_of_its_bf16_input():
-    model = with_lora(tiny_llama().bfloat16())
-    attach(model)
-    x, kept = torch.zeros(1, dtype=torch.bfloat16), []
-
-    def loss(model: nn.Module, ids: Tensor) -> Tensor:
-        layers = [module for module in model.modules() if "default" in getattr(module, "lora_variant", {})]
-        kept.extend(layer._cast_input_dtype(x, torch.float32) is x for layer in layers)
-        return next_token_loss(model, ids)
-
-    locally_optimal_(model, BATCHES[:1], loss)
-    assert len(kept) == 4 * 14
-    assert all(kept)
-
-
 def test_modes_gradients_and_random_numbers_stay_as_they_were():
     model = with_lora(tiny_llama(), r=RANK, lora_dropout=0.5, modules_to_save=["lm_head"])
     attach(model, seed=5)
