@@ -124,6 +124,7 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
         InputError: the output folder holds a run, or something to install is missing.
     """
     from datasets import Dataset
+    from qriemann.training.run import train
     from rich.console import Console
 
     from qriemann.base.gguf import EMBEDDED_MODEL
@@ -131,7 +132,6 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
     from qriemann.config.settings import config_from_values
     from qriemann.folder import records
     from qriemann.training.publishing import publish
-    from qriemann.training.run import train
 
     console = Console()
     folder = Path(options.output_dir)

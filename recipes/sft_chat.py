@@ -6,8 +6,8 @@ The same function as `qriemann train FILE.yaml`. Any key of the file can be over
 import sys
 
 from qriemann.cli import run_training
-from qriemann.reporting import reporting
 from qriemann.errors import InputError
+from qriemann.reporting import reporting
 
 
 def main(arguments: list[str]) -> int:

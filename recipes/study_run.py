@@ -93,11 +93,11 @@ def run_job(job: Job, results: Path) -> dict[str, Any]:
     A test of a rate that the search ran already ends where that run ended, and has its curve and its clock.
     """
     from datasets import Dataset
+    from qriemann.training.run import train
 
     from qriemann.config.settings import config_from_values
     from qriemann.folder import records
     from qriemann.folder.contents import curve, read_json
-    from qriemann.training.run import train
 
     # Every arm sees the same rows in the same order: the trainer shuffles them by the seed.
     needed = job.values["max_steps"] * job.values["per_device_train_batch_size"]
