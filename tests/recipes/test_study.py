@@ -53,7 +53,7 @@ def test_the_best_rate_at_an_edge_asks_for_one_beyond_it_until_it_is_inside():
     assert [(job.arm, job.lr) for job in second] == [("adamw", 4e-3), ("ours", 3.33e-3)]
     done += finish(second, losses)
     third = study.next_jobs(plan(), done)
-    # Ours has its best inside now and goes on to every seed; adamw has not.
+    # The best rate of ours is inside now, so it runs on every seed; adamw's is not.
     assert [(job.arm, job.lr, job.seed, job.test) for job in third] == [
         ("adamw", 8e-3, 0, False),
         *(("ours", 1e-2, seed, True) for seed in (0, 1, 2)),
