@@ -18,10 +18,11 @@ _MODULES = {"step": "bench_step", "train": "bench_train", "study": "study", "rep
 
 def main(arguments: Sequence[str]) -> int:
     """The exit status: 0 for success, 2 for bad input, 3 for a study with runs left, 130 for an interrupted one."""
-    command = arguments[0] if arguments else "--help"
+    command = arguments[0] if arguments else ""
     if command not in _MODULES:
-        print(__doc__, file=sys.stdout if command in ("-h", "--help") else sys.stderr)
-        return 0 if arguments and command in ("-h", "--help") else 2
+        asked = command in ("-h", "--help")
+        print(__doc__, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     module = importlib.import_module(_MODULES[command])
     parser = argparse.ArgumentParser(
         prog=f"measure {command}", description=(module.__doc__ or "").strip().partition("\n")[0]
