@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from qriemann.optim.riemannlora import RiemannLoRA
     from qriemann.optim.scaled import ScaledAdamW, ScaledGD
     from qriemann.release.export import export
+    from qriemann.release.inspect import inspect
     from qriemann.release.merge import merge
     from qriemann.release.push import push
     from qriemann.release.report import write_report
-    from qriemann.release.spectrum import inspect
     from qriemann.training.loi_callback import LocallyOptimalInit
     from qriemann.training.run import train
     from qriemann.training.seam import FixedRankCallback, for_trainer
@@ -43,7 +43,7 @@ _HOME = {
     "evaluate": "qriemann.evaluation.evaluate",
     "export": "qriemann.release.export",
     "for_trainer": "qriemann.training.seam",
-    "inspect": "qriemann.release.spectrum",
+    "inspect": "qriemann.release.inspect",
     "load_base": "qriemann.base.load",
     "locally_optimal_": "qriemann.adapters.loi",
     "merge": "qriemann.release.merge",

@@ -7,11 +7,12 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-from peft import LoraConfig, PeftConfig
+from typing import TYPE_CHECKING, Any
 
 from qriemann.errors import InputError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 CONFIG = "adapter_config.json"
 
@@ -49,8 +50,8 @@ _MOST_OPERATORS, _MOST_OPERATORS_IN_ALL = 2, 16
 _MOST_PATTERNS = 1000
 
 
-def read_config(folder: Path) -> LoraConfig:
-    """The configuration of the plain LoRA adapter in the folder.
+def check_config(folder: Path) -> dict[str, Any]:
+    """The content of the configuration of the plain LoRA adapter in the folder; PEFT is not imported.
 
     Raises:
         InputError: there is none, it is broken or not of plain LoRA, or it asks for code or for files outside of the folder.
@@ -65,19 +66,33 @@ def read_config(folder: Path) -> LoraConfig:
     for name, (holds, rule) in _RULES.items():
         if name in content and not holds(content[name]):
             raise InputError(f"{name} must be {rule}, got {content[name]!r:.80} in {path}; correct the file")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # PEFT looks into values without asking for their types.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{CONFIG} must be one that PEFT reads, got {path}: {reason}; check the file") from error
-    flags = [name for name in _NOT_PLAIN if getattr(config, name, None)]
-    start = str(config.init_lora_weights)
+    flags = [name for name in _NOT_PLAIN if content.get(name)]
+    start = str(content.get("init_lora_weights"))
     if flags or start.startswith(_CHANGES_BASE):
         got = flags[0] if flags else f"init_lora_weights={start!r}, which changes the base's own weights"
         raise InputError(
             f"an adapter must be plain LoRA on linear layers, got {got} in {path}; merge it with the tool that trained it"
         )
-    return config
+    # PEFT's own values for what a file leaves out.
+    return {"r": 8, "lora_alpha": 8, **content}
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The same, as PEFT reads it.
+
+    Raises:
+        InputError: as `check_config`, or PEFT does not read it.
+    """
+    from peft import PeftConfig
+
+    check_config(folder)
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # PEFT looks into values without asking for their types.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{CONFIG} must be one that PEFT reads, got {folder / CONFIG}: {reason}; check the file"
+        ) from error
 
 
 def value_for(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console
-
-from qriemann.base.bars import no_bars_without_terminal
+from tqdm.std import tqdm
 
 
 @contextmanager
-def quiet_upstream(console: Console) -> Iterator[None]:
-    """Hides warnings that nobody can act on and, where there is no terminal, the bars of `datasets` and transformers."""
-    with no_bars_without_terminal(console), warnings.catch_warnings():
+def quiet() -> Iterator[None]:
+    """Hides progress bars where stderr is no terminal, and the warnings that nobody can act on."""
+    draw = tqdm.__init__
+
+    @functools.wraps(draw)
+    def hidden(self: Any, *args: Any, **options: Any) -> None:
+        draw(self, *args, **options | {"disable": True})
+
+    with warnings.catch_warnings():
         # PEFT 0.21 reads an attribute that transformers 5.23 renamed.
         warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
         # Trained biases are in the base itself; `Trained.untrained` puts the old ones back.
         warnings.filterwarnings("ignore", message="Careful, disabling adapter layers", category=UserWarning)
-        yield
+        tqdm.__init__ = draw if sys.stderr.isatty() else hidden  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            tqdm.__init__ = draw  # type: ignore[method-assign]

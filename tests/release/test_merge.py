@@ -22,8 +22,7 @@ import qriemann
 from qriemann.cli import main
 from qriemann.errors import InputError
 from qriemann.release.merge import merge
-from qriemann.release.shards import ShardWriter
-from qriemann.release.weights import Checkpoint
+from qriemann.release.weights import Checkpoint, ShardWriter
 from tests.models import relative
 from tests.release.conftest import Merged, save_adapter, save_chat_base
 
@@ -265,7 +264,7 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing_half_written(adapter: Pa
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("qriemann.release.shards.save_file", full)
+    monkeypatch.setattr("qriemann.release.weights.save_file", full)
     with pytest.raises(InputError, match="room"):
         merge(adapter, tmp_path / "out")
     assert files(tmp_path) == set()

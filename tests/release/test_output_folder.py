@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qriemann.release.output_folder import move_into_place, written_or_nothing
+from qriemann.release.atomic_folder import move_into_place, written_or_nothing
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")

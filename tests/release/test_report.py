@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from qriemann import cli
-from qriemann.folder.contents import read_folder
+from qriemann.adapters.spectrum import read_spectra
 from qriemann.release.report import write_report
-from qriemann.release.saved_spectrum import read_spectrum
 from tests.release.folders import LOSSES, adapter_folder, merged_folder, plain_adapter
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -100,9 +99,9 @@ def test_the_spectrum_is_the_one_of_the_dense_change(tmp_path):
     a, b = torch.randn(3, 20, generator=generator), torch.randn(15, 3, generator=generator)
     options = {"lora_alpha": 6, "use_rslora": True, "alpha_pattern": {"up_proj": 12}}
     folder = plain_adapter(tmp_path / "adapter", a, b, **options)
-    (layer,) = read_spectrum(folder, read_folder(folder).config)
+    (layer,) = read_spectra(folder)
     dense = torch.linalg.svdvals(12 / 3**0.5 * b.double() @ a.double())
-    torch.testing.assert_close(torch.tensor(layer.values, dtype=torch.float64), dense[:3], rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(layer.sigma, dtype=torch.float64), dense[:3], rtol=1e-5, atol=0)
     shares = dense[:3] / dense[:3].sum()
     assert layer.effective_rank == pytest.approx(torch.exp(-(shares * shares.log()).sum()).item(), rel=1e-4)
 

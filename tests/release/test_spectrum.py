@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from qriemann.adapters.spectrum import LayerSpectrum
 from qriemann.cli import main
-from qriemann.release.spectrum import LayerSpectrum, dead, inspect, saturated
+from qriemann.release.inspect import dead, inspect, saturated
 from qriemann.release.weights import Checkpoint
 
 
@@ -54,7 +55,7 @@ def test_dead_and_saturated_layers_are_named(adapter: Path, tmp_path, capsys):
     spectra = inspect(folder, plot=tmp_path / "again.png")
     assert dead(spectra) == [still]
     assert flat in saturated(spectra)
-    assert f"1 of 14 layers are dead (below 0.001 of the middle layer's norm): {still}" in shown
+    assert f"1 of 14 layers are dead (below 0.001 of the median layer's norm): {still}" in shown
 
 
 def test_the_picture_is_drawn_where_it_is_asked_for(adapter: Path, tmp_path):
