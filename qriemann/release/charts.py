@@ -79,13 +79,15 @@ def spectrum_figure(spectra: Sequence[LayerSpectrum]) -> Any:
             panel.plot(range(1, len(layer.sigma) + 1), layer.sigma, color=colormaps["Blues"](shade), linewidth=0.8)
         panel.sharey(panels[0])
         panel.set(title=kind, xlabel="index", yscale="log" if positive else "linear")
-        depth.plot([s.norm if s.relative_norm is None else s.relative_norm for s in layers], marker=".", label=kind)
-    for panel in panels[::columns]:
-        panel.set_ylabel("singular value")
+        norms = [layer.norm if layer.relative_norm is None else layer.relative_norm for layer in layers]
+        depth.plot(norms, marker=".", markersize=4, linewidth=1, label=kind)
+    for number, panel in enumerate(panels):
+        panel.tick_params(which="both", labelleft=number % columns == 0)
+        panel.set_ylabel("singular value" if number % columns == 0 else "")
     relative = spectra[0].relative_norm is not None
     depth.set(title="norm of the change" + (" / norm of the weight" if relative else ""), xlabel="block")
     depth.set_ylim(bottom=0)
-    depth.legend(fontsize="x-small", frameon=False)
+    depth.legend(fontsize="x-small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for panel in axes[len(kinds) + 1 :]:
         panel.set_visible(False)
     for panel in axes:

@@ -13,6 +13,7 @@ from qriemann.adapters.saved_config import check_config
 from qriemann.adapters.spectrum import LayerSpectrum, group_by_kind, read_spectra
 from qriemann.errors import InputError
 from qriemann.evaluation.quiet import quiet
+from qriemann.release.weights import original_weights, tensor_names
 
 PLOT = "inspect.png"
 
@@ -96,9 +97,6 @@ def _base_norms(folder: Path, spectra: list[LayerSpectrum], base: str | None, co
     try:
         if not name:
             raise InputError(f"{folder} does not name its base; name it with --base")
-        # torch is imported here only: without a base nothing needs it.
-        from qriemann.release.weights import original_weights, tensor_names
-
         with quiet():
             weights = original_weights(name, config.get("revision") if base is None else None)
         names = tensor_names([spectrum.name for spectrum in spectra], weights, "model")

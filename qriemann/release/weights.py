@@ -1,4 +1,7 @@
-"""The weights of a model as mappings from a tensor's name to the tensor, and as files."""
+"""The weights of a model as mappings from a tensor's name to the tensor, and as files.
+
+torch is imported when a tensor is read or written: `inspect` looks for a base that may not be there.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,21 @@ import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from qriemann.adapters.saved_config import refuse_outside
 from qriemann.errors import InputError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-class Checkpoint(Mapping[str, Tensor]):
+class Checkpoint(Mapping[str, "Tensor"]):
     """The tensors of a safetensors checkpoint, in the order of its files; only one file is mapped at a time."""
 
     def __init__(self, folder: Path) -> None:
@@ -93,6 +96,8 @@ class ShardWriter:
         (self.folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
     def _flush(self) -> None:
+        from safetensors.torch import save_file
+
         save_file(self._pending, self._path(len(self._shards)), metadata={"format": "pt"})
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
@@ -184,6 +189,7 @@ def quantized_like(weight: Tensor, layer: Any) -> Any:
 
 def stored_4bit(weights: Mapping[str, Tensor], name: str) -> Tensor:
     """The float32 value of a tensor that transformers saved in bitsandbytes' 4-bit format."""
+    import torch
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     parts = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}
