@@ -9,83 +9,76 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qriemann.adapters.attach import attach, truncate_
-    from qriemann.adapters.loi import locally_optimal_
-    from qriemann.base.load import load_base
-    from qriemann.checkpoints.manifest import newest_checkpoint
-    from qriemann.checkpoints.protect import protect
-    from qriemann.errors import InputError, MissingExtraError
-    from qriemann.evaluation.evaluate import evaluate
-    from qriemann.optim.riemannion import Riemannion
-    from qriemann.optim.riemannlora import RiemannLoRA
-    from qriemann.optim.scaled import ScaledAdamW, ScaledGD
-    from qriemann.release.export import export
-    from qriemann.release.inspect import inspect
-    from qriemann.release.merge import merge
-    from qriemann.release.push import push
-    from qriemann.release.report import write_report
-    from qriemann.training.loi_callback import LocallyOptimalInit
-    from qriemann.training.run import train
-    from qriemann.training.seam import FixedRankCallback, for_trainer
+    from qriemann.adapters.attach import attach as attach
+    from qriemann.adapters.attach import truncate_ as truncate_
+    from qriemann.adapters.loi import locally_optimal_ as locally_optimal_
+    from qriemann.adapters.attach import load_base as load_base
+    from qriemann.checkpoints.manifest import newest_checkpoint as newest_checkpoint
+    from qriemann.checkpoints.protect import protect as protect
+    from qriemann.config import Settings as Settings
+    from qriemann.config import load_settings as load_settings
+    from qriemann.config import settings_from as settings_from
+    from qriemann.errors import InputError as InputError
+    from qriemann.errors import MissingExtraError as MissingExtraError
+    from qriemann.evaluation.evaluate import evaluate as evaluate
+    from qriemann.memory.plan import plan as plan
+    from qriemann.optim.riemannion import Riemannion as Riemannion
+    from qriemann.optim.riemannlora import RiemannLoRA as RiemannLoRA
+    from qriemann.optim.scaled import ScaledAdamW as ScaledAdamW
+    from qriemann.optim.scaled import ScaledGD as ScaledGD
+    from qriemann.release.export import export as export
+    from qriemann.release.merge import merge as merge
+    from qriemann.release.push import push as push
+    from qriemann.release.report import write_report as write_report
+    from qriemann.release.inspect import inspect as inspect
+    from qriemann.training.check import check as check
+    from qriemann.training.loi_callback import LocallyOptimalInit as LocallyOptimalInit
+    from qriemann.training.prepare import prepare as prepare
+    from qriemann.training.seam import FixedRankCallback as FixedRankCallback
+    from qriemann.training.seam import for_trainer as for_trainer
+    from qriemann.training.train import train as train
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "FixedRankCallback": "qriemann.training.seam",
-    "InputError": "qriemann.errors",
-    "LocallyOptimalInit": "qriemann.training.loi_callback",
-    "MissingExtraError": "qriemann.errors",
-    "RiemannLoRA": "qriemann.optim.riemannlora",
-    "Riemannion": "qriemann.optim.riemannion",
-    "ScaledAdamW": "qriemann.optim.scaled",
-    "ScaledGD": "qriemann.optim.scaled",
-    "attach": "qriemann.adapters.attach",
-    "evaluate": "qriemann.evaluation.evaluate",
-    "export": "qriemann.release.export",
-    "for_trainer": "qriemann.training.seam",
-    "inspect": "qriemann.release.inspect",
-    "load_base": "qriemann.base.load",
-    "locally_optimal_": "qriemann.adapters.loi",
-    "merge": "qriemann.release.merge",
-    "newest_checkpoint": "qriemann.checkpoints.manifest",
-    "protect": "qriemann.checkpoints.protect",
-    "push": "qriemann.release.push",
-    "train": "qriemann.training.run",
-    "truncate_": "qriemann.adapters.attach",
-    "write_report": "qriemann.release.report",
+    "FixedRankCallback": "training.seam",
+    "InputError": "errors",
+    "LocallyOptimalInit": "training.loi_callback",
+    "MissingExtraError": "errors",
+    "RiemannLoRA": "optim.riemannlora",
+    "Riemannion": "optim.riemannion",
+    "ScaledAdamW": "optim.scaled",
+    "ScaledGD": "optim.scaled",
+    "Settings": "config",
+    "attach": "adapters.attach",
+    "check": "training.check",
+    "evaluate": "evaluation.evaluate",
+    "export": "release.export",
+    "for_trainer": "training.seam",
+    "inspect": "release.inspect",
+    "load_base": "adapters.attach",
+    "load_settings": "config",
+    "locally_optimal_": "adapters.loi",
+    "merge": "release.merge",
+    "newest_checkpoint": "checkpoints.manifest",
+    "plan": "memory.plan",
+    "prepare": "training.prepare",
+    "protect": "checkpoints.protect",
+    "push": "release.push",
+    "settings_from": "config",
+    "train": "training.train",
+    "truncate_": "adapters.attach",
+    "write_report": "release.report",
 }
 
-__all__ = [
-    "FixedRankCallback",
-    "InputError",
-    "LocallyOptimalInit",
-    "MissingExtraError",
-    "RiemannLoRA",
-    "Riemannion",
-    "ScaledAdamW",
-    "ScaledGD",
-    "attach",
-    "evaluate",
-    "export",
-    "for_trainer",
-    "inspect",
-    "load_base",
-    "locally_optimal_",
-    "merge",
-    "newest_checkpoint",
-    "protect",
-    "push",
-    "train",
-    "truncate_",
-    "write_report",
-]
+__all__ = list(_HOME)  # noqa: PLE0605 - every name of it is imported above for type checkers
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'qriemann' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(f"qriemann.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOME})

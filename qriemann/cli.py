@@ -1,43 +1,18 @@
 """The command line: `qriemann COMMAND ...`; every command is a thin call of one library function.
 
-Exit status 0 for success, 2 for something the user can mend (one line says what), 3 for a merge or an export whose proof
-failed, 130 for Ctrl-C, 143 for SIGTERM; a bug keeps its traceback. torch and TRL are imported when a command runs, so that
-`qriemann --help` answers at once.
+The exit status is 0 for success, 2 for something that the user can mend (one line says what), 3 for a merge or an export
+whose proof failed, 130 for Ctrl-C and 143 for SIGTERM; a bug keeps its traceback. torch and TRL are imported after everything
+that the command line and the settings alone show to be wrong has been said.
 """
 
 import argparse
 import os
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from types import TracebackType
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from qriemann.errors import InputError
-
-
-class _WithoutCredentials:
-    """A stream to which credentials are never written, whoever prints them: a server's answer may repeat the token."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        from qriemann.folder.private import hide_credentials
-
-        return self._stream.write(hide_credentials(text))
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        self.write("".join(lines))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """The interpreter's own report of an error that nobody caught, without credentials."""
-    print("".join(traceback.format_exception(kind, error, trace)), end="", file=_WithoutCredentials(sys.stderr))
+from qriemann.reporting import reporting
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,39 +46,6 @@ def _run(words: list[str]) -> int:
     if known.takes_pairs:
         known.pairs = pairs
     return known.run(known) or 0
-
-
-def reporting(run: Callable[[], int], *, debug: bool = False) -> int:
-    """The exit status of `run`, its errors told in one line; with `debug` they keep their traceback.
-
-    Neither a line nor a traceback shows a credential.
-    """
-    sys.excepthook = _print_traceback
-    out: Any = _WithoutCredentials(sys.stdout)
-    err: Any = _WithoutCredentials(sys.stderr)
-    with redirect_stdout(out), redirect_stderr(err):
-        return _exit_status(run, debug=debug)
-
-
-def _exit_status(run: Callable[[], int], *, debug: bool) -> int:
-    try:
-        return run()
-    except SystemExit as end:  # argparse's --help
-        return int(end.code or 0)
-    except InputError as error:
-        if debug:
-            raise
-        print(f"qriemann: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        name = (error.name or "").partition(".")[0]
-        if debug or not name or name == "qriemann":
-            raise
-        print(f"qriemann: {name} must be installed for this, got no such module; pip install {name}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        print("qriemann: interrupted", file=sys.stderr)
-        return getattr(error, "exit_status", 130)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,14 +91,50 @@ def _add_train(commands: Any) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.help_keys:
-        from qriemann.config.settings import describe_options
+        from qriemann.config import describe_keys
 
-        for name, default, text in describe_options():
+        for name, default, text in describe_keys():
             print(f"{name:28} {default:16} {text}")
         return 0
     if arguments.file is None:
-        raise InputError("train must be followed by a YAML file, got none; see qriemann train --help")
+        raise InputError("train needs a YAML file; see qriemann train --help")
     return run_training(arguments.file, arguments.pairs)
+
+
+def run_training(path: str | None, pairs: Sequence[str]) -> int:
+    """Trains as the YAML file and the `--key value` pairs say.
+
+    Args:
+        path: the YAML file; None for the command line alone.
+        pairs: `--key value` pairs.
+
+    Raises:
+        InputError: for anything that the user can mend.
+    """
+    settings, view = _first_look(path, pairs)
+    with view.doing("loading the libraries"):
+        from qriemann.training.prepare import prepare
+        from qriemann.training.train import train
+    try:
+        result = train(prepare(settings, view=view), view=view)
+    except KeyboardInterrupt:
+        print("qriemann: the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        raise
+    # Closes the loggers and the process group, which nothing after this needs.
+    result.trainer.end()
+    return 0
+
+
+def _first_look(path: str | None, pairs: Sequence[str], *, to_train: bool = True) -> tuple[Any, Any]:
+    """The settings, checked as far as they go without torch, and the view that shows the run."""
+    from qriemann.config import load_settings
+    from qriemann.training.display import make_view
+    from qriemann.training.preflight import preflight
+
+    settings = load_settings(path, pairs)
+    preflight(settings, to_train=to_train)
+    # Several processes of a launcher would each draw the same.
+    return settings, make_view(settings.display if os.environ.get("RANK", "0") == "0" else "none")
 
 
 def _add_plan(commands: Any) -> None:
@@ -170,17 +148,17 @@ def _add_plan(commands: Any) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from qriemann.config import load_settings
+    from qriemann.training.preflight import refuse_missing_paths
+
+    settings = load_settings(arguments.file, arguments.pairs)
+    refuse_missing_paths(settings, data=False)
     from rich.console import Console
 
-    from qriemann.config.settings import load_config
     from qriemann.memory.plan import describe, describe_cards, plan, plan_cards
 
-    config = load_config(arguments.file, arguments.pairs)
-    console = Console()
-    if arguments.all_cards:
-        console.print(describe_cards(plan_cards(config)))
-    else:
-        console.print(describe(plan(config, arguments.vram)))
+    shown = describe_cards(plan_cards(settings)) if arguments.all_cards else describe(plan(settings, arguments.vram))
+    Console().print(shown)
 
 
 def _add_check(commands: Any) -> None:
@@ -191,33 +169,12 @@ def _add_check(commands: Any) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from qriemann.config.settings import load_config
-    from qriemann.training.check import check
+    settings, view = _first_look(arguments.file, arguments.pairs, to_train=False)
+    with view.doing("loading the libraries"):
+        from qriemann.training.check import check
+        from qriemann.training.prepare import prepare
 
-    check(load_config(arguments.file, arguments.pairs), arguments.vram)
-
-
-def run_training(path: str | None, pairs: Sequence[str]) -> int:
-    """Trains as the YAML file and the `--key value` pairs say.
-
-    Args:
-        path: the YAML file; None for the command line alone.
-        pairs: `--key value` pairs.
-
-    Raises:
-        InputError: for anything that the user can mend.
-    """
-    from qriemann.config.settings import load_config
-    from qriemann.training.run import train
-
-    try:
-        result = train(load_config(path, pairs))
-    except KeyboardInterrupt:
-        print("qriemann: the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        raise
-    # Closes the loggers and the process group, which nothing after this needs.
-    result.trainer.end()
-    return 0
+    check(prepare(settings, view=view, to_train=False), arguments.vram, view.console)
 
 
 def _add_merge(commands: Any) -> None:
@@ -422,10 +379,6 @@ def _push(arguments: argparse.Namespace) -> int:
         console=Console(),
     )
     return 0
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

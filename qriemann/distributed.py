@@ -1,9 +1,9 @@
 """Data parallel: every process holds the whole 4-bit base and adapter, and takes the same step on the same summed blocks.
 
-The tangent blocks are the factors' gradients, so DDP averages them as it would any gradient. The step after that is repeated
-in every process rather than shared out: it is the same arithmetic on the same numbers, so factors and momentum stay equal to
-the bit, and nothing but the blocks travels. Sharing it out gains nothing: on the 210 adapters of a 135M Llama, two CPU
-processes would each save half of a step of 256 ms, and spend 119 ms to exchange the new factors and momentum.
+The tangent blocks are the factors' gradients, so DDP averages them as it would any gradient. Every process then repeats
+the step: it is the same arithmetic on the same numbers, so factors and momentum stay equal to the bit, and only the
+blocks travel. Sharing the step gains nothing: on the 210 adapters of a 135M Llama, two CPU processes would each save
+half of a step of 256 ms and spend 119 ms to exchange the new factors and momentum.
 """
 
 from __future__ import annotations
@@ -17,11 +17,8 @@ from torch import Tensor
 
 from qriemann.errors import InputError
 
-# What accelerate sets in the environment of a launched process, and when a trainer is told of a plugin.
-_SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (ZeRO)",
-}
+# accelerate sets these in the environment of a launched process, and when a trainer gets a plugin.
+_SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (ZeRO)"}
 
 
 def process_count() -> int:
@@ -39,13 +36,13 @@ def refuse_sharding() -> None:
     for variable, name in _SHARDING.items():
         if parse_flag_from_env(variable):
             raise InputError(
-                f"several GPUs must be used by data parallel (DDP), got {name}, which shards or flattens the factors, and a "
-                "step needs both of a layer whole; use accelerate launch --multi_gpu, or torchrun"
+                f"several GPUs must use data parallel (DDP), got {name}, which shards or flattens the factors; a step "
+                "needs both factors of a layer whole: use accelerate launch --multi_gpu, or torchrun"
             )
 
 
 def run_on_main(work: Callable[[], Any]) -> None:
-    """Does the work in the main process while the others wait; its InputError is raised in all of them."""
+    """Does the work in the main process while the others wait; all of them raise its InputError."""
     refusal: list[str | None] = [None]
     if is_main_process():
         try:
@@ -59,13 +56,13 @@ def run_on_main(work: Callable[[], Any]) -> None:
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has called it."""
     if process_count() > 1:
         torch.distributed.barrier()
 
 
 def same_seed(seed: int | None) -> int | None:
-    """The seed; where there is none to begin with, the main process' draw from torch's global generator."""
+    """The seed; without one, what the main process draws from torch's global generator."""
     if seed is not None or process_count() == 1:
         return seed
     drawn = [int(torch.randint(2**62, ()))]
@@ -74,7 +71,7 @@ def same_seed(seed: int | None) -> int | None:
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """The values summed over all processes, so that what is decided by them is decided alike."""
+    """The values summed over all processes, so that all of them decide alike."""
     if process_count() > 1:
         torch.distributed.all_reduce(values)
     return values

@@ -5,7 +5,8 @@ The same function as `qriemann train FILE.yaml`. Any key of the file can be over
 
 import sys
 
-from qriemann.cli import reporting, run_training
+from qriemann.cli import run_training
+from qriemann.reporting import reporting
 from qriemann.errors import InputError
 
 

@@ -1,9 +1,9 @@
 """The leading singular vectors of the gradient G = dL/dX in every adapted layer, without ever forming it.
 
-A tap stands for a layer's adapter: it passes the layer's output through and leaves G V or G^T U in its backward, for a basis
+A tap replaces a layer's adapter: it passes the layer's output through and computes G V or G^T U in its backward, for a basis
 of any width. So one pass over the batches applies G or its transpose in all layers at once, and 2 (q + 1) passes are a
-randomized singular value decomposition with q power iterations. What the last iteration but one saw is kept beside what the
-last one saw (a block Krylov space): where singular values fall slowly, the same passes then find more.
+randomized singular value decomposition with q power iterations. The bases of the last two iterations are kept together (a
+block Krylov space), which finds more in the same passes where singular values fall slowly.
 
 [H11] Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011), Algorithms 4.4 and 5.1.
 [MM15] Musco, Musco, "Randomized block Krylov methods for stronger and faster approximate SVD", NeurIPS 2015.
@@ -20,21 +20,22 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import send_to_device
 from jaxtyping import Float
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from qriemann.adapters.layer import float32_product
 from qriemann.errors import InputError
+from qriemann.upstream import LoraVariant
 
 logger = logging.getLogger(__name__)
 
 Layers = Sequence[tuple[str, LoraLayer, str]]
 
-# What an earlier direction has beside the later basis must be this long: its rounding errors are divided by the length.
+# An earlier direction is used if its part outside the later basis is this long: rounding errors are divided by the length.
 _NEAR = 0.1
 
-# Singular vectors do not depend on it. In float16 the gradients of a mean over thousands of tokens would underflow; a power
-# of two changes no digit in the other dtypes.
+# In float16 the gradients of a mean over thousands of tokens would underflow. Singular vectors do not depend on the scale,
+# and a power of two changes no digit in the other dtypes.
 _LOSS_SCALE = 2.0**10
 
 
@@ -65,17 +66,17 @@ def gradient_svd(
 ) -> list[GradientSVD]:
     """The leading singular triplets of each layer's gradient at the base model, summed over the batches.
 
-    Modes, `.grad` and the layers' variants are put back; random generators are not.
+    Modes, `.grad` and the layers' variants are restored; random generators are not.
 
     Args:
-        model: a PEFT model; its adapter is left out, as if it were zero.
-        layers: (name, layer, adapter) of those to look at.
+        model: a PEFT model; its adapter is ignored, as if it were zero.
+        layers: (name, layer, adapter), as `lora_layers` returns them.
         batches: read 2 (power_iterations + 1) times, moved to the model's device one by one.
         loss_fn: called with (model, batch).
         oversampling: columns beyond 2 r.
         power_iterations: q.
-        seed: of the sketch, and of whatever is random in the model.
-        progress: called after each batch with the batches done and the batches to do in all passes.
+        seed: of the sketch, and of random operations in the model.
+        progress: called after each batch with the number of batches done and the total, over all passes.
 
     Raises:
         InputError: a loss or a gradient that is not finite, or no gradient in any layer.
@@ -95,7 +96,7 @@ def gradient_svd(
                 tap.turn()
             _read(model, batches, loss_fn, seed, report)
     taps.reverse()
-    # A tap is let go with its blocks once it is decomposed.
+    # Popping frees each tap's blocks once they are decomposed.
     found = [taps.pop().decompose(2 * layer.r[adapter]) for _, layer, adapter in layers]
     unreached = [name for (name, *_), triplets in zip(layers, found, strict=True) if not triplets.sigma[0] > 0]
     if len(unreached) == len(found):
@@ -114,7 +115,7 @@ def _make_taps(layers: Layers, oversampling: int, generator: torch.Generator) ->
         rows, columns, wanted = layer.out_features, layer.in_features, 2 * layer.r[adapter] + oversampling
         if wanted > min(rows, columns):
             narrow.append(f"{name}, {rows} x {columns}")
-        # Drawn on the CPU, so that it does not depend on the device.
+        # Drawn on the CPU, so that the sketch does not depend on the device.
         sketch = torch.randn(columns, min(wanted, rows, columns), generator=generator)
         taps.append(_GradientTap(name, rows, columns, sketch.to(layer.lora_A[adapter].weight.device)))
     if narrow:
@@ -137,7 +138,7 @@ def _read(
     """One pass: forward and backward over all batches."""
     device = next(model.parameters()).device
     for index, batch in enumerate(batches):
-        # Whatever is random in the model is the same in each pass, or they would see different gradients.
+        # Every pass must see the same gradients, so random operations in the model are seeded.
         torch.manual_seed(seed + index)
         loss = loss_fn(model, send_to_device(batch, device))
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -156,9 +157,9 @@ def _read(
 
 
 class _GradientTap(LoraVariant):
-    """Stands for a layer's adapter while it is zero: the output is the base's, and backward leaves G V or G^T U.
+    """Replaces a layer's adapter by zero: the output is the base's, and backward computes G V or G^T U.
 
-    Unlike `FixedRankVariant` it keeps nothing of the basis' width for each token, so a wide basis costs no activations.
+    Unlike `FixedRankVariant` it keeps no product with the basis for each token, so a wide basis costs no activations.
     """
 
     takes_any_dtype = True
@@ -173,7 +174,7 @@ class _GradientTap(LoraVariant):
         """Takes the next basis: V and U in turn."""
         self._transposed = not self._transposed
         self.basis = basis
-        # Its gradient is the product; itself it is one number.
+        # Its gradient will be the product; it occupies one number itself.
         anchor = torch.zeros((), device=basis.device).expand(self._heights[self._transposed], basis.shape[1])
         self._anchor = anchor.requires_grad_()
 
@@ -181,9 +182,9 @@ class _GradientTap(LoraVariant):
         """Takes the range of the product as the next basis."""
         product = self._product()
         if self._transposed:
-            # In the host's memory: a GPU has the same peak as without them.
+            # In host memory, so that the GPU's peak does not grow.
             self._earlier = self.basis.cpu(), product.float().cpu()
-        # Without QR the columns would all turn to the first singular vector. [H11, Algorithm 4.4]
+        # Without QR all columns would converge to the first singular vector. [H11, Algorithm 4.4]
         self._aim(torch.linalg.qr(product)[0].float())
 
     def decompose(self, columns: int) -> GradientSVD:
@@ -237,7 +238,7 @@ class _TappedOutput(torch.autograd.Function):
     ) -> Float[Tensor, "*tokens m"]:
         ctx.save_for_backward(x, basis)
         ctx.transposed, ctx.dtype = transposed, dtype
-        # Not y itself: models that change it in place would be refused.
+        # Not y itself: autograd refuses models that change it in place.
         return y.clone()
 
     @staticmethod
@@ -266,11 +267,11 @@ def _tapped(layers: Layers, taps: list[_GradientTap]) -> Iterator[None]:
 
 @contextmanager
 def _probing(model: nn.Module) -> Iterator[None]:
-    """Within the block, dropout is off and gradients start from nothing; modes and gradients are put back after it."""
+    """Within the block, dropout is off and gradients are None; both are restored after it."""
     modes = {module: module.training for module in model.modules()}
     gradients = {p: p.grad for p in model.parameters() if p.requires_grad}
     for module in modes:
-        # transformers checkpoints in train mode only; the modules that do are not those that drop.
+        # transformers checkpoints activations in train mode only, in modules that have no dropout of their own.
         module.training = bool(getattr(module, "gradient_checkpointing", False))
     for parameter in gradients:
         parameter.grad = None

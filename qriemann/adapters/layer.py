@@ -1,8 +1,4 @@
-"""The adapter layer: y = W x + s U S V^T x, whose backward leaves tangent blocks and divides by nothing.
-
-Everything that leans on PEFT's private `LoraVariant` is in this file, in gradient.py and in attach.py;
-tests/adapters/test_peft_contract.py says what we rely on.
-"""
+"""The adapter layer: y = W x + s U S V^T x, whose backward leaves tangent blocks and divides by nothing."""
 
 from __future__ import annotations
 
@@ -11,17 +7,18 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
 from qriemann.geometry.parameter import FixedRankParameter
 from qriemann.geometry.point import FixedRankPoint
+from qriemann.upstream import LoraVariant
 
 
 class _Dropout(NamedTuple):
-    """Which inputs are dropped, as a rate and a seed: drawn again for backward, and so kept by nobody.
+    """Which inputs are dropped, as a rate and a seed, so that backward draws the mask again and nothing keeps it.
 
-    The rate is a multiple of 2^-16, so that 16 random bits decide an input: on the CPU a twelfth of the time of
+    The rate is a multiple of 2^-16, so that 16 random bits decide each input. On the CPU this takes a twelfth of the time of
     `bernoulli_`, which took a sixth of a training step.
     """
 
@@ -34,8 +31,8 @@ class _Dropout(NamedTuple):
         return 1 - self.sixteen_bit_rate / 2**16
 
     def mask(self, x: Float[Tensor, "*tokens n"]) -> Bool[Tensor, "*tokens n"]:
-        """False where `x` is dropped. The others stay as they are: 1 / keeps belongs to the scaling."""
-        # A tensor without content, whose bytes are being counted, has no generator of its own.
+        """False where `x` is dropped. The factor 1 / keeps of the others belongs to the scaling."""
+        # The meta device, on which memory is counted, has no generators.
         generator = torch.Generator("cpu" if x.is_meta else x.device).manual_seed(self.seed)
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
         bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
@@ -45,8 +42,8 @@ class _Dropout(NamedTuple):
 class _FixedRankProduct(torch.autograd.Function):
     """s (U S V^T - U_0 S_0 V_0^T) x, with the tangent blocks G V and G^T U as the gradients of U and V.
 
-    Kept for backward: x as it came, which is the tensor that its other readers keep, and its product with the bases, a
-    few columns a token. A cast or dropped x and the folded factors are made again instead.
+    Kept for backward: x itself, the same tensor that the other layers that read it keep, and its product with the bases, a
+    few columns for each token. Backward casts and drops x again, and folds the factors again.
     """
 
     @staticmethod
@@ -62,7 +59,7 @@ class _FixedRankProduct(torch.autograd.Function):
         dropout: _Dropout | None,
     ) -> Float[Tensor, "*tokens m"]:
         seen = x.to(dtype) if dropout is None else x.to(dtype) * dropout.mask(x)
-        # One product for the point and its offset: what is as long as the batch is read once.
+        # One product for the point and its offset, so that x is read once.
         z = seen @ _beside(v_transposed.mT, offset and offset.v, dtype)
         y = z @ _beside((u @ s) * scaling, offset and (offset.u @ offset.s) * -scaling, dtype).mT
         ctx.save_for_backward(x, z[..., : s.shape[0]], u, v_transposed, s)
@@ -101,7 +98,7 @@ def float32_product(left: Float[Tensor, "*tokens m"], right: Float[Tensor, "*tok
     left, right = left.flatten(0, -2), right.flatten(0, -2)
     if left.dtype == torch.float32:
         return left.mT @ right
-    # ROCm builds of torch have had this argument only of late.
+    # Older ROCm builds of torch lack this argument.
     if left.is_cuda and torch.version.hip is None:
         return torch.mm(left.mT, right, out_dtype=torch.float32)
     return left.mT.float() @ right.float()
@@ -111,8 +108,8 @@ class FixedRankVariant(LoraVariant):
     """A PEFT LoRA layer whose adapter is the point X = U S V^T: lora_B.weight is U, lora_A.weight is V^T.
 
     `.grad` of the two is not the partial derivative of the loss. It is G V and (G^T U)^T, with G = dL/dX: the two blocks
-    of the projection of G onto the tangent space. They do not contain S, so S = 0 (the LoRA start) and a singular S are
-    ordinary points, and only an optimizer that knows the manifold can use them.
+    that define the projection of G onto the tangent space. They do not contain S, so S = 0 (the LoRA start) and a singular S
+    are ordinary points, and only an optimizer that knows the manifold can use them.
 
     The products run in the activation's dtype, or in autocast's; the blocks are accumulated in float32.
 
@@ -120,7 +117,7 @@ class FixedRankVariant(LoraVariant):
         point: U, S, V and the frozen offset that is subtracted, if any.
     """
 
-    #: Whether the layer may hand over its input as it came.
+    #: The layer need not cast its input; see `qriemann.upstream.keep_input_dtype`.
     takes_any_dtype = True
 
     def __init__(self, point: FixedRankParameter) -> None:

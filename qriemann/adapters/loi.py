@@ -1,4 +1,4 @@
-"""Locally optimal initialization: the start whose tangent space holds the leading singular directions of the gradient.
+"""Locally optimal initialization: a start whose tangent space contains the gradient's leading singular directions.
 
 [R25] Bogachev et al., "RiemannLoRA / Riemannion: a unified Riemannian framework for LoRA", arXiv 2507.12142.
 """
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qriemann.adapters.attach import Start, attach, check_start, describe_saved_rank, lora_layers
+from qriemann.adapters.attach import Start, attach, check_start, describe_saved_rank
 from qriemann.adapters.gradient import GradientSVD, Layers, gradient_svd
 from qriemann.adapters.layer import FixedRankVariant
+from qriemann.adapters.lora_layers import lora_layers
 from qriemann.base.quantized import protect_quantized_weights
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter
@@ -42,18 +43,18 @@ def locally_optimal_(
 
     - "offset": U = [u_1 .. u_r], V = [v_{r+1} .. v_2r]. The tangent space contains the best approximation of G of rank
       2 r [R25]. S = alpha I, and the same point is subtracted as a frozen offset: the model's function is unchanged. The
-      sign of alpha is of no consequence, because those of the u_i and v_j are not related.
+      sign of alpha does not matter, because the signs of the u_i and v_j are unrelated.
     - "zero": S = 0 with U = [u_1 .. u_r], V = [v_1 .. v_r]. The tangent space contains the best approximation of G of rank
-      r. With the other V the first retraction would drop just that: a step from S = 0 has rank 2 r and is cut to r.
+      r. With the V above, the first retraction would drop it: a step from S = 0 has rank 2 r and is cut to r.
 
-    An adapter that is not on the manifold yet is put there. The base, 4-bit or not, random generators, `.grad` and train or
-    eval modes are left as they were; so is everything when an error is raised.
+    An adapter that is not on the manifold yet is put there. The base, random generators, `.grad` and train or eval modes are
+    unchanged afterwards; so is everything after an error.
 
     Args:
         model: a PEFT model whose adapter is still zero.
-        batches: a few training batches. They are all kept, and read 2 (power_iterations + 1) times.
+        batches: a few training batches; all are kept in memory and read 2 (power_iterations + 1) times.
         loss_fn: called with (model, batch); None takes the loss that `model(**batch)` returns.
-        start: see above.
+        start: "offset" or "zero", as above.
         alpha: the scale of S for "offset", > 0; 0.3, 1 and 3 train alike (recipes/results/starts).
         oversampling: columns beyond 2 r, >= 0.
         power_iterations: q, >= 0.
@@ -64,11 +65,11 @@ def locally_optimal_(
         The points, in the model's order.
 
     Raises:
-        InputError: a value out of range, no batch, a loss or gradient that is not finite, or an adapter that holds something.
+        InputError: a value out of range, no batch, a loss or gradient that is not finite, or an adapter that is not zero.
 
     Cost: 2 (power_iterations + 1) forward and backward passes over the batches. A layer keeps two float32 blocks of
-    2 r + oversampling columns, and of its activations the input, as in training. Dropout is off; gradient checkpointing
-    stays on. In several processes the gradients of all are summed.
+    2 r + oversampling columns and, as in training, its input. Dropout is off; gradient checkpointing stays on. Gradients
+    are summed over processes.
     """
     check_options(start, alpha, oversampling, power_iterations, seed)
     layers = lora_layers(model)
@@ -118,17 +119,17 @@ def _check_zero(layers: Layers) -> None:
             zero = all(map(torch.equal, variant.point.point(), variant.point.offset))
         if not zero or (bias is not None and bias.any()):
             raise InputError(
-                f"the adapter must still be zero to be initialized, got one that holds something in {name}; initialize "
-                "before the first step, or leave the initialization out"
+                f"the adapter must still be zero to be initialized, got one that is not in {name}; initialize before the "
+                "first step, or leave the initialization out"
             )
 
 
 def _set(point: FixedRankParameter, gradient: GradientSVD, start: Start, alpha: float) -> None:
     rank = point.rank
-    # A layer that the loss does not reach keeps its bases; they were named.
+    # A layer that the loss does not reach keeps its random bases; a warning named it.
     u, v = point.point().u, point.point().v
     if gradient.sigma[0] > 0:
-        # Less than 2 r columns are all that a small layer has: then the last r of them.
+        # A small layer has fewer than 2 r columns; then the last r of them.
         last = rank if start == "zero" else min(2 * rank, len(gradient.sigma))
         u, v = gradient.u[:, :rank], gradient.v[:, last - rank : last]
     core = torch.eye(rank, device=u.device) * (alpha if start == "offset" else 0.0)
@@ -147,9 +148,9 @@ def own_loss(model: Any, batch: Any) -> Tensor:
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Within the block, random numbers may be drawn; the generators of Python, NumPy and torch are put back after it."""
+    """Restores the random generators of Python, NumPy and torch after the block."""
     python, numpy = random.getstate(), np.random.get_state()
-    # All devices by name, because torch warns when it has to choose among several.
+    # All devices are named, because torch warns when it has to choose among several.
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         try:
             yield

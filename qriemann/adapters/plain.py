@@ -1,4 +1,4 @@
-"""A PEFT model whose LoRA layers stay as PEFT made them, made ready for an optimizer over its factors."""
+"""Ordinary LoRA adapters, prepared for an optimizer over their factors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     for name, module in model.named_modules():
         if getattr(module, "_fixed_rank_loaded", None):
             raise InputError(
-                f"an adapter saved with an offset must go on under a method on the manifold, got {name} under plain LoRA; "
+                f"an adapter saved with an offset must be resumed by a method on the manifold, got {name} under plain LoRA; "
                 "resume with the method that saved it"
             )
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -28,8 +28,8 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def prepare_plain(model: nn.Module) -> None:
     """Makes the trainable parameters of LoRA adapters float32, in place.
 
-    Call it when no more casting is to come: TRL casts the adapter of a 4-bit model to bf16 in its trainer's constructor,
-    where a step of 1e-4 is lost beside a factor of 1e-2.
+    Call it after the last cast of the model: TRL's trainers cast the adapter of a 4-bit model to bf16 in their constructor,
+    and in bf16 a step of 1e-4 is lost beside a factor of 1e-2.
     """
     protect_quantized_weights(model)
     for name, parameter in model.named_parameters():

@@ -1,24 +1,28 @@
-"""The layers that get an adapter, checked on the base model before a trainer is built."""
+"""Which layers get an adapter, checked on the base model before it is built."""
 
 import re
 from typing import Any
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qriemann.base.host_embedding import HostEmbedding
-from qriemann.config.settings import ModelSettings
 from qriemann.errors import InputError
+from qriemann.upstream import get_pattern_key, name_of
 
 _ALL_LINEAR = "all-linear"
 
 
-def adapter_config(settings: ModelSettings) -> LoraConfig:
-    """PEFT's configuration of the adapter that the settings describe."""
+def adapter_config(settings: Any) -> LoraConfig:
+    """PEFT's configuration of an adapter.
+
+    Args:
+        settings: anything with the attributes lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save,
+            use_rslora, rank_pattern and alpha_pattern.
+    """
     target: Any = settings.lora_target_modules
-    # TRL makes a string of a list of one name, and PEFT reads a string as a pattern for the whole path.
+    # TRL turns a list of one name into a string, which PEFT would match as a pattern with the whole path.
     if isinstance(target, str) and target != _ALL_LINEAR and re.fullmatch(r"[\w.]+", target):
         target = [target]
     return LoraConfig(
@@ -46,7 +50,7 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
         for pattern, number in getattr(config, key).items():
             if not any(get_pattern_key([pattern], name) == pattern for name in matched):
                 raise InputError(
-                    f"every key of {key} must match a layer with an adapter, got {pattern!r}; those layers are "
+                    f"every key of {key} must match a layer with an adapter, got {pattern!r}; these layers have one: "
                     f"{_names(matched)}"
                 )
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
@@ -67,14 +71,13 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
             raise InputError(f"every name in lora_modules_to_save must be a module of the model, got {wanted!r}")
         if any(isinstance(module, HostEmbedding) for module in meant):
             raise InputError(
-                f"lora_modules_to_save must not name the input embeddings with offload_embeddings, got {wanted!r}; what "
-                "stays in host memory is frozen; remove one of the two keys"
+                f"lora_modules_to_save must not name the input embeddings with offload_embeddings, got {wanted!r}; in host "
+                "memory they are frozen; remove one of the two keys"
             )
 
 
-def _matched(model: nn.Module, target: Any, linear: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if callable(find_head) else None
+def _matched(model: Any, target: Any, linear: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     inner = {name: module for name, module in linear.items() if module is not head}
     if target == _ALL_LINEAR:
         matched = inner
@@ -93,10 +96,9 @@ def _matched(model: nn.Module, target: Any, linear: dict[str, nn.Module]) -> dic
 
 
 def _refuse(target: Any, inner: dict[str, nn.Module], model: nn.Module) -> None:
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     raise InputError(
-        f"lora_target_modules must match at least one linear layer of {name}, got {target!r}; its linear layers are "
-        f"{_names(inner)}, or write {_ALL_LINEAR}"
+        f"lora_target_modules must match at least one linear layer of {name_of(model) or type(model).__name__}, got "
+        f"{target!r}; its linear layers are {_names(inner)}, or write {_ALL_LINEAR}"
     )
 
 

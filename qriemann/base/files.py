@@ -1,47 +1,41 @@
-"""The files of a base model, which anybody may have written: what transformers would take from them without a word.
+"""Checks on the files of a base model that transformers does not make.
 
-Looked at before anything is built: paths that leave the folder, weights that are not floats, and a configuration that asks
-for far more than the weights can fill. Looked at afterwards: weights that were drawn at random because none were stored, or
-stored in another shape, and numbers that are not finite.
+Before loading: no path leaves the folder, and stored weights are floats. After loading: no weight was initialized at random
+because the files hold none of that name or shape, and every number is finite.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from qriemann.adapters.finite import is_finite
-from qriemann.adapters.saved_config import entries, refuse_outside
-from qriemann.base.chat_template import refuse_endless_template
+from qriemann.base.finite import is_finite
+from qriemann.base.paths import entries, refuse_outside
 from qriemann.errors import InputError
+from qriemann.upstream import watching_quantization
 
 _WEIGHTS, _INDEX, _TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer_config.json"
-# What transformers 5.23 takes for a file's name or for the content of a file that it names.
+# The keys whose values transformers 5.23 opens as files.
 _NAMES_A_FILE = re.compile(r".*_files?|vocab|merges|init_inputs")
-# Where the tokenizer was once loaded from, on whoever's machine; transformers writes them and never reads them.
+# transformers writes these, with the paths on the machine that saved the tokenizer, and never reads them.
 _ONLY_HISTORY = ("special_tokens_map_file", "tokenizer_file")
-# Twice because a matrix may be stored once and stand for the embeddings and the head.
-_MOST_PER_STORED = 2
 
 
 def load_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder or Hub id.
 
     Raises:
-        InputError: its tokenizer_config.json names a file outside of the folder, or its chat template has no end.
+        InputError: its tokenizer_config.json names a file outside the folder.
         Exception: whatever transformers raises on a broken one.
     """
     path = _find(source, _TOKENIZER, options.get("revision"))
@@ -49,17 +43,13 @@ def load_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
         for key, value in entries(json.loads(Path(path).read_text("utf-8"))):
             if _NAMES_A_FILE.fullmatch(key) and key not in _ONLY_HISTORY:
                 refuse_outside(path, key, value, "remove it or copy it there")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    refuse_endless_template(tokenizer)
-    return tokenizer
+    return transformers.AutoTokenizer.from_pretrained(source, **options)
 
 
-def check_weight_files(
-    source: str, config: transformers.PreTrainedConfig, revision: str | None, *, trust_remote_code: bool
-) -> None:
-    """Raises InputError unless the safetensors files of a local folder or Hub id are its own and enough for `config`.
+def check_weight_files(source: str, config: transformers.PreTrainedConfig, revision: str | None) -> None:
+    """Raises InputError unless the safetensors files of a folder or Hub id lie in their folder and hold floats.
 
-    A model on the Hub is downloaded by this. Only the files' headers are read. Without a safetensors file nothing is checked.
+    A Hub model is downloaded by this. Only the headers are read.
     """
     file = _find(source, _WEIGHTS, revision)
     files = [] if file is None else [file]
@@ -68,74 +58,52 @@ def check_weight_files(
         for key, value in json.loads(Path(index).read_text("utf-8"))["weight_map"].items():
             refuse_outside(index, key, value, "download the model again")
         files = get_checkpoint_shard_files(source, index, revision=revision)[0]
-    in_4_bit = hasattr(config, "quantization_config")
-    stored = [count for path in files for count in _stored_numbers(path, in_4_bit=in_4_bit)]
-    if not stored:
-        return
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if layers > len(stored):
-        raise InputError(
-            f"num_hidden_layers must be at most the number of tensors stored, {len(stored)}, got {layers} in {source!r}; "
-            "download the model again, or correct its config.json"
-        )
-    # Code that came with the model and is trusted to run might be fetched in another revision here.
-    if trust_remote_code:
-        return
-    # Built without memory for its weights, in 0.1 s for 32 layers.
-    with torch.device("meta"):
-        skeleton = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    asked = sum(weight.numel() for weight in skeleton.parameters())
-    if asked > _MOST_PER_STORED * sum(stored):
-        raise InputError(
-            f"config.json must describe a model that its weights fill, got {asked:,} weights to fill from {sum(stored):,} "
-            f"numbers in {source!r}; download it again, or correct config.json"
-        )
+    # Masks and positions may be integers; a 4-bit weight is stored as bytes.
+    bytes_allowed = hasattr(config, "quantization_config")
+    for path in files:
+        with safe_open(path, "pt") as stored:
+            for key in stored.keys():  # noqa: SIM118
+                kind = str(stored.get_slice(key).get_dtype())
+                if key.endswith(".weight") and "F" not in kind and not (bytes_allowed and kind == "U8"):
+                    raise InputError(
+                        f"weights must be floating-point numbers, got {kind} for {key!r:.80} in {path}; convert the model "
+                        "again"
+                    )
 
 
 def check_loaded(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Raises InputError if `from_pretrained` drew a weight at random, going by the `report` that it gives when asked."""
-    # A tied head, and what a class says may be left out, are not in it.
+    """Raises InputError if `from_pretrained` initialized a weight at random, according to its own `report`."""
+    # The report leaves out a tied head and the weights that the class declares optional.
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
-            f"a model must hold every weight that its config.json asks for, got none for {_listed(missing)} in {name!r}; "
-            "download it again, or correct config.json"
+            f"{name}: the files hold no weights for {_listed(missing)}, which config.json asks for; download the model "
+            "again, or correct config.json"
         )
     mismatched = sorted([*report["mismatched_keys"], *_mismatched_4_bit(model)])
     if mismatched:
         shapes = [f"{key} of {tuple(found)} for {tuple(expected)}" for key, found, expected in mismatched]
         raise InputError(
-            f"weights must have the shapes that config.json asks for, got {_listed(shapes)} in {name!r}; download it again, "
-            "or correct config.json"
+            f"weights must have the shapes that config.json asks for, got {_listed(shapes)} in {name!r}; download the model "
+            "again, or correct config.json"
         )
 
 
 @contextmanager
 def noting_what_is_quantized() -> Iterator[list[str]]:
-    """Within the block, the names of weights with NaN or infinities are noted before transformers stores them in 4 bit.
-
-    Afterwards they would not show: on a GPU the largest number of a block is found by comparisons, which pass over a NaN.
-    """
-    from transformers.integrations.bitsandbytes import Bnb4bitQuantize
-
+    """Within the block, lists the names of weights that hold NaN or infinities when they are stored in 4 bit."""
     noted: list[str] = []
-    convert = Bnb4bitQuantize.convert
 
-    def noting(self: Any, input_dict: dict[str, Any], **options: Any) -> dict[str, Tensor]:
-        for name, value in input_dict.items():
-            if not is_finite(value[0] if isinstance(value, list) else value):
-                noted.append(name)
-        return convert(self, input_dict, **options)
+    def note(name: str, weight: Tensor) -> None:
+        if not is_finite(weight):
+            noted.append(name)
 
-    Bnb4bitQuantize.convert = noting
-    try:
+    with watching_quantization(note):
         yield noted
-    finally:
-        Bnb4bitQuantize.convert = convert
 
 
 def check_finite(name: str, model: PreTrainedModel, noted: list[str]) -> None:
-    """Raises InputError if a weight of the model is not finite, or `noted` as such before it was quantized."""
+    """Raises InputError if a weight of the model is not finite, or was `noted` as such before it was quantized."""
     found = [key for key, weight in model.named_parameters() if not all(map(is_finite, _floats_of(weight)))]
     if found := list(dict.fromkeys(noted + found)):
         raise InputError(
@@ -154,23 +122,8 @@ def _find(source: str, file: str, revision: str | None) -> str | None:
     )
 
 
-def _stored_numbers(path: str, *, in_4_bit: bool) -> Iterator[int]:
-    """How many numbers each tensor of a file can hold at the most."""
-    with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            stored = file.get_slice(key)
-            kind, count = str(stored.get_dtype()), math.prod(stored.get_shape())
-            # Masks and positions may be integers; a 4-bit weight is stored as bytes, or as if its bytes were floats.
-            if key.endswith(".weight") and "F" not in kind and not (in_4_bit and kind == "U8"):
-                raise InputError(
-                    f"weights must be floating-point numbers, got {kind} for {key!r:.80} in {path}; convert the model again"
-                )
-            bits = re.search(r"\d+", kind)
-            yield count * int(bits[0]) // 4 if in_4_bit and bits else count
-
-
 def _mismatched_4_bit(model: PreTrainedModel) -> Iterator[tuple[str, Any, Any]]:
-    """Names and shapes, found and expected: transformers 5.23 compares none of the weights that it stores in 4 bit."""
+    """Names and shapes, found and expected: transformers 5.23 does not compare the weights that it stores in 4 bit."""
     layer: Any
     for name, layer in model.named_modules():
         state = getattr(getattr(layer, "weight", None), "quant_state", None)
@@ -180,7 +133,7 @@ def _mismatched_4_bit(model: PreTrainedModel) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _floats_of(weight: Tensor) -> list[Tensor]:
-    """The tensors that hold what a weight's numbers are scaled by; the weight itself if it is not quantized."""
+    """The weight itself, or the scales of a quantized one."""
     state = getattr(weight, "quant_state", None)
     if state is None:
         return [weight]

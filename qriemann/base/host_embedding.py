@@ -1,11 +1,11 @@
 """Input embeddings whose matrix stays in host memory: rows are looked up there and sent to the model's device.
 
-A step reads a few thousand rows of a matrix of a hundred thousand and, frozen as it is, writes none: in an 8B Llama that is
-1.05 GB of a card for nothing. The price is one copy of the rows (batch x length x width) and one wait for the token ids a
-forward pass.
+A step reads a few thousand of the matrix's hundred thousand rows and, because it is frozen, writes none; in an 8B Llama it
+would occupy 1.05 GB of the card. The price is one copy of the rows (batch x length x width) and one wait for the token ids in
+each forward pass.
 
-The matrix is not pinned: the processor gathers the rows, so no transfer would be faster for it, and locked memory is what a
-small machine has least of.
+The matrix is not pinned: the CPU gathers the rows first, so pinning would not speed up the transfer, and small machines have
+little memory to lock.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _HOST = torch.device("cpu")
 
 
 class HostEmbedding(nn.Module):
-    """What is mixed into the class of an embedding, whatever that class makes of the rows.
+    """Mixed into the class of an embedding, so that whatever that class does with the rows it still does.
 
     Attributes:
-        place: the device of the model, which is where the rows go.
+        place: the device of the model, where the rows go.
     """
 
     place: torch.device
@@ -35,7 +35,7 @@ class HostEmbedding(nn.Module):
         return super().forward(input.to(_HOST), *args, **kwargs).to(self.place)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # What moves the model must not move the matrix: Accelerate and the Trainer call .to(device) on what they prepare.
+        # Accelerate and the Trainer call .to(device) on the model, which must not move the matrix.
         self.place = fn(torch.empty(0, device=self.place)).device
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype), recurse)
 
@@ -51,7 +51,7 @@ def refuse_tied_embeddings(model: PreTrainedModel, name: str) -> None:
     if has_tied_embeddings(model):
         raise InputError(
             f"offload_embeddings must be false for a model whose output head is its embedding matrix, got true for {name}; "
-            "the head reads all of it at every step"
+            "the head reads the whole matrix at every step"
         )
 
 
@@ -59,7 +59,7 @@ def keep_embeddings_on_host(model: PreTrainedModel, name: str) -> None:
     """Moves the input embeddings of `model` to host memory, for good; its output stays the same.
 
     Args:
-        model: on one device; changed in place. Its `device` goes on being that one.
+        model: on one device, which its `device` keeps naming; changed in place.
         name: for the message.
 
     Raises:
@@ -75,7 +75,7 @@ def keep_embeddings_on_host(model: PreTrainedModel, name: str) -> None:
 
 
 class _DeviceOfTheRest:
-    """transformers takes the device of the first parameter for the model's, and that is the embeddings'."""
+    """Without it transformers takes the first parameter's device for the model's, and that parameter is the embeddings'."""
 
     @property
     def device(self: Any) -> torch.device:
@@ -83,6 +83,6 @@ class _DeviceOfTheRest:
 
 
 def _mix_in(module: nn.Module, part: type) -> None:
-    # The name stays: transformers writes it into the configuration, and PEFT and the Trainer look it up.
+    # The class keeps its name: transformers writes it into the configuration, and PEFT and the Trainer look it up.
     kind = type(module)
     module.__class__ = type(kind.__name__, (part, kind), {"__module__": kind.__module__})

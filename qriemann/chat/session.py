@@ -1,31 +1,36 @@
-"""A conversation with a model: what was said, how answers are generated, and the adapter switched off for comparison."""
+"""A conversation with a model: its history, how answers are generated, and the base's answer for comparison."""
 
 from __future__ import annotations
 
 import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging as hf_logging
 
 from qriemann.adapters.saved import adapter_folder, read_adapter, saved_tokenizer
 from qriemann.base.chat_template import render
 from qriemann.base.load import load_base
 from qriemann.checkpoints.fingerprints import other_base
 from qriemann.errors import InputError
-from qriemann.folder.contents import ModelFolder, read_folder
+from qriemann.folder.contents import read_folder
+from qriemann.upstream import quiet
 
 # C0 and C1 control characters but newline and tab: a model's output must not drive the terminal.
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+# Type, smallest and largest value of each setting.
+_RANGES: dict[str, tuple[type, float, float]] = {
+    "temperature": (float, 0, 10),
+    "top_p": (float, 0.001, 1),
+    "top_k": (int, 0, 2**31),
+    "repetition_penalty": (float, 0.01, 10),
+    "max_new_tokens": (int, 1, 2**31),
+    "seed": (int, 0, 2**63 - 1),
+}
 
 
 @dataclass
@@ -34,6 +39,7 @@ class Settings:
 
     Attributes:
         temperature: 0 takes the most likely token each time.
+        top_k: 0 for no limit.
         seed: of the sampling; None draws another each time.
     """
 
@@ -50,39 +56,17 @@ class Settings:
         Raises:
             InputError: an unknown name, or a value out of range.
         """
-        rules: dict[str, tuple[type, Callable[[Any], bool], str]] = {
-            "temperature": (float, lambda x: 0 <= x <= 10, "in [0, 10]"),
-            "top_p": (float, lambda x: 0 < x <= 1, "in (0, 1]"),
-            "top_k": (int, lambda x: x >= 0, "at least 0, 0 for no limit"),
-            "repetition_penalty": (float, lambda x: 0 < x <= 10, "in (0, 10]"),
-            "max_new_tokens": (int, lambda x: x >= 1, "at least 1"),
-            "seed": (int, lambda x: 0 <= x < 2**63, "at least 0, or none"),
-        }
-        if name not in rules:
-            raise InputError(f"a setting must be one of {', '.join(rules)}, got {name!r}; see /help")
-        if name == "seed" and value.lower() == "none":
-            self.seed = None
-            return
-        convert, holds, rule = rules[name]
+        if name not in _RANGES:
+            raise InputError(f"a setting must be one of {', '.join(_RANGES)}, got {name!r}")
+        convert, low, high = _RANGES[name]
         try:
-            number = convert(value)
+            number = None if (name, value.lower()) == ("seed", "none") else convert(value)
+            if number is not None and not low <= number <= high:
+                raise ValueError
         except ValueError:
-            number = None
-        if number is None or not holds(number):
-            raise InputError(f"{name} must be {rule}, got {value!r}; write /set {name} NUMBER")
+            kind = "a whole number" if convert is int else "a number"
+            raise InputError(f"{name} must be {kind} from {low} to {high}, got {value!r}") from None
         setattr(self, name, number)
-
-    def generation_config(self, stored: GenerationConfig | None, pad_token_id: int | None) -> GenerationConfig:
-        """The stop and pad tokens of the model's own configuration, with these settings."""
-        sampling = self.temperature > 0
-        return GenerationConfig(
-            eos_token_id=None if stored is None else stored.eos_token_id,
-            pad_token_id=pad_token_id,
-            max_new_tokens=self.max_new_tokens,
-            repetition_penalty=self.repetition_penalty,
-            do_sample=sampling,
-            **({"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k} if sampling else {}),
-        )
 
 
 @dataclass
@@ -91,6 +75,7 @@ class Session:
 
     Attributes:
         name: of the folder.
+        base: that the adapter is on; None for a merged model.
         history: messages so far, the system prompt first if there is one.
         notes: what a person should know before the first question.
     """
@@ -103,21 +88,14 @@ class Session:
     history: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def has_adapter(self) -> bool:
-        return isinstance(self.model, PeftModel)
+    def said(self, role: str) -> list[str]:
+        """What "system", "user" or "assistant" has said so far."""
+        return [message["content"] for message in self.history if message["role"] == role]
 
-    @property
-    def last_question(self) -> str | None:
-        return next((message["content"] for message in reversed(self.history) if message["role"] == "user"), None)
-
-    def set_system(self, text: str) -> None:
-        """Begins anew with this system prompt; an empty one is none."""
-        self.history = [{"role": "system", "content": text}] if text else []
-
-    def reset(self) -> None:
-        """Forgets everything but the system prompt."""
-        self.history = [message for message in self.history if message["role"] == "system"]
+    def reset(self, system: str | None = None) -> None:
+        """Forgets everything but the system prompt, and takes another one if it is given; an empty one is none."""
+        prompts = self.said("system") if system is None else [system] if system else []
+        self.history = [{"role": "system", "content": prompt} for prompt in prompts]
 
     def ask(self, question: str, on_text: Callable[[str], None]) -> tuple[str, int]:
         """Answers a question and remembers both; Ctrl-C ends the answer, and what was said so far is remembered.
@@ -149,18 +127,16 @@ class Session:
         return answer, dropped
 
     def ask_base(self, question: str, on_text: Callable[[str], None]) -> None:
-        """The answer of the base alone to a question in the same conversation; it is not remembered."""
-        history = self.history
-        asked = next(
-            (i for i in reversed(range(len(history))) if history[i] == {"role": "user", "content": question}), None
-        )
-        before = history if asked is None else history[:asked]
-        messages, _ = self._that_fit([*before, {"role": "user", "content": question}])
+        """Has the base alone answer a question in the same conversation; the answer is not remembered."""
+        message = {"role": "user", "content": question}
+        # A question that was asked already is answered where it was asked last.
+        asked = [index for index, old in enumerate(self.history) if old == message]
+        messages, _ = self._that_fit([*self.history[: asked[-1] if asked else None], message])
         with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
             self._generate(messages, on_text)
 
     def _that_fit(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], int]:
-        """The messages without the oldest turns, if they would not leave room for an answer."""
+        """The messages without the oldest turns, if they would not leave room for an answer, and how many went."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
         dropped = 0
         # A quarter of the context for the answer, if the settings ask for more than that.
@@ -168,42 +144,42 @@ class Session:
         while limit and self._tokens(messages).shape[1] + room > limit:
             first = 1 if messages[0]["role"] == "system" else 0
             if len(messages) - first <= 1:
-                raise InputError(
-                    f"a question must fit into the context of {limit} tokens, got a longer one; shorten it"
-                )
+                raise InputError(f"the question is longer than the context of {limit} tokens; shorten it")
             # A turn at a time: templates want user and assistant to alternate.
             cut = 2 if messages[first]["role"] == "user" and len(messages) - first > 2 else 1
             messages, dropped = messages[:first] + messages[first + cut :], dropped + cut
         return messages, dropped
 
     def _tokens(self, messages: list[dict[str, str]]) -> torch.Tensor:
-        if self.tokenizer.chat_template is None:
-            text = "\n".join(message["content"] for message in messages)
-            return self.tokenizer(text, return_tensors="pt")["input_ids"]
-        return self.tokenizer(render(self.tokenizer, messages), add_special_tokens=False, return_tensors="pt")[
-            "input_ids"
-        ]
+        templated = self.tokenizer.chat_template is not None
+        text = render(self.tokenizer, messages) if templated else "\n".join(m["content"] for m in messages)
+        return self.tokenizer(text, add_special_tokens=not templated, return_tensors="pt")["input_ids"]
 
     def _generate(self, messages: list[dict[str, str]], on_text: Callable[[str], None]) -> None:
         ids = self._tokens(messages).to(self.model.device)
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        config = self.settings.generation_config(self.model.generation_config, self.tokenizer.pad_token_id)
-        if limit:
-            config.max_new_tokens = max(1, min(self.settings.max_new_tokens, limit - ids.shape[1]))
-        config.eos_token_id = self._ends(config.eos_token_id)
-        with torch.inference_mode(), _seeded(self.settings.seed):
+        chosen, stored = self.settings, self.model.generation_config
+        # An answer ends with the model's end tokens and with the one that the tokenizer was trained with.
+        ends = [] if stored is None or stored.eos_token_id is None else stored.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
+        sampling = {"temperature": chosen.temperature, "top_p": chosen.top_p, "top_k": chosen.top_k}
+        config = GenerationConfig(
+            eos_token_id=sorted(ends),
+            pad_token_id=self.tokenizer.pad_token_id,
+            max_new_tokens=min(chosen.max_new_tokens, limit - ids.shape[1]) if limit else chosen.max_new_tokens,
+            repetition_penalty=chosen.repetition_penalty,
+            do_sample=chosen.temperature > 0,
+            **(sampling if chosen.temperature > 0 else {}),
+        )
+        if chosen.seed is not None:
+            torch.manual_seed(chosen.seed)
+        with torch.inference_mode():
             self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
                 streamer=_Pieces(self.tokenizer, on_text),
             )
-
-    def _ends(self, stored: int | list[int] | None) -> list[int]:
-        """The tokens that end an answer: the model's, and the one that the tokenizer was trained with."""
-        ends = [] if stored is None else stored if isinstance(stored, list) else [stored]
-        own = self.tokenizer.eos_token_id
-        return ends if own is None or own in ends else [*ends, own]
 
 
 def load_session(
@@ -227,76 +203,48 @@ def load_session(
     Raises:
         InputError: neither is in the folder, or the base cannot be had.
     """
-    found = read_folder(adapter_folder(folder))
-    if found.kind == "run":
-        raise InputError(
-            f"the folder must hold an adapter or a merged model, got {found.path} with neither; finish the run"
-        )
-    with _quiet_loading():
-        session = _load(found, folder, base, quantize, device)
+    # Bars would stand between the answers of a pipe.
+    with quiet():
+        session = _load(folder, base, quantize, device)
     if session.tokenizer.chat_template is None:
         session.notes.append("the tokenizer has no chat template: what you write is continued as plain text")
     stored = session.model.generation_config
     if stored is not None and stored.do_sample:
-        session.settings.temperature = float(stored.temperature or 1.0)
-        session.settings.top_p = float(stored.top_p or 1.0)
-        session.settings.top_k = int(stored.top_k or 0)
-    session.set_system(system or "")
+        session.settings = Settings(
+            float(stored.temperature or 1.0), float(stored.top_p or 1.0), int(stored.top_k or 0)
+        )
+    session.reset(system)
     return session
 
 
-def _load(
-    found: ModelFolder, named: str | os.PathLike[str], base: str | None, quantize: str | None, device: str | None
-) -> Session:
+def _load(folder: str | os.PathLike[str], base: str | None, quantize: str | None, device: str | None) -> Session:
+    found = read_folder(adapter_folder(folder))
+    label = found.path.resolve().name
+    if found.kind == "run":
+        raise InputError(f"{found.path} holds a run that has saved no adapter yet; finish the run")
     if found.kind == "model":
         if base is not None:
-            raise InputError(f"base must be left out for a merged model, got {base!r}; {found.path} holds all weights")
+            raise InputError(f"{found.path} is a whole model, which needs no base; leave --base {base} out")
         model, tokenizer = load_base(found.path, quantize="nf4" if quantize == "nf4" else None, device=device)
-        return Session(model, tokenizer, found.path.resolve().name)
+        return Session(model, tokenizer, label)
     name = base or found.base
     if not name:
-        raise InputError(f"the adapter must name its base model, got none in {found.path}; name it with --base")
-    adapter = read_adapter(named)
+        raise InputError(f"the adapter in {found.path} does not name its base model; name it with --base")
+    adapter = read_adapter(folder)
     stored = quantize or found.settings.get("quantize", "nf4")
     revision = None if base else found.config.get("revision")
     model, tokenizer = load_base(name, quantize=None if stored == "none" else "nf4", device=device, revision=revision)
-    tokenizer = _own_tokenizer(found.path, tokenizer)
+    own = saved_tokenizer(found.path) or tokenizer
+    if own.pad_token is None:
+        own.pad_token = tokenizer.pad_token
     other = other_base(found.path, model, name)
-    session = Session(adapter.put_on(model, name), tokenizer, found.path.resolve().name, name)
-    session.notes += [] if other is None else [other]
-    return session
-
-
-def _own_tokenizer(folder: Path, of_base: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    tokenizer = saved_tokenizer(folder)
-    if tokenizer is None:
-        return of_base
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = of_base.pad_token
-    return tokenizer
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No bars where nobody watches, and no warning of PEFT 0.21 that it reads what transformers 5.23 renamed."""
-    hide = not sys.stderr.isatty() and hf_logging.is_progress_bar_enabled()
-    if hide:
-        hf_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning
-            )
-            yield
-    finally:
-        if hide:
-            hf_logging.enable_progress_bar()
+    return Session(adapter.put_on(model, name), own, label, name, notes=[] if other is None else [other])
 
 
 class _Pieces(BaseStreamer):
     """Hands on an answer as it grows, without anything that a terminal would obey.
 
-    transformers' own TextStreamer waits for the end of a word, which code and some languages are slow to reach.
+    transformers' own TextStreamer waits for the end of a word, and drops the space before a line's first token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
@@ -306,33 +254,16 @@ class _Pieces(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         # The prompt comes first.
-        if self._tokens is None:
-            self._tokens = []
-            return
-        self._tokens += value.flatten().tolist()
-        # A character of several tokens is a replacement character until its last one is there.
-        self._hand_on(self._text().rstrip("\ufffd"))
+        self._tokens = [] if self._tokens is None else self._tokens + value.flatten().tolist()
+        self._hand_on(last=False)
 
     def end(self) -> None:
-        self._hand_on(self._text())
+        self._hand_on(last=True)
 
-    def _text(self) -> str:
-        # All of it each time: some tokenizers drop the space before a token that comes first.
-        return str(self._tokenizer.decode(self._tokens or [], skip_special_tokens=True))
-
-    def _hand_on(self, text: str) -> None:
+    def _hand_on(self, *, last: bool) -> None:
+        text = str(self._tokenizer.decode(self._tokens or [], skip_special_tokens=True))
+        # A character of several tokens is a replacement character until its last one is there.
+        text = text if last else text.rstrip("\ufffd")
         piece, self._handed_on = text[self._handed_on :].translate(_CONTROL), max(self._handed_on, len(text))
         if piece:
             self._on_text(piece)
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Random numbers from the seed, and afterwards as if none had been drawn."""
-    if seed is None:
-        yield
-        return
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

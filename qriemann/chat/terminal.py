@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -19,13 +19,12 @@ from rich.text import Text
 from qriemann.chat.session import Session
 from qriemann.errors import InputError
 
-_HELP = (
-    ("/base [TEXT]", "answer the last question, or TEXT, with the adapter and without, side by side"),
-    ("/system [TEXT]", "begin anew with this system prompt, or show it"),
-    ("/reset", "forget the conversation, keep the system prompt"),
-    ("/set [NAME VALUE]", "change how answers are generated, or show it"),
-    ("/quit", "end; so does Ctrl-D. Ctrl-C ends an answer"),
-)
+_HELP = """\
+/base [TEXT]       answer the last question, or TEXT, with the adapter and without, side by side
+/system [TEXT]     begin anew with this system prompt, or show it
+/reset             forget the conversation, keep the system prompt
+/set [NAME VALUE]  change how answers are generated, or show it
+/quit              end; so does Ctrl-D. Ctrl-C ends an answer"""
 
 
 def chat(session: Session, console: Console | None = None) -> None:
@@ -36,124 +35,82 @@ def chat(session: Session, console: Console | None = None) -> None:
         _Pipe(session).run(sys.stdin)
 
 
-class _Conversation:
-    """What both have in common: a line is a question or a command."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/base": self.base,
-            "/help": self.help,
-            "/reset": self.reset,
-            "/set": self.set,
-            "/system": self.system,
-        }
-
-    def run(self, lines: Iterator[str]) -> None:
-        for line in lines:
-            if not line.strip():
-                continue
-            word, _, rest = line.strip().partition(" ")
-            if word in ("/quit", "/exit"):
-                return
-            try:
-                if not word.startswith("/"):
-                    self.ask(line.strip())
-                elif word in self._commands:
-                    self._commands[word](rest.strip())
-                else:
-                    raise InputError(
-                        f"a command must be one of {', '.join(self._commands)}, /quit, got {word}; see /help"
-                    )
-            except InputError as error:
-                self.tell(str(error))
-
-    def ask(self, question: str) -> None:
-        raise NotImplementedError
-
-    def base(self, question: str) -> None:
-        raise NotImplementedError
-
-    def help(self, _: str) -> None:
-        raise NotImplementedError
-
-    def tell(self, text: str) -> None:
-        raise NotImplementedError
-
-    def reset(self, _: str) -> None:
-        self.session.reset()
-        self.tell("the conversation is forgotten")
-
-    def system(self, text: str) -> None:
-        if text:
-            self.session.set_system(text)
-        history = self.session.history
-        prompt = history[0]["content"] if history and history[0]["role"] == "system" else "none"
-        self.tell(f"system prompt: {prompt}")
-
-    def set(self, words: str) -> None:
-        name, _, value = words.partition(" ")
-        if name:
-            self.session.settings.change(name, value.strip())
-        self.tell("  ".join(f"{key} {value}" for key, value in asdict(self.session.settings).items()))
-
-    def question_for_base(self, given: str) -> str:
-        if not self.session.has_adapter:
-            raise InputError(
-                "/base must have an adapter to switch off, got a merged model; chat with the adapter's folder"
-            )
-        question = given or self.session.last_question
-        if question is None:
-            raise InputError("/base must have a question, got none before it; write /base TEXT")
-        return question
-
-
-class _Pipe(_Conversation):
-    """A line of standard output for each question, newlines in it as \\n; everything else goes to standard error.
+class _Pipe:
+    """Writes a line to standard output for each question, newlines in it as \\n, and everything else to standard error.
 
     Each question stands for itself: an answer must not depend on where its line stands in a file.
     """
 
-    def run(self, lines: Iterator[str]) -> None:
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def run(self, lines: Iterable[str]) -> None:
         for note in self.session.notes:
             self.tell(note)
-        super().run(lines)
+        for line in filter(None, map(str.strip, lines)):
+            word, _, rest = line.partition(" ")
+            if word in ("/quit", "/exit"):
+                return
+            try:
+                self.answer(line) if not word.startswith("/") else self.obey(word, rest.strip())
+            except InputError as error:
+                self.tell(str(error))
 
-    def ask(self, question: str) -> None:
+    def obey(self, command: str, text: str) -> None:
+        session = self.session
+        match command:
+            case "/base":
+                if session.base is None:
+                    raise InputError("a merged model has no adapter to switch off; chat with the adapter's folder")
+                if not (text or session.said("user")):
+                    raise InputError("there is no question to compare yet; write /base TEXT")
+                self.compare(text)
+            case "/help":
+                self.tell(_HELP)
+            case "/reset":
+                session.reset()
+                self.tell("the conversation is forgotten")
+            case "/set":
+                if text:
+                    name, _, value = text.partition(" ")
+                    session.settings.change(name, value.strip())
+                self.tell("  ".join(f"{name} {value}" for name, value in asdict(session.settings).items()))
+            case "/system":
+                if text:
+                    session.reset(text)
+                self.tell(f"system prompt: {(session.said('system') or ['none'])[0]}")
+            case _:
+                raise InputError(f"a command must be one of those that /help lists, got {command}")
+
+    def answer(self, question: str) -> None:
         self.session.reset()
-        self._print(self.session.ask(question, lambda piece: None)[0])
+        self.print_line(self.session.ask(question, lambda piece: None)[0])
 
-    def base(self, question: str) -> None:
+    def compare(self, question: str) -> None:
         pieces: list[str] = []
-        self.session.ask_base(self.question_for_base(question), pieces.append)
-        self._print("".join(pieces).strip())
-
-    def help(self, _: str) -> None:
-        for command, text in _HELP:
-            self.tell(f"{command:20} {text}")
+        self.session.ask_base(question or self.session.said("user")[-1], pieces.append)
+        self.print_line("".join(pieces).strip())
 
     def tell(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    def _print(self, answer: str) -> None:
+    def print_line(self, answer: str) -> None:
         print(answer.replace("\\", "\\\\").replace("\n", "\\n"), flush=True)
 
 
-class _Terminal(_Conversation):
-    """Streams to a terminal."""
+class _Terminal(_Pipe):
+    """Streams to a terminal, and goes on with the conversation."""
 
     def __init__(self, session: Session, console: Console) -> None:
         super().__init__(session)
         self.console = console
 
-    def run(self, lines: Iterator[str]) -> None:
+    def run(self, lines: Iterable[str]) -> None:
         on = f" on {self.session.base}" if self.session.base else ""
         self.console.print(Panel(Text(f"{self.session.name}{on}\n/help lists the commands"), expand=False))
-        for note in self.session.notes:
-            self.tell(note)
         super().run(lines)
 
-    def ask(self, question: str) -> None:
+    def answer(self, question: str) -> None:
         started = time.perf_counter()
         try:
             # Text: brackets in an answer are no markup.
@@ -161,36 +118,27 @@ class _Terminal(_Conversation):
                 question, lambda piece: self.console.print(Text(piece), end="", soft_wrap=True)
             )
         except KeyboardInterrupt:
-            self.console.print()
-            self.tell("stopped")
+            self.tell("\nstopped")
             return
         self.console.print()
         if dropped:
             self.tell(f"{dropped} old messages were dropped to make room")
         self.tell(f"{time.perf_counter() - started:.1f} s")
 
-    def base(self, question: str) -> None:
-        asked = self.question_for_base(question)
+    def compare(self, question: str) -> None:
         if question:
-            self.ask(question)
-        said: list[str] = []
+            self.answer(question)
+        asked, pieces = question or self.session.said("user")[-1], list[str]()
         try:
             with self.console.status("asking the base alone"):
-                self.session.ask_base(asked, said.append)
+                self.session.ask_base(asked, pieces.append)
         # What it has said by then is compared.
         except KeyboardInterrupt:
             self.tell("stopped")
-        answers = (message["content"] for message in reversed(self.session.history) if message["role"] == "assistant")
         table = Table(title=Text(asked), title_justify="left", expand=True)
-        table.add_column("with the adapter", ratio=1, overflow="fold")
-        table.add_column("the base alone", ratio=1, overflow="fold")
-        table.add_row(Text(next(answers, "")), Text("".join(said).strip()))
-        self.console.print(table)
-
-    def help(self, _: str) -> None:
-        table = Table.grid(padding=(0, 2))
-        for command, text in _HELP:
-            table.add_row(Text(command, style="bold"), Text(text))
+        for name in ("with the adapter", "the base alone"):
+            table.add_column(name, ratio=1, overflow="fold")
+        table.add_row(Text("".join(self.session.said("assistant")[-1:])), Text("".join(pieces).strip()))
         self.console.print(table)
 
     def tell(self, text: str) -> None:

@@ -1,13 +1,13 @@
-"""What two runs must have in common for one to go on from the other's checkpoint: settings, tokens and base."""
+"""What a run must share with a checkpoint to resume from it: settings, tokens and base."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -20,11 +20,7 @@ from qriemann.errors import InputError
 from qriemann.folder.contents import read_json
 from qriemann.folder.records import RUN, finite
 
-if TYPE_CHECKING:
-    # TRL, which it imports, takes a second that `chat` need not wait.
-    from qriemann.config.settings import RunConfig
-
-# Settings that shape no step, or whose effect the prints of the tokens and of the base hold; any other must not change.
+# Settings that shape no step, or whose effect the fingerprints of the tokens and of the base cover; no other may change.
 _FREE = re.compile(
     r"(logging|log|save|eval|hub|push|report|trackio|dataset|ddp)_.*|(per_device_)?eval_.*|output_dir|resume|overwrite|display"
     r"|resume_from_checkpoint|allow|run_name|project|disable_tqdm|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|in_order"
@@ -33,26 +29,45 @@ _FREE = re.compile(
     r"|metric_for_best_model|greater_is_better|use_cpu|debug|skip_memory_metrics|local_rank|torch_empty_cache_steps"
     r"|chat_template_path|eos_token|pad_token|push"
 )
-# Entries of a model's configuration that shape no step, or that the settings and the print of the weights hold.
+# Entries of a model's configuration that shape no step, or that the settings and the weights' fingerprint cover.
 _FREE_OF_MODEL = re.compile(
     r"_.*|.*name_or_path|.*version|(torch_)?dtype|quantization_config|architectures|use_cache|(pad|bos|eos)_token_id"
     r"|output_.*|return_dict|id2label|label2id|tie_encoder_decoder|task_specific_params|problem_type|is_.*|finetuning_task"
 )
 # What PEFT adds to the names of a base that it wraps.
 _PEFT_NAMES = re.compile(r"^base_model\.model\.|\.base_layer\b|\.original_module\b")
-# Elements of a tensor that are copied at a time: a whole embedding would need a gigabyte beside the model.
+# Elements of a tensor that are copied at a time; a whole embedding would take a gigabyte.
 _CHUNK = 2**24
 
 
-def fingerprints(config: RunConfig, model: nn.Module, data_print: str) -> dict[str, Any]:
-    """What a checkpoint says about the run that wrote it."""
-    return _prints(config.as_dict(), model, data_print)
+def fingerprints(settings: Mapping[str, Any], model: Any, data_print: str | None) -> dict[str, Any]:
+    """What a checkpoint says about the run that wrote it.
+
+    Args:
+        settings: of the run; those that shape no step are left out.
+        model: the base, with or without an adapter.
+        data_print: fingerprint of the rows, if they have one.
+
+    Cost: that of `base_fingerprint`.
+    """
+    model_config = model.config.to_dict() if isinstance(getattr(model, "config", None), PreTrainedConfig) else {}
+    base, base_floats = _base_fingerprints(model)
+    prints = {
+        "settings": {key: value for key, value in settings.items() if not _FREE.fullmatch(key)},
+        "processes": process_count(),
+        "data": data_print,
+        "base": base,
+        "base_floats": base_floats,
+        "base_config": {key: value for key, value in model_config.items() if not _FREE_OF_MODEL.fullmatch(key)},
+    }
+    # As it comes back out of a manifest. The text of an object may hold its address.
+    return json.loads(json.dumps(finite(prints), default=lambda value: type(value).__name__))
 
 
 def fingerprints_of_trainer(trainer: Trainer) -> dict[str, Any]:
     """The same for a trainer that a script made: its arguments, its optimizer's options and its dropout.
 
-    Rows that are not a `datasets.Dataset` have no print.
+    Rows that are not a `datasets.Dataset` have no fingerprint.
 
     Cost: that of `base_fingerprint`, and 1 s for every 10 million tokens.
     """
@@ -65,25 +80,11 @@ def fingerprints_of_trainer(trainer: Trainer) -> dict[str, Any]:
         "lora_dropout": {name: getattr(adapter, "lora_dropout", None) for name, adapter in adapters.items()},
     }
     rows = trainer.train_dataset
-    return _prints(settings, trainer.model, _rows_fingerprint(rows) if isinstance(rows, Dataset) else None)
-
-
-def _prints(settings: Mapping[str, Any], model: Any, data_print: str | None) -> dict[str, Any]:
-    model_config = model.config.to_dict() if isinstance(getattr(model, "config", None), PreTrainedConfig) else {}
-    prints = {
-        "settings": {key: value for key, value in settings.items() if not _FREE.fullmatch(key)},
-        "processes": process_count(),
-        "data": data_print,
-        "base": base_fingerprint(model),
-        "base_floats": _float_fingerprint(model),
-        "base_config": {key: value for key, value in model_config.items() if not _FREE_OF_MODEL.fullmatch(key)},
-    }
-    # As it comes back out of a manifest. The text of an object may hold its address.
-    return json.loads(json.dumps(finite(prints), default=lambda value: type(value).__name__))
+    return fingerprints(settings, trainer.model, _rows_fingerprint(rows) if isinstance(rows, Dataset) else None)
 
 
 def _rows_fingerprint(rows: Dataset) -> str:
-    """SHA-256 over all columns, in order. Not the fingerprint of `datasets`, which is drawn for a function it cannot hash."""
+    """SHA-256 over all columns, in order. `datasets` has its own, which is random after a function that it cannot hash."""
     digest = hashlib.sha256()
     for batch in rows.with_format("arrow").iter(batch_size=1000):
         digest.update(repr(batch.to_pydict()).encode(errors="surrogatepass"))
@@ -93,57 +94,49 @@ def _rows_fingerprint(rows: Dataset) -> str:
 def base_fingerprint(model: nn.Module) -> str:
     """SHA-256 over the name, shape and bytes of every parameter of the base, and the scales of the 4-bit ones.
 
-    The adapter is left out, and so are the parts of names that PEFT adds. Floats enter in bfloat16: a base that is loaded in
-    another dtype, and whose 4-bit codes come out the same, is the same.
+    Leaves out the adapter and what PEFT adds to names. Rounds floats to bfloat16, so a base that is loaded in another dtype
+    and quantizes to the same 4-bit codes is the same.
 
     Cost: 0.4 s for the embedded model on one core, 111 MB; 3 s for each GB.
     """
-    digest = hashlib.sha256()
-    for name, parameter in _base_parameters(model):
-        digest.update(f"{_PEFT_NAMES.sub('', name)} {tuple(parameter.shape)}".encode())
+    return _base_fingerprints(model)[0]
+
+
+def _base_fingerprints(model: nn.Module) -> tuple[str, str]:
+    """`base_fingerprint`, and the SHA-256 over the floats that it rounds, to their last bit."""
+    rounded, exact = hashlib.sha256(), hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or "modules_to_save" in name:
+            continue
+        rounded.update(f"{_PEFT_NAMES.sub('', name)} {tuple(parameter.shape)}".encode())
         state: Any = getattr(parameter, "quant_state", None)
-        scales = [] if state is None else [state.absmax, *((state.offset, state.state2.absmax) if state.nested else ())]
+        rounds = parameter.is_floating_point() and state is None and parameter.dtype is not torch.bfloat16
+        if rounds:
+            exact.update(str(parameter.dtype).encode())
         for chunk in parameter.detach().reshape(-1).split(_CHUNK):
-            floats = chunk.is_floating_point() and state is None
-            digest.update(_as_bytes(chunk.to(torch.bfloat16) if floats else chunk))
-        for tensor in scales:
-            digest.update(_as_bytes(tensor))
-    return digest.hexdigest()
+            rounded.update(_as_bytes(chunk.to(torch.bfloat16) if rounds else chunk))
+            if rounds:
+                exact.update(_as_bytes(chunk))
+        if state is not None:
+            for scales in (state.absmax, *((state.offset, state.state2.absmax) if state.nested else ())):
+                rounded.update(_as_bytes(scales))
+    return rounded.hexdigest(), exact.hexdigest()
 
 
-def _float_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the unquantized floats of the base to their last bit, which `base_fingerprint` rounds.
-
-    Not part of it, because a chat may load the base in another dtype than the training did. Those in bfloat16 are whole
-    there.
-    """
-    digest = hashlib.sha256()
-    for _, parameter in _base_parameters(model):
-        if parameter.is_floating_point() and parameter.dtype is not torch.bfloat16:
-            digest.update(str(parameter.dtype).encode())
-            for chunk in parameter.detach().reshape(-1).split(_CHUNK):
-                digest.update(_as_bytes(chunk))
-    return digest.hexdigest()
-
-
-def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if ".lora_" not in name and "modules_to_save" not in name
-    ]
+def _as_bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def describe_base(model: PreTrainedModel, fingerprint: str) -> dict[str, Any]:
-    """What `run.json` says of the base, for `other_base` to compare."""
+    """What `run.json` says about the base, for `other_base` to compare."""
     return {"fingerprint": fingerprint, **_loaded_as(model)}
 
 
 def other_base(folder: Path, model: PreTrainedModel, name: str) -> str | None:
     """A line if the base is not the one that the run in the folder trained on.
 
-    None where nothing says what that was, or where the two do not compare: in floats against 4 bit, or on another kind of
-    device, whose rounding gives other codes.
+    None where no record says what that was, and where the two do not compare: floats with 4 bit, or another kind of device,
+    whose rounding gives other codes.
 
     Args:
         folder: of an adapter.
@@ -153,16 +146,11 @@ def other_base(folder: Path, model: PreTrainedModel, name: str) -> str | None:
     recorded, loaded = read_json(folder / RUN).get("model"), _loaded_as(model)
     if not isinstance(recorded, dict) or any(recorded.get(key) != loaded[key] for key in ("quantized", "device")):
         return None
-    before, now = str(recorded.get("fingerprint")), base_fingerprint(model)
+    before, now, rounding = str(recorded.get("fingerprint")), base_fingerprint(model), ""
     if before == now:
         return None
-    rounding = (
-        ""
-        if recorded.get("dtype") == loaded["dtype"]
-        else (
-            f", or a base that {loaded['dtype']} quantizes otherwise than {recorded.get('dtype')}, in which it was trained"
-        )
-    )
+    if recorded.get("dtype") != loaded["dtype"]:
+        rounding = f", or {loaded['dtype']} quantizes otherwise than {recorded.get('dtype')}, in which it was trained"
     return f"trained on another revision of {name}{rounding}: its fingerprint is {now[:12]}, that of training {before[:12]}"
 
 
@@ -170,10 +158,6 @@ def _loaded_as(model: PreTrainedModel) -> dict[str, Any]:
     quantized = any(hasattr(parameter, "quant_state") for parameter in model.parameters())
     dtype = model.get_input_embeddings().weight.dtype
     return {"quantized": quantized, "device": model.device.type, "dtype": str(dtype).removeprefix("torch.")}
-
-
-def _as_bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def check_same_run(
@@ -189,43 +173,32 @@ def check_same_run(
         checkpoint: one without a manifest, or of an older version, says less or nothing.
         now: from `fingerprints`.
         allow: names of settings, and `data`, `base` and `processes`.
-        remedy: what else to do than to restore it; {} stands for the names.
+        remedy: what to do instead of restoring it; {} stands for the names.
     """
-    before = (read_manifest(checkpoint) or {}).get("run", {})
+    before = {**now, **(read_manifest(checkpoint) or {}).get("run", {})}
     changes = {}
-    if _differs(before, now, "data"):
+    if before["data"] != now["data"]:
         changes["data"] = "not the rows that the run started with"
-    if _differs(before, now, "base") or _differs(before, now, "base_floats"):
+    old, new = before["base_config"], now["base_config"]
+    # What only one of them has, another version of transformers has added.
+    configured = _changes(old, new, old.keys() & new.keys())
+    if any(before[key] != now[key] for key in ("base", "base_floats")):
         changes["base"] = "not the base that the run started with"
-    else:
-        # What only one of them has, another version of transformers has added.
-        configured = [
-            f"{key} {new!r} instead of {old!r}" for key, old, new in _changes(before, now, "base_config", all)
-        ]
-        if configured:
-            changes["base"] = f"a base configured otherwise ({', '.join(configured)})"
-    if _differs(before, now, "processes"):
+    elif configured:
+        changes["base"] = f"a base configured otherwise ({', '.join(configured.values())})"
+    if before["processes"] != now["processes"]:
         changes["processes"] = f"{now['processes']} processes instead of {before['processes']}"
-    for key, old, new in _changes(before, now, "settings", any):
-        changes[key] = f"{key} {new!r} instead of {old!r}"
+    old, new = before["settings"], now["settings"]
+    changes |= _changes(old, new, old.keys() | new.keys())
     changes = {name: text for name, text in changes.items() if name not in allow}
     if changes:
         raise InputError(
-            f"resume must go on with what {checkpoint} was made of, got {', '.join(changes.values())}; restore that, "
+            f"resume must continue the run that wrote {checkpoint}, got {', '.join(changes.values())}; restore that, "
             f"{remedy.format(' '.join(changes))} if you mean it"
         )
 
 
-def _differs(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> bool:
-    return name in before and before[name] != now[name]
-
-
-def _changes(
-    before: Mapping[str, Any], now: Mapping[str, Any], name: str, present: Callable[[Iterable[bool]], bool]
-) -> list[tuple[str, Any, Any]]:
-    """Key, old and new value of what differs in a mapping of the prints, among the keys that `any` or `all` of both have."""
-    old, new = before.get(name), now[name]
-    if not isinstance(old, dict):
-        return []
-    keys = sorted(key for key in old.keys() | new.keys() if present((key in old, key in new)))
-    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], keys: Collection[str]) -> dict[str, str]:
+    """What to say of each of the keys whose values differ."""
+    differing = (key for key in sorted(keys) if old.get(key) != new.get(key))
+    return {key: f"{key} {new.get(key)!r} instead of {old.get(key)!r}" for key in differing}

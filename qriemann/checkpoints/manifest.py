@@ -1,37 +1,27 @@
-"""Complete checkpoints: a manifest with the size and SHA-256 of every file, written last, is what makes a folder one.
+"""Complete checkpoints: a manifest with the size and SHA-256 of every file, written last, makes a folder one.
 
-transformers' Trainer writes a checkpoint into its final folder, file by file, so a folder named checkpoint-N proves nothing.
-Here the proof is `manifest.json`: every file and its folder are flushed to disk first, then the manifest is flushed beside
-and renamed into place. That rename is the one moment in which a checkpoint comes to exist: whatever fails before it, power
-included, leaves a folder that does not count, and whatever changes a file after it no longer fits the sums. So nothing has
-to be staged in another folder, no trainer has to be subclassed, and older checkpoints are deleted only after that moment.
+transformers' Trainer writes a checkpoint into its final folder, file by file, so a folder named checkpoint-N proves
+nothing. The proof is `manifest.json`: every file and its folder are flushed to disk first, then the manifest is flushed
+under another name and renamed into place. That rename is the moment the checkpoint exists. A failure before it, a power
+cut included, leaves a folder that does not count; a change to a file after it no longer matches the sums. So no second
+folder and no subclass of the trainer is needed, and older checkpoints are deleted only after that moment.
+
+The command line imports this module before torch, which takes seconds; only `find_content_defect` needs it.
 """
 
-import hashlib
 import json
 import os
-import re
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import TrainerState
-from transformers.trainer_pt_utils import safe_globals
-
-from qriemann.adapters.finite import find_not_finite
-from qriemann.adapters.saved import finite_tensors
 from qriemann.errors import InputError
-from qriemann.folder.files import open_like_its_folder, replace_file, sync
+from qriemann.folder.files import open_like_its_folder, replace_text, sha256, sync
+from qriemann.folder.records import MANIFEST, checkpoint_folders, checkpoint_step, delete_checkpoint
 
-MANIFEST = "manifest.json"
 _FORMAT = 1
-# A manifest is some kB; what a stranger calls one is not read whole to find out.
-_LARGEST_MANIFEST_BYTES = 2**24
-_NAME = re.compile(r"checkpoint-(\d+)")
-# Without these the trainer would resume all the same, with a fresh optimizer and from step 0.
+# Without these the trainer would resume with a fresh optimizer and from step 0.
 _NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 
 
@@ -49,12 +39,12 @@ class FoundCheckpoint:
 
 
 def commit(folder: Path, step: int, run: Mapping[str, Any] | None = None) -> None:
-    """Makes the files of the folder a checkpoint.
+    """Turns the files of a folder into a checkpoint.
 
     Args:
         folder: checkpoint-N, every file written.
         step: N.
-        run: what a run that goes on from here must have in common with this one; see `fingerprints`.
+        run: what a run that resumes from here must have in common with this one; see `fingerprints`.
 
     Raises:
         OSError: the disk is full or refuses; the folder does not count then.
@@ -63,12 +53,12 @@ def commit(folder: Path, step: int, run: Mapping[str, Any] | None = None) -> Non
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         open_like_its_folder(path)
         sync(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     for inner in (path for path in folder.rglob("*") if path.is_dir()):
         sync(inner)
     serial = 1 + max((_serial(other) for other in checkpoint_folders(folder.parent)), default=0)
     content = {"format": _FORMAT, "step": step, "serial": serial, "files": files, "run": dict(run or {})}
-    replace_file(folder / MANIFEST, lambda partial: partial.write_text(json.dumps(content, indent=1), encoding="utf-8"))
+    replace_text(folder / MANIFEST, json.dumps(content, indent=1))
     sync(folder.parent)
 
 
@@ -81,70 +71,56 @@ def find_defect(folder: Path) -> str | None:
     for name, expected in files.items():
         path = folder / name
         try:
-            # A manifest from elsewhere may name anything.
+            # A downloaded manifest may name anything.
             if not path.resolve().is_relative_to(folder.resolve()):
                 return f"its manifest names {name!r}, outside of the folder"
             size = path.stat().st_size if path.is_file() else None
             if size != expected.get("bytes"):
                 return f"{name} has {'no' if size is None else size} bytes instead of {expected.get('bytes')}"
-            if _sha256(path) != expected.get("sha256"):
+            if sha256(path) != expected.get("sha256"):
                 return f"{name} is not the file that was saved: its SHA-256 differs"
         except (OSError, ValueError) as error:
             return f"{name!r} cannot be read: {getattr(error, 'strerror', None) or error}"
     missing = _missing(content)
     if missing:
-        return f"it holds no {missing[0]} (save_only_model?), without which nothing goes on exactly"
+        return f"it holds no {missing[0]} (save_only_model?), without which no run can resume exactly"
     if not any(name.endswith(".safetensors") for name in files):
         return "it holds no weights as safetensors; pickled weights are not loaded"
     return None
 
 
 def find_content_defect(folder: Path) -> str | None:
-    """Why the files of a folder cannot be gone on from, or None: for checkpoints whose manifest may be anyone's."""
-    special = _find_special_file(folder)
-    if special is not None:
-        return special
-    for path in sorted(folder.rglob("*.safetensors")):
-        try:
+    """Why no run can resume from the files of a folder, or None; its manifest may be missing or anyone's."""
+    import torch
+    from transformers import TrainerState
+    from transformers.trainer_pt_utils import safe_globals
+
+    from qriemann.base.finite import find_not_finite
+    from qriemann.adapters.saved import finite_tensors
+
+    try:
+        for path in sorted(folder.rglob("*.safetensors")):
             for _ in finite_tensors(path):
                 pass
-        except InputError as error:
-            return str(error)
+    except InputError as error:
+        return str(error)
     # What the trainer loads; training_args.bin, a pickle of classes, it only writes.
     for name in ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth"):
-        path = folder / name
+        if not (folder / name).exists():
+            continue
         try:
-            if not path.exists():
-                continue
             with safe_globals():
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            broken = find_not_finite(content)
-        # The unpickler lets through whatever a broken file makes it stumble over.
+                broken = find_not_finite(torch.load(folder / name, map_location="cpu", weights_only=True))
+        # A damaged file makes the unpickler raise almost anything.
         except Exception as error:
             return f"{name} cannot be loaded with weights_only=True: {type(error).__name__}"
         if broken is not None:
             return f"{name} holds numbers that are not finite in {broken}"
     try:
-        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
     except (OSError, ValueError, TypeError, RecursionError) as error:
         return f"trainer_state.json cannot be read: {type(error).__name__}"
-    well_formed = (
-        type(state.global_step) is int
-        and state.global_step >= 0
-        and isinstance(state.log_history, list)
-        and all(isinstance(record, dict) for record in state.log_history)
-        and isinstance(state.stateful_callbacks, dict)
-        and isinstance(state.best_model_checkpoint, str | None)
-    )
-    return None if well_formed else "trainer_state.json is not what a trainer writes"
-
-
-def _find_special_file(folder: Path) -> str | None:
-    """A line about a pipe or device in the folder, which would block whoever reads it, or None."""
-    for path in folder.rglob("*"):
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            return f"{path.name} is no regular file"
-    return None
+    return None if type(step) is int and step >= 0 else f"trainer_state.json has the step {step!r}"
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> FoundCheckpoint:
@@ -153,22 +129,22 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> FoundCheckpoint:
     Reads the bytes of one checkpoint twice, or of more if the first does not verify.
     """
     folders = checkpoint_folders(Path(folder))
-    committed = sorted((f for f in folders if _serial(f) > 0), key=_serial, reverse=True)
+    committed = _by_completion(folders)
     found = FoundCheckpoint(None)
-    for candidate in committed:
+    for candidate in reversed(committed):
         defect = find_defect(candidate) or find_content_defect(candidate)
         if defect is None:
             found.path = candidate
             break
         found.passed_over.append(f"{candidate.name}: {defect}")
-    step = -1 if found.path is None else _step(found.path)
-    for unfinished in (f for f in folders if f not in committed and _step(f) > step):
+    step = -1 if found.path is None else checkpoint_step(found.path)
+    for unfinished in (path for path in folders if path not in committed and checkpoint_step(path) > step):
         found.passed_over.append(f"{unfinished.name}: {find_defect(unfinished)}")
     return found
 
 
 def whole_checkpoint(folder: str | os.PathLike[str], *, asked: str, remedy: str) -> FoundCheckpoint:
-    """As `newest_checkpoint`, for who cannot go on without one.
+    """As `newest_checkpoint`, for callers that cannot continue without one.
 
     Args:
         folder: of the run.
@@ -187,8 +163,16 @@ def whole_checkpoint(folder: str | os.PathLike[str], *, asked: str, remedy: str)
     return found
 
 
+def last_complete(folder: str | os.PathLike[str]) -> str:
+    """Names the newest checkpoint that verifies, for messages."""
+    last = newest_checkpoint(folder).path
+    return f"{folder} holds no complete checkpoint" if last is None else f"the last complete checkpoint is {last}"
+
+
 def rotate(folder: Path, keep: int, *, spare: Collection[Path] = ()) -> list[str]:
-    """Deletes all checkpoints but the `keep` completed last and the last to go on from, and unfinished ones before them.
+    """Deletes old checkpoints, and unfinished ones older than the newest.
+
+    Keeps the `keep` completed last and the last that a run can resume from.
 
     Args:
         folder: of the run; a checkpoint was just completed in it.
@@ -199,14 +183,14 @@ def rotate(folder: Path, keep: int, *, spare: Collection[Path] = ()) -> list[str
         One line for each folder that could not be deleted.
     """
     folders = checkpoint_folders(folder)
-    committed = sorted((path for path in folders if _serial(path) > 0), key=_serial)
+    committed = _by_completion(folders)
     # With save_only_model, the last ones are not among them.
     resumable = [path for path in committed if not _missing(read_manifest(path))]
-    last = _step(committed[-1])
+    last = checkpoint_step(committed[-1])
     kept = {path.resolve() for path in (*committed[-keep:], *resumable[-1:], *spare)}
     problems = []
     for path in folders:
-        if path.resolve() in kept or (_serial(path) == 0 and _step(path) > last):
+        if path.resolve() in kept or (path not in committed and checkpoint_step(path) > last):
             continue
         try:
             delete_checkpoint(path)
@@ -215,23 +199,10 @@ def rotate(folder: Path, keep: int, *, spare: Collection[Path] = ()) -> list[str
     return problems
 
 
-def delete_checkpoint(folder: Path) -> None:
-    """Deletes the folder; of a link to one, kept elsewhere, only the link."""
-    if folder.is_symlink():
-        folder.unlink()
-        return
-    # First, so that a deletion that breaks off leaves nothing that counts.
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder)
-
-
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint; None where there is none that can be read."""
-    path = folder / MANIFEST
     try:
-        if not path.is_file() or path.stat().st_size > _LARGEST_MANIFEST_BYTES:
-            return None
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -242,28 +213,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _missing(manifest: Mapping[str, Any] | None) -> list[str]:
-    """The files without which nothing goes on that a manifest does not list."""
+    """The files that resuming needs and the manifest does not list."""
     return [name for name in _NEEDED if name not in (manifest or {}).get("files", {})]
 
 
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoint-N folders, whether complete or not, by step."""
-    if not folder.is_dir():
-        return []
-    return sorted((path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)), key=_step)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
+def _by_completion(folders: list[Path]) -> list[Path]:
+    """Those with a manifest, the one completed last at the end."""
+    return sorted((path for path in folders if _serial(path) > 0), key=_serial)
 
 
 def _serial(folder: Path) -> int:
-    """The place of a checkpoint in the order of completion; 0 for a folder without a manifest."""
-    # Not the step, because a run may go on from an older checkpoint, and not the clock, because clocks are set back.
+    """The checkpoint's place in the order of completion; 0 for a folder without a manifest."""
+    # Not the step, because a run may resume from an older checkpoint, and not the clock, because clocks are set back.
     content = read_manifest(folder)
     return 0 if content is None else content["serial"]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

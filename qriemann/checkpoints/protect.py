@@ -1,4 +1,4 @@
-"""One call that makes a stock trainer safe to interrupt: `qriemann.protect(trainer)`.
+"""Makes a stock trainer safe to interrupt with one call: `qriemann.protect(trainer)`.
 
 trainer = SFTTrainer(...)
 qriemann.protect(trainer)
@@ -35,23 +35,23 @@ def protect(
 ) -> StepGuard:
     """Adds complete checkpoints, exact resume and skipping of non-finite steps to a trainer of transformers or TRL.
 
-    Call it once, before `train`. It switches logging_nan_inf_filter off, takes over save_total_limit, and lets
-    `train(resume_from_checkpoint=True)` take the newest checkpoint that verifies, not the one of the highest number.
+    Call it once, before `train`. It switches logging_nan_inf_filter off, takes over save_total_limit, and makes
+    `train(resume_from_checkpoint=True)` resume from the newest checkpoint that verifies instead of the highest number.
 
     Args:
         trainer: of transformers or TRL, before it trains.
         max_skipped_steps: more steps in a row without finite loss and gradient stop the run.
-        run: what every checkpoint's manifest says about this run, if the caller compares it; by default arguments, rows,
-            base and number of processes, which a run that resumes is refused to change.
+        run: what every checkpoint's manifest says about this run, if the caller compares it. By default arguments, rows,
+            base and number of processes, and a run that resumes must not change them.
         allow: names of what may change all the same, as the refusal names them: "max_steps", "data", "base".
-        on_event: called when a step is skipped or far outside the recent band; logs a warning by default.
+        on_event: called when a step is skipped or is a spike; logs a warning by default.
         note: takes lines for the reader; logs a warning by default.
 
     Returns:
         The guard, which counts those steps.
 
     Raises:
-        InputError: ignore_data_skip is set, with which a resumed run would see other rows.
+        InputError: ignore_data_skip is set; a resumed run would see other rows.
     """
     if trainer.args.ignore_data_skip:
         raise InputError(
@@ -61,21 +61,21 @@ def protect(
     accept_offset_checkpoints(trainer.model)
     guard = StepGuard(trainer, max_skipped_steps=max_skipped_steps, report=on_event)
     trainer.add_callback(guard)
-    tell = note or (lambda line: logger.warning("%s", line))
-    checkpoints = CompleteCheckpoints(tell, run)
+    note = note or (lambda line: logger.warning("%s", line))
+    checkpoints = CompleteCheckpoints(note, run)
     trainer.add_callback(checkpoints)
-    trainer.train = _resuming_from_a_whole_one(trainer, checkpoints, allow, tell)  # type: ignore[method-assign]
+    trainer.train = _verified_train(trainer, checkpoints, allow, note)  # type: ignore[method-assign]
     return guard
 
 
-def _resuming_from_a_whole_one(
+def _verified_train(
     trainer: Trainer, checkpoints: CompleteCheckpoints, allow: Collection[str], note: Callable[[str], None]
 ) -> Callable[..., Any]:
-    """The trainer's `train`, whose own choice would be whatever a save that broke off has left."""
+    """The trainer's `train`, resuming only from what verifies; the trainer would take an interrupted save, too."""
     train, compares = trainer.train, checkpoints.run is None
 
     @functools.wraps(train)
-    def train_from_a_whole_one(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def verified_train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
             found = whole_checkpoint(
                 str(trainer.args.output_dir),
@@ -100,13 +100,14 @@ def _resuming_from_a_whole_one(
         checkpoints.begun = False
         try:
             return train(resume_from_checkpoint, *args, **kwargs)
+        except (InputError, torch.OutOfMemoryError):
+            raise
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            mended = isinstance(error, InputError | torch.OutOfMemoryError)
-            if mended or checkpoints.begun or not resume_from_checkpoint:
+            if checkpoints.begun or not resume_from_checkpoint:
                 raise
             raise InputError(
                 f"resume must be a checkpoint that fits this model and method, got {resume_from_checkpoint}: {error}; "
                 "name another"
             ) from error
 
-    return train_from_a_whole_one
+    return verified_train

@@ -1,4 +1,4 @@
-"""What happens when the trainer saves: the checkpoint is completed and older ones go, or the run stops with the reason."""
+"""Saving: completes what the trainer writes and deletes older checkpoints, or stops the run with the reason."""
 
 import os
 import shutil
@@ -12,31 +12,29 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qriemann.adapters.finite import find_not_finite
-from qriemann.checkpoints.manifest import commit, newest_checkpoint, rotate
+from qriemann.base.finite import find_not_finite
+from qriemann.checkpoints.manifest import commit, last_complete, rotate
 from qriemann.distributed import wait_for_all
 from qriemann.errors import InputError
 from qriemann.folder.files import open_like_its_folder, sync
 from qriemann.geometry.parameter import fixed_rank_parameters, orthonormality_drift
 
-# What torch's optimizers keep in the shape of a parameter.
-_ELEMENTWISE = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 # A step keeps max |U^T U - I| below 1e-5; beyond this U S V^T is no longer the point that the optimizer believes in.
 DRIFT_LIMIT = 1e-3
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Completes what the trainer saves, and takes over the deletion of older checkpoints.
+    """Completes what the trainer saves, and deletes older checkpoints in its place.
 
-    A point that left the manifold, or a trained tensor or optimizer state that is not finite, stops the run: its checkpoint
-    is not completed, and nothing repairs it.
+    A point that left the manifold, or a trained tensor or optimizer state that is not finite, stops the run before its
+    checkpoint is complete.
 
     Args:
-        report: takes one line about what could not be done and did not stop the run.
+        report: takes one line about a failure that did not stop the run.
         run: see `commit`.
 
     Attributes:
-        begun: whether the trainer has loaded all that it resumes from.
+        begun: whether the trainer has loaded everything that it resumes from.
     """
 
     def __init__(self, report: Callable[[str], None], run: Mapping[str, Any] | None = None) -> None:
@@ -44,10 +42,8 @@ class CompleteCheckpoints(TrainerCallback):
         self._keep: int | None = None
         self._completed_step: int | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # The trainer deletes older checkpoints before anyone can know whether the new one is whole.
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # The trainer deletes older checkpoints before the new one is known to be whole.
         if args.save_total_limit:
             self._keep, args.save_total_limit = args.save_total_limit, None
         if state.global_step > state.max_steps:
@@ -55,14 +51,10 @@ class CompleteCheckpoints(TrainerCallback):
                 f"resume must find a checkpoint within the run's {state.max_steps} steps, got one of step "
                 f"{state.global_step}; raise max_steps or num_train_epochs, or name an older one"
             )
-        for entry in kwargs["optimizer"].state.items():
-            _check_shapes(*entry)
         self.begun = True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # The same step once more would be written over the complete checkpoint of this step.
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # Saving this step again would overwrite its complete checkpoint.
         if control.should_save and self._completed_step == state.global_step:
             control.should_save = False
 
@@ -71,11 +63,11 @@ class CompleteCheckpoints(TrainerCallback):
         if defect is not None:
             raise InputError(
                 f"what is saved must be finite, and factors orthonormal, got {defect} at step {state.global_step}; "
-                f"{_go_on_from(Path(args.output_dir))}"
+                f"{last_complete(str(args.output_dir))}"
             )
         # Each process writes the state of its own generators into the folder.
         wait_for_all()
-        # In every process: one that did not know would save a second time, and wait for the others.
+        # In every process: one without it would save a second time, and wait for the others.
         self._completed_step = state.global_step
         if not args.should_save:
             return
@@ -90,68 +82,48 @@ class CompleteCheckpoints(TrainerCallback):
                 self._report(problem)
 
 
-def _check_shapes(parameter: Tensor, entry: Mapping[str, Any]) -> None:
-    """Raises InputError if loaded state does not fit the parameter, which torch's optimizers do not look at."""
-    for key in _ELEMENTWISE & entry.keys():
-        found = tuple(entry[key].shape) if isinstance(entry[key], Tensor) else type(entry[key]).__name__
-        if found != tuple(parameter.shape):
-            raise InputError(
-                f"the optimizer's state must fit the model, got {key} of {found} for a tensor of {tuple(parameter.shape)}; "
-                "resume from the checkpoint of a run of this model"
-            )
-
-
 def is_failed_save(error: BaseException) -> bool:
-    """Whether the exception came out of the trainer's writing of a checkpoint or of an adapter."""
+    """Whether the exception was raised while the trainer wrote a checkpoint or an adapter."""
     saving = ("_save_checkpoint", "save_model")
     inside = any(frame.f_code.co_name in saving for frame, _ in traceback.walk_tb(error.__traceback__))
-    # torch and safetensors write by themselves, and raise these.
+    # torch and safetensors report a full disk by their own exceptions.
     return inside and isinstance(error, OSError | RuntimeError | SafetensorError)
 
 
 def save_failed(folder: Path, error: BaseException) -> InputError:
-    """What to tell when a checkpoint could not be written."""
+    """The error for a checkpoint that could not be written."""
     reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
     return InputError(
-        f"output_dir must have room for a checkpoint and be writable, got: {reason}; mend that, then {_go_on_from(folder)}"
+        f"output_dir must have room for a checkpoint and be writable, got: {reason}; {last_complete(folder)}: "
+        "mend that, then add --resume"
     )
 
 
-def _go_on_from(folder: Path) -> str:
-    last = newest_checkpoint(folder).path
-    if last is None:
-        return f"begin anew: {folder} holds no complete checkpoint"
-    return f"--resume goes on from the last complete checkpoint, {last}"
-
-
 def find_numeric_defect(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> str | None:
-    """What must not be saved as trained, or None: numbers that are not finite, factors that are not orthonormal.
+    """Names numbers that are not finite or factors that are not orthonormal, which must not be saved; None without any.
 
     Args:
-        model: whose trainable tensors and points are looked at.
-        optimizer: whose state is, too.
+        model: its trainable tensors and points are checked.
+        optimizer: so is its state.
 
-    Cost: one pass over these tensors and one host synchronization for each.
+    Cost: one pass over these tensors, and one host synchronization for each.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     points = fixed_rank_parameters(model.parameters())
-    names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
-    content: dict[str, Any] = {
-        **trained,
-        **{f"the core of {point.name}": point.s for point in points},
-        **{f"the offset of {point.name}": list(point.offset) for point in points if point.offset is not None},
-    }
+    content: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in content.items()}
+    for point in points:
+        content |= {f"the core of {point.name}": point.s, f"the offset of {point.name}": point.offset}
     for parameter, entry in ({} if optimizer is None else optimizer.state).items():
         content[f"the optimizer's state of {names.get(parameter, 'a tensor')}"] = entry
     broken = find_not_finite(content)
     if broken is not None:
         return f"numbers that are not finite in {broken}"
-    drift = orthonormality_drift(points)
+    drift = orthonormality_drift(points).item()
     return None if drift <= DRIFT_LIMIT else f"max |U^T U - I| = {drift:.1e}"
 
 
 def save_adapter(trainer: Trainer, folder: Path) -> None:
-    """Saves the trained adapter into the folder; each file is replaced in one move, so none is ever half of one."""
+    """Saves the trained adapter into the folder; replaces each file in one move, so none is ever half written."""
     if not trainer.args.should_save:
         return
     partial = folder / ".adapter.partial"

@@ -1,8 +1,8 @@
-"""What a step sees is a function of the seed and the step: its random numbers, and the rows of its batches.
+"""Makes what a step sees a function of seed and step: its random numbers, and the rows of its batches.
 
-The trainer restores the state of the generators when it resumes. That is exact only while nothing else draws from them in
-between: an evaluation at the end of an epoch, a sampler whose permutation depends on the state at the epoch's start, a
-callback. Seeded anew at every step, a step draws the same numbers in every process that reaches it.
+The trainer restores the generators' state when it resumes. That is exact only while nothing else draws from them: an
+evaluation at the end of an epoch, a callback, a sampler whose permutation depends on the state at the epoch's start.
+Seeded anew at every step, a step draws the same numbers in every process that reaches it.
 """
 
 import copy
@@ -24,19 +24,24 @@ def seed_generators(seed: int, step: int, process: int = 0) -> None:
     _seed_all(_derived(seed, "step", step, process))
 
 
-def pin_batches(dataloader: DataLoader, seed: int, epoch: int, step: int, accumulation: int, process: int = 0) -> None:
-    """Makes what a collator draws a function of seed, epoch and batch; to be called before the epoch is iterated.
+def pin_order(dataloader: DataLoader, seed: int, epoch: int) -> None:
+    """Makes the order of an epoch's rows a function of seed and epoch; call it before the epoch is iterated."""
+    _pin(_sampler(dataloader), seed, epoch)
 
-    A batch is put together before the step that it is for begins, the first of the next step even before this one ends.
+
+def pin_batches(dataloader: DataLoader, seed: int, epoch: int, step: int, accumulation: int, process: int = 0) -> None:
+    """Makes what a collator draws a function of seed, epoch and batch; call it before the epoch is iterated.
+
+    The loader collates each batch ahead of its step, so the next step's first batch exists before this step ends.
 
     Args:
-        dataloader: of the training. Workers that outlive an epoch (persistent_workers) do not hear of the next one.
+        dataloader: of the training. Workers that outlive an epoch (persistent_workers) miss the next one's seed.
         seed, epoch: as for `pin_order`.
         step: optimizer steps before the first that this iteration is for.
-        accumulation: batches a step.
+        accumulation: batches per step.
         process: this one's number.
     """
-    # A stream that is gone on with is put together from its beginning once more.
+    # A resumed stream is collated from its beginning once more.
     batches = 0 if _sampler(dataloader) is None else len(dataloader)
     first = step % math.ceil(batches / accumulation) * accumulation if batches else 0
     # accelerate iterates over the loader that it wraps.
@@ -45,24 +50,14 @@ def pin_batches(dataloader: DataLoader, seed: int, epoch: int, step: int, accumu
     inner.collate_fn = _SeededCollator(collate, (seed, "batch", epoch, process), first)
 
 
-def pin_order(dataloader: DataLoader, seed: int, epoch: int) -> None:
-    """Makes the order of an epoch's rows a function of seed and epoch; to be called before the epoch is iterated."""
-    sampler = _sampler(dataloader)
-    if isinstance(sampler, SeedableRandomSampler):
-        # accelerate takes whatever torch was seeded with last, which is the trainer's seed in a process that only trains.
-        sampler.initial_seed = seed
-    elif hasattr(sampler, "generator"):
-        sampler.generator = torch.Generator().manual_seed(_derived(seed, "epoch", epoch))
-
-
 def rows_of_step(dataloader: DataLoader, seed: int, step: int, accumulation: int) -> list[int]:
-    """The indices of the training rows whose gradients an optimizer step sums; empty where the dataset has none.
+    """The indices of the training rows whose gradients an optimizer step sums; empty for a stream.
 
     Args:
         dataloader: of the training.
         seed: as for `pin_order`.
         step: optimizer steps before this one.
-        accumulation: batches a step.
+        accumulation: batches per step.
     """
     if _sampler(dataloader) is None:
         return []
@@ -72,17 +67,13 @@ def rows_of_step(dataloader: DataLoader, seed: int, step: int, accumulation: int
     epoch, first = step // steps, step % steps * batches
     # Copies, because the iteration in progress must not notice.
     batch_sampler = copy.copy(_whole_batch_sampler(dataloader))
-    sampler = batch_sampler.sampler = copy.copy(_sampler(dataloader))
-    if isinstance(sampler, SeedableRandomSampler):
-        sampler.generator = None
-        sampler.set_epoch(epoch)
-    elif hasattr(sampler, "generator"):
-        sampler.generator = torch.Generator().manual_seed(_derived(seed, "epoch", epoch))
+    batch_sampler.sampler = copy.copy(_sampler(dataloader))
+    _pin(batch_sampler.sampler, seed, epoch)
     return [row for batch in islice(batch_sampler, first, first + batches) for row in batch]
 
 
 class _SeededCollator:
-    """A collator before whose every batch the generators are seeded, wherever it runs."""
+    """Seeds the generators before each batch, in every worker."""
 
     def __init__(self, collate: Callable[[list[Any]], Any], seed: tuple[object, ...], first: int) -> None:
         self.collate, self._seed, self._first = collate, seed, first
@@ -90,7 +81,7 @@ class _SeededCollator:
 
     def __call__(self, rows: list[Any]) -> Any:
         worker = get_worker_info()
-        # Worker w of W puts together batches w, w + W, ...
+        # Worker w of W collates batches w, w + W, ...
         place = self._made if worker is None else self._made * worker.num_workers + worker.id
         _seed_all(_derived(*self._seed, self._first + place))
         self._made += 1
@@ -108,6 +99,15 @@ def _whole_batch_sampler(dataloader: DataLoader) -> Any:
     return batch_sampler.batch_sampler if isinstance(batch_sampler, BatchSamplerShard) else batch_sampler
 
 
+def _pin(sampler: Any, seed: int, epoch: int) -> None:
+    if isinstance(sampler, SeedableRandomSampler):
+        # accelerate seeds it with whatever torch was seeded with last. Without a generator, it makes its own.
+        sampler.initial_seed, sampler.generator = seed, None
+        sampler.set_epoch(epoch)
+    elif hasattr(sampler, "generator"):
+        sampler.generator = torch.Generator().manual_seed(_derived(seed, "epoch", epoch))
+
+
 def _seed_all(value: int) -> None:
     random.seed(value)
     np.random.seed(value % 2**32)
@@ -115,5 +115,4 @@ def _seed_all(value: int) -> None:
 
 
 def _derived(*parts: object) -> int:
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:7])
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])

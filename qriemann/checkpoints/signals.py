@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM: once, the step is finished and saved; twice, the run stops where it is."""
+"""Ctrl-C and SIGTERM: the first finishes and saves the step, the second stops the run at once."""
 
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -26,12 +26,12 @@ class StoppedBySignal(KeyboardInterrupt):
 
 
 class GracefulStop(TrainerCallback):
-    """Turns the first SIGINT or SIGTERM inside of `with` into a save at the end of the step and the end of training.
+    """Within `with`, the first SIGINT or SIGTERM saves at the end of the step and ends the training.
 
-    Outside of the main thread, where Python allows no handlers, it leaves signals as they are.
+    Outside of the main thread, where Python allows no handlers, signals keep their meaning.
 
     Attributes:
-        saved: a checkpoint was asked for because of a signal.
+        saved: whether a signal made the run save a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -46,35 +46,31 @@ class GracefulStop(TrainerCallback):
             self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def stop_at_once(self) -> None:
-        """Raises StoppedBySignal if a signal came, and at the first from here on; to be called when all is saved."""
+        """Raises StoppedBySignal if a signal came, and from now on at the first; call it when everything is saved."""
         self._at_once = True
         number = largest_over_processes(self._received or 0)
         if number:
             raise StoppedBySignal(number)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # A signal reaches the processes of a run at different steps; all have to stop after the same one.
         if largest_over_processes(self._received or 0):
             self.saved = control.should_save = control.should_training_stop = True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # The trainer comes here when the training stops, too: after an evaluation in which the signal came, or which, with
-        # save_strategy best, took the save back. Another evaluation would do the same.
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # The trainer also calls this when the training stops: after an evaluation during which the signal came, or which
+        # cancelled the save (save_strategy best). Another evaluation would do the same.
         if largest_over_processes(self._received or 0):
             self.saved = control.should_training_stop = True
             control.should_save = self._last_saved != state.global_step
             control.should_evaluate = False
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._last_saved = state.global_step
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

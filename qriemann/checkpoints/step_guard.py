@@ -1,48 +1,46 @@
-"""A step whose loss or gradient is not finite leaves no trace, and one far outside the recent band is told of.
+"""Skips steps with a non-finite loss or gradient, reports spikes, and stops when factors have left the manifold.
 
-Skipped as if its batches had not been in the data: parameters and optimizer state stay to the bit, the schedule does not
-advance, the next step draws the random numbers this one would have drawn, and the reported means leave it out. It only counts
-as one of the run's steps, so that a run ends. The unit is the optimizer step: of several accumulated batches, all go.
+A skipped step leaves no trace, as if its batches had not been in the data: parameters and optimizer state keep every
+bit, the schedule does not advance, the next step draws the random numbers that this one would have drawn, and the
+reported means leave it out. It only counts as one of the run's steps, so that a run ends. All accumulated batches of an
+optimizer step go together.
 
-Factors that left the manifold stop the run before the step, which would bring them back without a word.
+Factors off the manifold stop the run before the step, which would silently bring them back.
 """
 
 import copy
 import logging
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qriemann.checkpoints.manifest import newest_checkpoint
+from qriemann.checkpoints.manifest import last_complete
 from qriemann.checkpoints.saving import DRIFT_LIMIT
 from qriemann.checkpoints.seeding import pin_batches, pin_order, rows_of_step, seed_generators
 from qriemann.distributed import process_count, sum_over_processes
 from qriemann.errors import InputError
-from qriemann.geometry.parameter import fixed_rank_parameters
-from qriemann.ops.apply import orthonormality_error
-from qriemann.optim.batch import full_float32
+from qriemann.geometry.parameter import fixed_rank_parameters, orthonormality_drift
 
 logger = logging.getLogger(__name__)
 
-# The recent band: so many steps, and at least so many before anything is called unusual.
+# The recent band: its length in steps, and the least number of steps before anything is called a spike.
 _WINDOW, _WARM_UP = 100, 20
-# Distance from the median in standard deviations (of a normal distribution with the same median absolute deviation), and the
-# least deviation as a share of the median, so that a flat curve's every ripple is not one.
+# A spike's distance from the median in standard deviations (of a normal distribution with the same median absolute
+# deviation), and the least deviation as a share of the median, so that not every ripple of a flat curve is a spike.
 _FAR, _LEAST_SPREAD = 8.0, 0.05
-# Under this key the state of a trainer's checkpoints holds this callback's.
+# The trainer's checkpoints keep this callback's state under this key.
 _KEY = "qriemann_guard"
 
 
 @dataclass(frozen=True)
 class StepEvent:
-    """An optimizer step that was skipped, or applied and far outside the recent band.
+    """An optimizer step that was skipped, or taken though far outside the recent band.
 
     Attributes:
         kind: "skipped" or "spike".
@@ -64,22 +62,19 @@ class StepEvent:
 
     def as_record(self) -> dict[str, Any]:
         """For `metrics.jsonl`."""
-        return {
-            "step": self.step,
-            self.kind: {"loss": self.loss, "grad_norm": self.grad_norm, "rows": self.rows},
-        }
+        return {"step": self.step, self.kind: {"loss": self.loss, "grad_norm": self.grad_norm, "rows": self.rows}}
 
 
 @dataclass
 class _Progress:
-    """What a resumed run has to know of the steps before."""
+    """What a resumed run must know about the steps before."""
 
     skipped: int = 0
     skipped_in_a_row: int = 0
     spikes: int = 0
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
-    # Of the means that the next log event reports.
+    # For the means that the next log event reports.
     loss_sum: float = 0.0
     last_logged: int = 0
     metrics: dict[str, list[float]] = field(default_factory=dict)
@@ -90,8 +85,8 @@ class StepGuard(TrainerCallback):
     """Watches every optimizer step of a trainer. Costs one host synchronization a step.
 
     Args:
-        trainer: whose steps; its `accelerator.clip_grad_norm_` is wrapped, because the norm before clipping is seen nowhere
-            else, and its option logging_nan_inf_filter is switched off, because it would hide what is looked for.
+        trainer: its `accelerator.clip_grad_norm_` is wrapped, the only place that sees the norm before clipping, and its
+            option logging_nan_inf_filter is switched off, which would hide the losses in question.
         max_skipped_steps: more skipped steps in a row stop the run.
         report: called at every event; the default logs a warning.
     """
@@ -117,7 +112,7 @@ class StepGuard(TrainerCallback):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped since the beginning of the run, those before a resume included."""
+        """Steps skipped since the beginning of the run, including those before a resume."""
         return self._progress.skipped
 
     @property
@@ -125,11 +120,9 @@ class StepGuard(TrainerCallback):
         """Steps far outside the recent band, likewise."""
         return self._progress.spikes
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._progress = progress = _read_progress(state.stateful_callbacks.get(_KEY, {}))
-        # The mean of no step; the first step that is taken puts a number here.
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._progress = progress = _Progress(**state.stateful_callbacks.get(_KEY, {}))
+        # The mean over no step; the first step that is taken puts a number here.
         self._trainer._total_loss_scalar = math.nan
         if state.global_step:
             self._trainer._tr_loss.fill_(progress.loss_sum)
@@ -137,7 +130,7 @@ class StepGuard(TrainerCallback):
             self._train_metrics().update(copy.deepcopy(progress.metrics))
             if hasattr(self._trainer, "_total_train_tokens"):
                 self._trainer._total_train_tokens = progress.tokens
-        # The trainer's last mean is over the steps of this process.
+        # The trainer's last mean is over the steps since the resume.
         self._loss_resumed = progress.loss_sum
 
     def on_epoch_begin(
@@ -147,9 +140,7 @@ class StepGuard(TrainerCallback):
         pin_order(dataloader, seed, epoch)
         pin_batches(dataloader, seed, epoch, state.global_step, args.gradient_accumulation_steps, args.process_index)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         seed_generators(args.seed, state.global_step - self._progress.skipped, args.process_index)
         self._loss_before = self._trainer._tr_loss.clone()
         self._metric_lengths = {name: len(values) for name, values in self._train_metrics().items()}
@@ -162,15 +153,16 @@ class StepGuard(TrainerCallback):
             self._undo_step(kwargs["optimizer"], kwargs["lr_scheduler"])
             return
         total = self._trainer._tr_loss
-        measured = (total - self._loss_before, torch.as_tensor(self._grad_norm), total, _drift(kwargs["model"]))
+        drift = orthonormality_drift(fixed_rank_parameters(kwargs["model"].parameters()))
+        measured = (total - self._loss_before, torch.as_tensor(self._grad_norm), total, drift)
         seen = torch.stack([value.to(total) for value in measured])
-        # One process must not skip a step that the others take. The gradient's norm is the same in all of them.
-        loss, grad_norm, loss_sum, drift = (sum_over_processes(seen) / process_count()).tolist()
-        progress, step = self._progress, state.global_step + 1
-        if not drift <= DRIFT_LIMIT:
+        # No process may skip a step that the others take. The gradient's norm is the same in all of them.
+        loss, grad_norm, loss_sum, worst = (sum_over_processes(seen) / process_count()).tolist()
+        progress = self._progress
+        if not worst <= DRIFT_LIMIT:
             raise InputError(
-                f"the factors must stay orthonormal, got max |U^T U - I| = {drift:.1e} before step {step}; "
-                f"{_last_complete(args)}: no step leaves them so, find what else writes to them"
+                f"the factors must stay orthonormal, got max |U^T U - I| = {worst:.1e} before step {state.global_step + 1}; "
+                f"{last_complete(str(args.output_dir))}: no step leaves them so, find what else writes to them"
             )
         if math.isfinite(loss) and math.isfinite(grad_norm):
             if math.isnan(self._trainer._total_loss_scalar):
@@ -178,7 +170,7 @@ class StepGuard(TrainerCallback):
             progress.skipped_in_a_row, progress.loss_sum = 0, loss_sum
             if _is_spike(progress.losses, loss) or _is_spike(progress.norms, grad_norm):
                 progress.spikes += 1
-                self._report(StepEvent("spike", step, loss, grad_norm, self._rows(args, state, **kwargs)))
+                self._tell("spike", loss, grad_norm, kwargs["train_dataloader"])
             progress.losses = [*progress.losses, loss][-_WINDOW:]
             progress.norms = [*progress.norms, grad_norm][-_WINDOW:]
             return
@@ -188,7 +180,7 @@ class StepGuard(TrainerCallback):
         # The trainer divides sums of losses by the steps since these numbers.
         self._trainer._globalstep_last_logged += 1
         self._trainer._initial_global_step += 1
-        self._report(StepEvent("skipped", step, loss, grad_norm, self._rows(args, state, **kwargs)))
+        self._tell("skipped", loss, grad_norm, kwargs["train_dataloader"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._schedule is not None:
@@ -201,18 +193,14 @@ class StepGuard(TrainerCallback):
         if self._progress.skipped_in_a_row > self._max_skipped:
             raise InputError(
                 f"loss and gradient must be finite, got {self._progress.skipped_in_a_row} steps in a row up to step "
-                f"{state.global_step} where they were not; {_last_complete(args)}: lower the learning rate, look at the rows "
-                "named above, or raise max_skipped_steps"
+                f"{state.global_step} where they were not; {last_complete(str(args.output_dir))}: lower the learning rate, "
+                "look at the rows named above, or raise max_skipped_steps"
             )
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._remember(state, control)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if 0 < state.global_step <= self._progress.skipped:
             raise InputError(
                 f"loss and gradient must be finite in one step at least, got {state.global_step} steps, all skipped, so "
@@ -220,12 +208,14 @@ class StepGuard(TrainerCallback):
             )
 
     def _remember(self, state: TrainerState, control: TrainerControl) -> None:
-        """Puts into the trainer's state what a resumed run goes on from."""
+        """Puts into the trainer's state what a resumed run needs."""
         progress, trainer = self._progress, self._trainer
         progress.last_logged = trainer._globalstep_last_logged
         progress.tokens = getattr(trainer, "_total_train_tokens", 0)
-        progress.metrics = {name: values for name, values in self._train_metrics().items() if _are_numbers(values)}
-        # The trainer is about to report them, and to begin anew.
+        # A script's trainer may keep tensors there, which no JSON holds.
+        numbers = {n: v for n, v in self._train_metrics().items() if all(isinstance(x, int | float) for x in v)}
+        progress.metrics = numbers
+        # The trainer is about to report them and to start over.
         if control.should_log and state.global_step > progress.last_logged:
             progress.loss_sum, progress.last_logged, progress.metrics = 0.0, state.global_step, {}
         state.stateful_callbacks[_KEY] = copy.deepcopy(vars(progress))
@@ -236,7 +226,7 @@ class StepGuard(TrainerCallback):
         optimizer.zero_grad(set_to_none=True)
         self._schedule = copy.deepcopy(lr_scheduler.state_dict()), [float(g["lr"]) for g in optimizer.param_groups]
         self._trainer._tr_loss.copy_(self._loss_before)
-        # What the trainer logs is the norm of the last step that was taken.
+        # The trainer logs the norm of the last step that was taken.
         if isinstance(self._grad_norm, Tensor) and self._progress.norms:
             self._grad_norm.fill_(self._progress.norms[-1])
         metrics = self._train_metrics()
@@ -247,52 +237,17 @@ class StepGuard(TrainerCallback):
                 del metrics[name]
 
     def _train_metrics(self) -> dict[str, list[float]]:
-        """What a TRL trainer averages beside the loss; empty for other trainers."""
+        """What a TRL trainer averages besides the loss; empty for other trainers."""
         return getattr(self._trainer, "_metrics", {}).get("train", {})
 
-    def _rows(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> list[int]:
-        dataloader = kwargs["train_dataloader"]
-        return rows_of_step(dataloader, _order_seed(args), state.global_step, args.gradient_accumulation_steps)
+    def _tell(self, kind: str, loss: float, grad_norm: float, loader: Any) -> None:
+        args, step = self._trainer.args, self._trainer.state.global_step
+        rows = rows_of_step(loader, _order_seed(args), step, args.gradient_accumulation_steps)
+        self._report(StepEvent(kind, step + 1, loss, grad_norm, rows))
 
 
 def _order_seed(args: TrainingArguments) -> int:
     return args.seed if args.data_seed is None else args.data_seed
-
-
-def _last_complete(args: TrainingArguments) -> str:
-    return f"the last complete checkpoint is {newest_checkpoint(args.output_dir).path or 'none'}"
-
-
-def _drift(model: nn.Module) -> Tensor:
-    """max |U^T U - I| over all factors, V alike, without a host synchronization; 0 without points."""
-    by_shape: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-    for point in fixed_rank_parameters(model.parameters()):
-        for basis in (point.u.detach(), point.v_transposed.detach().mT):
-            by_shape[basis.shape, basis.device].append(basis.float())
-    with full_float32():
-        errors = [orthonormality_error(torch.stack(bases)).abs().max() for bases in by_shape.values()]
-    return torch.stack([error.to(errors[0].device) for error in errors]).max() if errors else torch.zeros(())
-
-
-def _read_progress(stored: Any) -> _Progress:
-    """What a checkpoint holds under `_KEY`; a stranger's may hold anything."""
-    fresh = vars(_Progress())
-    well_formed = (
-        isinstance(stored, dict)
-        and stored.keys() <= fresh.keys()
-        and all(type(value) is type(fresh[name]) for name, value in stored.items())
-        and all(_are_numbers(stored.get(name, [])) for name in ("losses", "norms"))
-        and all(_are_numbers(values) for values in stored.get("metrics", {}).values())
-    )
-    if not well_formed:
-        raise InputError(
-            f"trainer_state.json must hold under {_KEY} what this version writes, got something else; name another checkpoint"
-        )
-    return _Progress(**stored)
-
-
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
 
 
 def _is_spike(recent: list[float], value: float) -> bool:
@@ -306,7 +261,7 @@ def _is_spike(recent: list[float], value: float) -> bool:
 def _restore_schedule(optimizer: Any, lr_scheduler: Any, state: dict[str, Any], rates: list[float]) -> None:
     lr_scheduler.load_state_dict(state)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        if isinstance(group["lr"], torch.Tensor):
+        if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate

@@ -1,1 +1,9 @@
-"""TODO."""
+"""The settings of a run as one frozen value.
+
+`load_settings` reads a YAML file and the command line into a `Settings`, `settings_from` takes Python values. Neither imports
+torch, so whatever the file alone shows to be wrong is said at once. arguments.py turns settings into TRL's `SFTConfig`.
+"""
+
+from qriemann.config.settings import Settings, describe_keys, load_settings, settings_from
+
+__all__ = ["Settings", "describe_keys", "load_settings", "settings_from"]

@@ -1,1 +1,6 @@
-"""TODO."""
+"""Rows, from a file or the Hub to token ids and labels.
+
+`sources.load_sources` finds and reads them, `row_formats.FORMATS` is the table of formats (a new one is an entry there),
+`chat_mask` decides which tokens are trained, `formats.prepare` makes the datasets that a trainer takes, and
+`defects.find_defects` looks for mistakes in them.
+"""

@@ -1,15 +1,13 @@
-"""Which tokens of a row are trained: the assistant's turns, found with the chat template as it is.
+"""Which tokens of a row are trained: the assistant's turns, found by rendering the chat template.
 
 A template without `{% generation %}` markers does not say where an assistant's turn begins, but rendering does: the
-prompt of turn i is the conversation before it plus the generation prompt, and the turn ends with its end token where the
-conversation up to and including it ends. Both are prefixes of the whole conversation, unless the template rewrites what came
-before. Where it rewrites answers (Qwen3 drops the reasoning of earlier turns), no sequence is right for every turn, and each
-turn becomes a row of its own, read as the model will read it; where it rewrites a question once it is answered (Mistral's
-system message), the row is refused by name. What a template writes after the last end token only
-because nothing follows (Phi's end of text) is no part of a turn.
+prompt of turn i is the conversation before it plus the generation prompt, and the turn ends where the conversation up to and
+including it ends. Both are prefixes of the whole conversation, unless the template rewrites earlier turns. Where it rewrites
+answers (Qwen3 drops the reasoning of earlier turns), no sequence is right for every turn, and each turn becomes a row of its
+own, as the model will read it. Where it rewrites a question once it is answered (Mistral's system message), the row is
+refused. What a template writes after the last end token only because nothing follows (Phi's end of text) belongs to no turn.
 
-TRL's `assistant_only_loss` instead replaces the template of the families it knows and fails on the others, SmolLM2 among
-them.
+TRL's `assistant_only_loss` instead replaces the template of the families it knows and fails on the others, such as SmolLM2.
 """
 
 import re
@@ -19,7 +17,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.base.chat_template import refuse_endless_template
 from qriemann.base.files import load_tokenizer
 from qriemann.errors import InputError
 
@@ -29,7 +26,7 @@ _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class RowError(ValueError):
-    """One row cannot be trained on: the rule it breaks and the remedy. Who knows the row's number makes the sentence."""
+    """One row cannot be trained on: the rule it breaks and the remedy. The caller adds the row's number."""
 
     def __init__(self, rule: str, remedy: str) -> None:
         super().__init__(rule, remedy)
@@ -48,8 +45,7 @@ Example = tuple[list[int], list[bool], bool]
 class AssistantTokenizer:
     """Token ids of a row, and for each token whether it belongs to an assistant's turn.
 
-    The end token of a turn is trained: it is what the model stops with. The white space that a template writes between the
-    end token and the next turn is not.
+    The end token of a turn is trained, because the model stops with it. White space between it and the next turn is not.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -59,7 +55,7 @@ class AssistantTokenizer:
         self.end: str | None = None if end is None else tokenizer.convert_ids_to_tokens(end)
 
     def conversations(self, messages: Sequence[Message], *, first_trained: int = 0, **options: Any) -> list[Example]:
-        """The rows that train every turn of a conversation: one, or one a turn where the template rewrites its history.
+        """The rows that train every turn of a conversation: one, or one for each turn if the template rewrites history.
 
         Args, Raises: as `conversation`.
         """
@@ -81,12 +77,11 @@ class AssistantTokenizer:
 
         Args:
             messages: mappings with role and content.
-            first_trained: the turns before this one are context only, as in the prompt of a prompt and completion.
-            tools: passed on to the chat template.
-            template_kwargs: likewise.
+            first_trained: earlier turns are context only, such as the prompt of a prompt and completion.
+            tools, template_kwargs: passed on to the chat template.
 
         Raises:
-            RowError: if the template cannot render the conversation or rewrites its history.
+            RowError: the template cannot render the conversation or rewrites its history.
         """
         options = {"tools": tools, **(template_kwargs or {})}
         text = self._render(messages, options)
@@ -155,7 +150,7 @@ class AssistantTokenizer:
             return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=prompt, **options
             )
-        # Templates are programs: they raise TemplateError on purpose and anything else by accident.
+        # A template raises TemplateError on purpose, and anything else when it is broken.
         except Exception as error:
             raise RowError(
                 f"a conversation that the chat template accepts (it says: {error})", "correct the turns"
@@ -174,7 +169,7 @@ class AssistantTokenizer:
         return prompt, turn[: self._end_of(turn, len(prompt), str(messages[index].get("content")))]
 
     def _end_of(self, turn: str, start: int, content: str) -> int | None:
-        """Where the end token of a turn stops, past those that the turn quotes; None if it ends otherwise."""
+        """Where the turn's end token stops, after those that the turn quotes; None if the turn ends otherwise."""
         if self.end is None:
             return None
         stop = start
@@ -194,7 +189,7 @@ class AssistantTokenizer:
     def _marked(
         self, messages: Sequence[Message], ids: list[int], first_trained: int, options: dict[str, Any]
     ) -> list[bool]:
-        """The mask of a template with generation markers, end tokens added where the markers leave them out."""
+        """The mask of a template with generation markers, with the end tokens that the markers leave out."""
         rendered = self.tokenizer.apply_chat_template(
             list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
         )
@@ -219,7 +214,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    # A template may refuse these turns; a row that it refuses is told so when it is rendered.
+    # A template may refuse these turns; rows that it refuses are reported when they are rendered.
     except Exception:
         return None
     after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
@@ -229,7 +224,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def adjust_tokenizer(
     tokenizer: PreTrainedTokenizerBase, *, eos_token: str | None = None, chat_template_path: str | None = None
 ) -> None:
-    """Gives the tokenizer the end token and the chat template that `SFTTrainer` would give it once the tokens are made.
+    """Gives the tokenizer the end token and chat template that `SFTTrainer` would give it after tokenization.
 
     Args:
         tokenizer: changed in place.
@@ -237,7 +232,7 @@ def adjust_tokenizer(
         chat_template_path: a .jinja file, or a tokenizer whose template is taken; None keeps its own.
 
     Raises:
-        InputError: for a token outside the vocabulary, or a template that cannot be read.
+        InputError: the token is not in the vocabulary, or the template cannot be read.
     """
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
@@ -247,10 +242,12 @@ def adjust_tokenizer(
         return
     path = Path(chat_template_path)
     try:
-        named = path.suffix in (".jinja", ".j2")
+        is_file = path.suffix in (".jinja", ".j2")
         template = (
-            path.read_text("utf-8") if named else load_tokenizer(str(path), trust_remote_code=False).chat_template
+            path.read_text("utf-8") if is_file else load_tokenizer(str(path), trust_remote_code=False).chat_template
         )
+    except FileNotFoundError as error:
+        raise InputError(f"chat_template_path: {path}: no such file") from error
     except (OSError, ValueError) as error:
         raise InputError(
             f"chat_template_path must be a .jinja file or a tokenizer, got {str(path)!r}: {str(error).splitlines()[0]}; "
@@ -259,7 +256,6 @@ def adjust_tokenizer(
     if not template:
         raise InputError(f"chat_template_path must name a chat template, got a tokenizer without one at {str(path)!r}")
     tokenizer.chat_template = template
-    refuse_endless_template(tokenizer)
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

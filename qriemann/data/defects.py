@@ -1,7 +1,7 @@
-"""What is wrong with tokens that are about to be trained on, found in the tokens themselves.
+"""Mistakes in the training data, found in its tokens.
 
-An error stops the run, because nothing in its loss curve would show it: a model whose end token is never trained does not
-stop talking, samples that see each other teach it to look at strangers. Whoever means it names it in `allow`.
+An error stops the run, because the loss curve would not show it: a model whose end token is never trained does not stop
+talking, and packed samples that see each other teach it to attend to unrelated text. A user who means it names it in `allow`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _MOST_ROWS = 0.5
 
 @dataclass(frozen=True)
 class Defect:
-    """One thing that is wrong.
+    """One mistake.
 
     Attributes:
         name: for `allow`.
         rule: what must hold.
-        found: what does hold.
+        found: what was found instead.
         remedy: what to do.
         error: whether it stops the run.
     """
@@ -68,10 +68,10 @@ def find_defects(
     """The defects of the rows as they will be trained, errors first.
 
     Args:
-        data: before it is truncated or packed.
-        tokenizer: that made it.
-        model: whose embedding is to hold every token.
-        max_length: where rows are cut, in tokens.
+        data: before truncation and packing.
+        tokenizer: with which the data was made.
+        model: whose embedding must have a row for every token.
+        max_length: the tokens that are kept of a row.
 
     Cost: one pass over the tokens.
     """
@@ -137,7 +137,7 @@ def find_defects(
             found.append(
                 Defect(
                     "rows-in-both-splits",
-                    "no held-out row should be trained on, or the held-out loss tells nothing",
+                    "no held-out row should be trained on, or the held-out loss is meaningless",
                     f"{common} of {len(data.held_out)} held-out rows that are training rows too",
                     "remove the duplicates",
                 )
@@ -146,7 +146,7 @@ def find_defects(
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
-    """The tokens that end a turn or a text: the tokenizer's, the generation's, and what the chat template writes."""
+    """The tokens that end a turn or a text: the tokenizer's, the generation config's and the chat template's."""
     generation = getattr(model, "generation_config", None)
     configured = getattr(generation, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
@@ -156,13 +156,13 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
 def preview(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, count: int = 2, most_tokens: int = 400
 ) -> list[Text]:
-    """The first rows as their tokens read, those that are trained set off by colour, weight and brackets.
+    """The first rows, decoded, with the trained tokens in colour, bold and brackets.
 
     Args:
         dataset: `input_ids` and `labels`.
-        tokenizer: that made them.
+        tokenizer: with which they were made.
         count: rows.
-        most_tokens: of a row; of a longer one the middle is left out.
+        most_tokens: the length above which the middle of a run of tokens is left out.
     """
     return [
         _coloured(row["input_ids"], row["labels"], tokenizer, most_tokens)

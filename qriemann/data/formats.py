@@ -1,14 +1,14 @@
-"""Token ids and labels for a stock `SFTTrainer`, from the row formats that people have.
+"""Token ids and labels for a stock `SFTTrainer`, from rows of any accepted format.
 
-`SFTTrainer` takes a dataset that already has `input_ids` and `labels` as it is (it still truncates and packs), so the mask is
-decided here, on every row, before anything is written. A row that cannot be trained on is an error that names it, never a row
-that silently contributes nothing.
+`SFTTrainer` leaves a dataset that already has `input_ids` and `labels` as it is, apart from truncation and packing. So the
+mask is decided here, for every row, before anything is written. A row without a trained token is an error that names the
+row, because it would silently contribute nothing.
 """
 
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,30 +16,13 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.data.chat_mask import AssistantTokenizer, Example, Message, RowError
+from qriemann.data.chat_mask import RowError
+from qriemann.data.row_formats import FORMATS, RowEncoder, RowFormat, find_format
 from qriemann.data.sources import Source
 from qriemann.errors import InputError
 
 IGNORED = -100
 _SHOWN_ROWS = 3
-_ACCEPTED = (
-    "messages (role, content), prompt and completion, conversations (from, value), instruction and output (Alpaca), "
-    "text, or input_ids and labels"
-)
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "developer": "developer",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
 
 
 @dataclass
@@ -48,8 +31,8 @@ class TokenizedData:
 
     Attributes:
         train, held_out: `input_ids` and `labels`, -100 where a token is not trained.
-        row_format: the columns that were recognized.
-        notices: one line for everything that a person should know about their rows.
+        row_format: the name of the training rows' format.
+        notices: what the user should know about the rows, one line each.
     """
 
     train: Dataset
@@ -88,15 +71,19 @@ def prepare(
         allow_untrained: leave rows without a trained token out, with a notice, instead of refusing them.
 
     Raises:
-        InputError: for rows without usable columns, an empty turn, a row with no trained token, a template that does not fit.
+        InputError: rows have no usable columns, an empty turn, no trained token, or turns that the template refuses.
     """
     notices: list[str] = []
-    row_format = recognize(train, text_field)
-    options = (loss_on, text_field, max_length, num_proc, notices, allow_untrained)
-    tokens = _tokenize(train, tokenizer, *options)
+    row_format = _recognize(train, text_field).name
+    encoder = RowEncoder(tokenizer, loss_on, text_field)
+
+    def tokenize(source: Source) -> Dataset:
+        examples = _tokenize(source, tokenizer, encoder, loss_on, num_proc, notices)
+        return _drop_untrained(source, examples, max_length, notices, allow_untrained)
+
+    tokens = tokenize(train)
     if held_out is not None:
-        kept = _tokenize(held_out, tokenizer, *options)
-        return TokenizedData(_without_numbers(tokens), _without_numbers(kept), row_format, notices)
+        return TokenizedData(_without_numbers(tokens), _without_numbers(tokenize(held_out)), row_format, notices)
     # A conversation that became several rows is held out whole.
     by_row: dict[int, list[int]] = defaultdict(list)
     for index, number in enumerate(tokens["row"]):
@@ -121,34 +108,22 @@ def prepare(
     return TokenizedData(trained, kept, row_format, notices)
 
 
-def recognize(source: Source, text_field: str = "text") -> str:
-    """The name of the row format, from the columns.
-
-    Raises:
-        InputError: naming the columns found and those accepted.
-    """
-    # datasets loses such a name on its way through Arrow and then fails on the rows.
+def _recognize(source: Source, text_field: str) -> RowFormat:
+    """The format of the rows; raises InputError, naming the columns found and those accepted, if there is none."""
+    # datasets mangles such a name in Arrow and then fails on the rows.
     if "\\x00" in repr(source.rows.features):
         raise InputError(f"{source.name} must have keys without NUL characters, got one that has; rename it")
-    columns = set(source.rows.column_names)
-    # Alpaca comes before text: its copies on the Hub carry the rendered prompt in a text column as well.
-    for name, needed in (
-        ("input_ids", {"input_ids", "labels"}),
-        ("messages", {"messages"}),
-        ("prompt-completion", {"prompt", "completion"}),
-        ("conversations", {"conversations"}),
-        ("alpaca", {"instruction", "output"}),
-        ("text", {text_field}),
-    ):
-        if needed <= columns:
-            return name
-    raise InputError(
-        f"{source.name} must have usable columns, got {', '.join(sorted(columns)) or 'none'}; accepted are {_ACCEPTED}"
-    )
+    row_format = find_format(source.rows.column_names, text_field)
+    if row_format is None:
+        raise InputError(
+            f"{source.name} must have usable columns, got {', '.join(sorted(source.rows.column_names)) or 'none'}; accepted "
+            f"are {', or '.join(entry.words for entry in FORMATS)}"
+        )
+    return row_format
 
 
 def fingerprint(*datasets: Dataset | None) -> str:
-    """SHA-256 over the token ids and labels of the datasets, in order, whatever file they came from."""
+    """SHA-256 of the token ids and labels of the datasets, in order, whatever file they came from."""
     digest = hashlib.sha256()
     for dataset in datasets:
         digest.update(b"dataset")
@@ -180,55 +155,49 @@ def _label_rows(dataset: Dataset) -> Iterator[np.ndarray]:
 def _tokenize(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
+    encoder: RowEncoder,
     loss_on: str,
-    text_field: str,
-    max_length: int | None,
     num_proc: int | None,
     notices: list[str],
-    allow_untrained: bool,
 ) -> Dataset:
-    row_format = recognize(source, text_field)
-    if row_format == "input_ids":
-        given = len(source.rows)
-        examples = source.rows.select_columns(["input_ids", "labels"]).add_column("problem", [""] * given)
-        examples = examples.add_column("straddles", [False] * given).add_column("row", list(range(given)))
-    else:
-        chat = row_format in ("messages", "conversations") or (
-            row_format == "prompt-completion" and not isinstance(source.rows[0]["prompt"], str)
+    """`input_ids`, `labels` and `row`, the number of the row that each example came from."""
+    row_format = _recognize(source, encoder.text_field)
+    if row_format.convert is None:
+        given = source.rows.select_columns(["input_ids", "labels"])
+        return given.add_column("row", list(range(len(given))))
+    turns = row_format.turns
+    if turns is not None and not isinstance(source.rows[0][turns], str) and not encoder.has_template:
+        raise InputError(
+            f"{source.name} holds conversations, but the tokenizer has no chat template; name a template, or a model that "
+            "has one, with chat_template_path"
         )
-        if chat and not tokenizer.chat_template:
-            raise InputError(
-                f"{source.name} holds conversations and must have a chat template, got a tokenizer without one; name a "
-                "template or a model that has one with chat_template_path"
-            )
-        if row_format == "text" and loss_on == "assistant":
-            notices.append(f"{source.name} has texts without roles: every token is trained")
-        examples = source.rows.map(
-            _examples,
-            with_indices=True,
-            batched=True,
-            fn_kwargs={"convert": _row_converter(row_format, tokenizer, loss_on, text_field)},
-            remove_columns=source.rows.column_names,
-            num_proc=num_proc,
-            load_from_cache_file=False,
-            desc=f"Tokenizing {source.name}",
-        )
+    if row_format.name == "text" and loss_on == "assistant":
+        notices.append(f"{source.name} has texts without roles: every token is trained")
+    examples = source.rows.map(
+        _examples,
+        with_indices=True,
+        batched=True,
+        fn_kwargs={"row_format": row_format, "encoder": encoder},
+        remove_columns=source.rows.column_names,
+        num_proc=num_proc,
+        load_from_cache_file=False,
+        desc=f"Tokenizing {source.name}",
+    )
     _raise_first_problem(source, examples)
     straddling = sum(examples["straddles"])
     if straddling:
         notices.append(
-            f"{straddling} of {len(examples)} rows of {source.name} start a turn inside a token of the prompt; that token is "
-            "trained"
+            f"in {straddling} of {len(examples)} rows of {source.name} a turn starts inside a token of the prompt; that "
+            "token is trained"
         )
     parts = Counter(examples["row"])
     split = sum(count > 1 for count in parts.values())
     if split:
         notices.append(
             f"{split} of {len(parts)} rows of {source.name} become one for each answer, {len(examples)} in all: the chat "
-            "template rewrites what came before"
+            "template rewrites earlier turns"
         )
-    examples = examples.select_columns(["input_ids", "labels", "row"])
-    return _drop_untrained(source, examples, max_length, notices, allow_untrained)
+    return examples.select_columns(["input_ids", "labels", "row"])
 
 
 def _without_numbers(examples: Dataset) -> Dataset:
@@ -238,7 +207,7 @@ def _without_numbers(examples: Dataset) -> Dataset:
 def _drop_untrained(
     source: Source, examples: Dataset, max_length: int | None, notices: list[str], allow_untrained: bool
 ) -> Dataset:
-    """The rows with a trained token; raises if a row never had one, gives notice of those that truncation leaves bare."""
+    """The examples with a trained token: InputError if a row never had one, a notice if only truncation removed it."""
     bare, cut, truncated = [], [], 0
     numbers = examples["row"]
     for index, labels in enumerate(_label_rows(examples)):
@@ -295,13 +264,13 @@ def _rows(indices: Iterable[int]) -> str:
 
 
 def _examples(
-    rows: dict[str, list[Any]], numbers: list[int], convert: Callable[[dict[str, Any]], list[Example]]
+    rows: dict[str, list[Any]], numbers: list[int], row_format: RowFormat, encoder: RowEncoder
 ) -> dict[str, list[Any]]:
     made: dict[str, list[Any]] = {"input_ids": [], "labels": [], "problem": [], "straddles": [], "row": []}
     for place, number in enumerate(numbers):
         problem = ""
         try:
-            examples = convert({key: column[place] for key, column in rows.items()})
+            examples = row_format.convert(encoder, {key: column[place] for key, column in rows.items()})
         except RowError as error:
             examples, problem = [([0], [True], False)], json.dumps(error.args)
         for ids, mask, straddles in examples:
@@ -309,96 +278,3 @@ def _examples(
             for key, value in zip(made, (ids, labels, problem, straddles, number), strict=True):
                 made[key].append(value)
     return made
-
-
-def _row_converter(
-    row_format: str, tokenizer: PreTrainedTokenizerBase, loss_on: str, text_field: str
-) -> Callable[[dict[str, Any]], list[Example]]:
-    encoder = AssistantTokenizer(tokenizer)
-
-    def conversation(row: dict[str, Any], messages: list[Message], first_trained: int = 0) -> list[Example]:
-        tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) and row["tools"] else row.get("tools")
-        options = {"tools": tools or None, "template_kwargs": row.get("chat_template_kwargs")}
-        if loss_on == "all":
-            return [encoder.whole_conversation(messages, **options)]
-        return encoder.conversations(messages, first_trained=first_trained, **options)
-
-    def convert(row: dict[str, Any]) -> list[Example]:
-        if row_format in ("messages", "conversations"):
-            return conversation(row, _messages(row[row_format]))
-        if row_format == "alpaca":
-            question, answer = _alpaca(row)
-            if tokenizer.chat_template:
-                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-                return conversation(row, turns)
-            return [_plain(encoder, question + "\n\n", answer, loss_on)]
-        if row_format == "prompt-completion":
-            if not isinstance(row["prompt"], list):
-                return [_plain(encoder, _string(row, "prompt"), _string(row, "completion"), loss_on)]
-            prompt = _messages(row["prompt"])
-            return conversation(row, prompt + _messages(row["completion"]), first_trained=len(prompt))
-        text = _string(row, text_field)
-        if not text.strip():
-            raise RowError("some text", "remove the empty rows")
-        return [encoder.text(text)]
-
-    return convert
-
-
-def _plain(encoder: AssistantTokenizer, prompt: str, completion: str, loss_on: str) -> Example:
-    if not completion.strip():
-        raise RowError("an assistant turn that is not empty (the completion is)", "fill it or remove the row")
-    ids, mask, straddles = encoder.completion(prompt, completion)
-    return (ids, [True] * len(ids), False) if loss_on == "all" else (ids, mask, straddles)
-
-
-def _alpaca(row: dict[str, Any]) -> tuple[str, str]:
-    question, context, answer = (_string(row, key) for key in ("instruction", "input", "output"))
-    if not answer.strip():
-        raise RowError("an assistant turn that is not empty (the output is)", "fill it or remove the row")
-    return (f"{question.strip()}\n\n{context.strip()}" if context.strip() else question.strip()), answer
-
-
-def _string(row: dict[str, Any], key: str) -> str:
-    value = row.get(key)
-    # A CSV column of numbers is read as numbers.
-    if isinstance(value, int | float):
-        return str(value)
-    if not isinstance(value, str | None):
-        raise RowError(f"a string in {key}", f"write a string instead of a {type(value).__name__}")
-    return value or ""
-
-
-def _messages(turns: Any) -> list[Message]:
-    """role and content of every turn, from TRL's or ShareGPT's keys; keys that other rows brought along are left out."""
-    if not isinstance(turns, list) or not turns:
-        raise RowError("a list of turns that is not empty", "fill it or remove the row")
-    messages: list[Message] = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            raise RowError(
-                f"turns with a role and a content (turn {number} is a {type(turn).__name__})", "rewrite that turn"
-            )
-        message = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value")}
-        written = turn.get("role") or turn.get("from")
-        role = _ROLES.get(str(written).lower())
-        if role is None:
-            raise RowError(
-                f"roles among {', '.join(sorted(_ROLES))} (turn {number} has {written!r})", "rename that role"
-            )
-        content = _content(turn)
-        if role == "assistant" and not content.strip() and not turn.get("tool_calls"):
-            raise RowError("no empty assistant turn", "fill the turn or remove the row")
-        messages.append({**message, "role": role, "content": content})
-    return messages
-
-
-def _content(turn: dict[str, Any]) -> str:
-    """The text of a turn; the text parts of a list of parts, joined."""
-    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    if isinstance(content, list):
-        kinds = {part.get("type", "text") for part in content if isinstance(part, dict)}
-        if kinds - {"text"}:
-            raise RowError(f"turns of text (a part is {', '.join(sorted(kinds - {'text'}))})", "remove the row")
-        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-    return _string({"content": content}, "content")

@@ -1,12 +1,12 @@
-"""Rows as they come: a local file or a Hub dataset, found, read and split, before anybody looks at their columns.
+"""Finds and reads the splits of a local file, a folder or a Hub dataset.
 
-`datasets` reads the files. What is added is the sentence that a person needs when it cannot: which line of the file is
-broken, which splits there are, that the Hub was not reached.
+`datasets` does the reading; this adds errors that a user can act on: which line of a file is broken, which splits exist,
+whether the Hub was reached.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ _SHOWN_ERRORS = 3
 
 @dataclass
 class Source:
-    """One split, with the words that name it in a message."""
+    """One split, with its name for messages."""
 
     rows: Dataset
     name: str
@@ -39,24 +39,24 @@ def load_sources(
     eval_name: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> tuple[Source, Source | None]:
-    """The training rows, and the held-out rows where the dataset or a second one brings them.
+    """The training rows, and the held-out rows if this dataset or a second one has them.
 
     Args:
         name: a Hub id, a local file or a local folder.
         config: the configuration of a Hub dataset.
         train_split: the split to train on; a file is one split, called train.
-        test_split: the split to hold out; None takes test, validation or eval where one exists.
+        test_split: the split to hold out; None takes test, validation or eval if one exists.
         eval_name: a second dataset or file to hold out, instead of a split.
-        columns: new names of columns, by their old ones.
+        columns: maps columns to their new names.
 
     Raises:
-        InputError: if it does not exist, cannot be reached or read, lacks the split, or the split is empty.
+        InputError: the dataset does not exist, cannot be reached or read, or lacks the split, or the split is empty.
     """
     splits = _load(name, config)
     train = _pick(splits, train_split, name, "dataset_train_split", columns)
     if eval_name is not None:
         held_out_splits = _load(eval_name, config)
-        # A file is one split, whatever it is for.
+        # A file is one split called train, although these rows are held out.
         fallback = test_split or next((split for split in _HELD_OUT_SPLITS if split in held_out_splits), "train")
         return train, _pick(held_out_splits, fallback, eval_name, "dataset_test_split", columns)
     wanted = test_split or next((split for split in _HELD_OUT_SPLITS if split in splits), None)
@@ -72,18 +72,16 @@ def _pick(splits: DatasetDict, split: str, name: str, key: str, columns: Mapping
     if len(rows) == 0:
         raise InputError(f"split {split!r} of {name} must hold at least one row, got an empty split; check the dataset")
     try:
-        # A Parquet file may say of any bytes that they are text; whoever read a row of it would fail.
+        # A Parquet file may declare any bytes to be text; without this check, reading a row would fail later.
         rows.data.validate(full=True)
     except pa.ArrowInvalid as error:
-        raise InputError(
-            f"split {split!r} of {name} must hold what its types say, got: {_first_line(error)}; write the file again"
-        ) from error
+        raise InputError(f"split {split!r} of {name} is damaged: {_first_line(error)}; write the file again") from error
     for old, new in (columns or {}).items():
         if old not in rows.column_names:
             raise InputError(
                 f"dataset_columns must name columns of {name}, got {old!r}; its columns are {', '.join(rows.column_names)}"
             )
-        # What bears the name already is not what is meant.
+        # Drop an existing column of that name: the renamed one replaces it.
         rows = rows.remove_columns(new) if new in rows.column_names else rows
         rows = rows.rename_column(old, new)
     return Source(rows, f"{name} ({split})")
@@ -96,9 +94,7 @@ def _load(name: str, config: str | None) -> DatasetDict:
     if path.is_dir():
         return _read_folder(path)
     if path.suffix.lower() in _BUILDERS or name.startswith((".", "/", "~")):
-        raise InputError(
-            f"dataset_name must be an existing file or a Hub id, got {name!r}, which is no file; check the path"
-        )
+        raise InputError(f"dataset_name: {name}: no such file or folder")
     return _load_from_hub(name, config)
 
 
@@ -108,21 +104,19 @@ def _read_folder(path: Path) -> DatasetDict:
             _refuse_outside(path, _saved_files(path))
             loaded = load_from_disk(str(path))
         else:
-            # It resolves what the folder's README names; no row is read.
+            # The builder resolves the files that the folder's README names, without reading a row.
             named = (load_dataset_builder(str(path)).config.data_files or {}).values()
             _refuse_outside(path.resolve(), (Path(file) for files in named for file in files))
             loaded = load_dataset(str(path))
     except InputError:
         raise
     except Exception as error:
-        raise InputError(
-            f"dataset_name must be a folder that datasets can load, got {path}: {_first_line(error)}"
-        ) from error
+        raise InputError(f"dataset_name: datasets cannot load the folder {path}: {_first_line(error)}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
 
 
 def _saved_files(folder: Path) -> Iterator[Path]:
-    """What `load_from_disk` opens, as the folder's own records name it."""
+    """The files that `load_from_disk` opens, as the folder's own records name them."""
     parts, splits = [folder], folder / "dataset_dict.json"
     if splits.is_file():
         parts += [folder / name for name in json.loads(splits.read_text(encoding="utf-8"))["splits"]]
@@ -134,10 +128,9 @@ def _saved_files(folder: Path) -> Iterator[Path]:
 
 
 def _refuse_outside(folder: Path, files: Iterable[Path]) -> None:
-    """A stranger's folder may name any file of this machine as its rows; symbolic links, as the Hub's cache has, may stay."""
+    """Raises InputError if a folder names rows outside itself; symbolic links, as in the Hub's cache, may point outside."""
     for file in files:
         inside = Path(os.path.normpath(file)).is_relative_to(os.path.normpath(folder))
-        # What is neither may be a pipe, which opening waits for.
         if not inside or not (file.is_file() or file.is_dir()):
             raise InputError(
                 f"a dataset's folder must name files in it, got {str(file)!r:.200} in {folder}; copy it there"
@@ -149,15 +142,14 @@ def _load_from_hub(name: str, config: str | None) -> DatasetDict:
         return load_dataset(name, name=config)
     except DatasetNotFoundError as error:
         raise InputError(
-            f"dataset_name must be a local file or a dataset on the Hub, got {name!r}, which is neither; check the name, or "
-            "log in with `hf auth login` if it is private"
+            f"dataset_name: {name}: no such local file, and no such dataset on the Hub; check the name, or log in with "
+            "`hf auth login` if it is private"
         ) from error
-    # Anything from a DNS failure through an HTTP error to a loading script that is refused ends here; none of them is a bug
-    # of this project, and all of them are about the name.
+    # A DNS failure, an HTTP error or a refused loading script: all of them are about the name or the connection.
     except Exception as error:
         raise InputError(
-            f"dataset_name must be a dataset that can be reached and read, got {name!r}: {_first_line(error)}; check the "
-            "name, dataset_config and the connection, or name a local file"
+            f"dataset_name: {name} cannot be reached or read: {_first_line(error)}; check the name, dataset_config and the "
+            "connection, or name a local file"
         ) from error
 
 
@@ -166,7 +158,7 @@ def _read_file(path: Path) -> Dataset:
     if suffix not in _BUILDERS:
         raise InputError(f"a dataset file must end in {', '.join(_BUILDERS)}, got {path}; convert it to one of them")
     if path.stat().st_size == 0:
-        raise InputError(f"{path} must hold at least one row, got an empty file; check the dataset")
+        raise InputError(f"{path} is empty; check the dataset")
     options: dict[str, Any] = {}
     if suffix == ".jsonl":
         _check_json_lines(path)
@@ -175,10 +167,10 @@ def _read_file(path: Path) -> Dataset:
     try:
         return load_dataset(_BUILDERS[suffix], data_files=str(path), split="train", **options)
     except Exception as error:
-        # DatasetGenerationError only says that something went wrong; its cause says what.
+        # The reason is in the cause of a DatasetGenerationError.
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise InputError(
-            f"{path} must hold rows of one shape, got: {_first_line(reason)}; give every row the same keys and types"
+            f"{path} cannot be read as rows of one shape: {_first_line(reason)}; give every row the same keys and types"
         ) from error
 
 
@@ -190,7 +182,7 @@ def _check_json_lines(path: Path) -> None:
             if not line.strip():
                 continue
             rows += 1
-            problem = _problem_of(line, json.loads)
+            problem = _problem_of(line)
             if problem:
                 count += 1
                 if len(problems) < _SHOWN_ERRORS:
@@ -199,12 +191,12 @@ def _check_json_lines(path: Path) -> None:
         more = f" and {count - len(problems)} more" if count > len(problems) else ""
         raise InputError(f"every line of {path} must be one JSON object, got {', '.join(problems)}{more}; correct them")
     if rows == 0:
-        raise InputError(f"{path} must hold at least one row, got only blank lines; check the dataset")
+        raise InputError(f"{path} holds only blank lines; check the dataset")
 
 
-def _problem_of(line: str, parse: Callable[[str], Any]) -> str | None:
+def _problem_of(line: str) -> str | None:
     try:
-        value = parse(line)
+        value = json.loads(line)
     except json.JSONDecodeError as error:
         return f"{error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:
@@ -218,14 +210,14 @@ def _check_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        if _problem_of(next((line for line in text.splitlines() if line.strip()), ""), json.loads) is None:
+        if _problem_of(next((line for line in text.splitlines() if line.strip()), "")) is None:
             _check_json_lines(path)
             return {}
         raise InputError(
-            f"{path} must be valid JSON, got line {error.lineno}, column {error.colno}: {error.msg}; correct it"
+            f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}; correct it"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} must be JSON that Python can read, got {_first_line(error)}; correct it") from error
+        raise InputError(f"{path} holds JSON that Python cannot read: {_first_line(error)}; correct it") from error
     lists = [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
     options = {"field": lists[0]} if len(lists) == 1 else {}
     rows = content[lists[0]] if options else content
@@ -234,7 +226,7 @@ def _check_json(path: Path) -> dict[str, Any]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path} must be a list of JSON objects, got {type(rows).__name__}; write [{{...}}, {{...}}]")
     if not rows:
-        raise InputError(f"{path} must hold at least one row, got an empty list; check the dataset")
+        raise InputError(f"{path} holds an empty list; check the dataset")
     return options
 
 

@@ -16,11 +16,11 @@ from rich.table import Table
 
 from qriemann.adapters.saved import adapter_folder, read_adapter
 from qriemann.base.load import load_base
-from qriemann.evaluation.quiet import quiet
 from qriemann.evaluation.reload import logits_of_rows
 from qriemann.evaluation.rows import Rows, load_rows
 from qriemann.evaluation.scorers import find_scorer
 from qriemann.evaluation.trained import load_trained
+from qriemann.upstream import quiet
 
 _RESAMPLES, _LEVEL = 2_000, 0.95
 _MAX_ANSWER, _BATCH = 512, 16

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qriemann.errors import InputError, MissingExtraError
 from qriemann.evaluation.evaluate import load_model
-from qriemann.evaluation.quiet import quiet
+from qriemann.upstream import quiet
 
 _BATCH = 8
 

@@ -1,5 +1,6 @@
-"""Files that are whole and on disk before anything counts on them."""
+"""Files that are whole and on disk before anything relies on them."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -7,12 +8,23 @@ from pathlib import Path
 from typing import Any
 
 
+def sha256(path: Path) -> str:
+    """SHA-256 of the file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces the file's content by the text; see `replace_file`."""
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Replaces the file in one move, flushed to disk: a crash leaves the old content or the new.
 
     Args:
-        path: of the file.
-        write: makes a file of the new content at the path that it is given.
+        path: the file.
+        write: writes the new content to the path that it is given.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -26,7 +38,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def open_like_its_folder(path: Path) -> None:
-    """Lets who may enter the folder read the file: safetensors leaves it to its owner alone, whatever the umask."""
+    """Makes the file as readable as its folder; safetensors ignores the umask and lets only the owner read."""
     # File systems without modes refuse.
     with suppress(OSError):
         path.chmod(path.parent.stat().st_mode & 0o666)

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import get_token
-
 REDACTED = "<redacted>"
 # Hub, forges, model APIs, clouds, chat; private keys.
 _CREDENTIAL = re.compile(
@@ -98,6 +96,9 @@ def _own_secrets() -> list[tuple[str, str]]:
         for name, value in os.environ.items()
         if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and not is_local_path(value)
     ]
+    # A tenth of a second that a line about a wrong key need not wait for, where no token can be.
+    from huggingface_hub import get_token
+
     try:
         token = get_token()
     except OSError:  # The file that it would be in cannot be read.

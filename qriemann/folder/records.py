@@ -1,35 +1,41 @@
-"""What a run leaves beside its adapter: `metrics.jsonl` (one line a log event), `run.json` and `loss.png`.
+"""What a run leaves in its folder: `metrics.jsonl` (one line per log event), `run.json`, `loss.png`, checkpoints.
 
-Every file is replaced in one move, so a reader or a crash never sees half of one; only `metrics.jsonl` grows line by line.
+Each file is replaced in one move, so neither a reader nor a crash sees half of one; only `metrics.jsonl` grows line by
+line.
 """
+
+from __future__ import annotations
 
 import importlib.metadata
 import json
 import math
 import platform
+import re
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import qriemann
-from qriemann.checkpoints.manifest import checkpoint_folders, delete_checkpoint
 from qriemann.folder.contents import curve, read_lines
-from qriemann.folder.files import replace_file
+from qriemann.folder.files import replace_file, replace_text
 from qriemann.folder.private import hide_credentials
 
-METRICS, RUN, PLOT = "metrics.jsonl", "run.json", "loss.png"
+# The command line looks for an earlier run before it waits for torch, which takes seconds to import.
+if TYPE_CHECKING:
+    import torch
+
+METRICS, RUN, PLOT, MANIFEST = "metrics.jsonl", "run.json", "loss.png", "manifest.json"
 # The files that say a folder holds a run, and that `overwrite` removes; anything else in the folder is left alone.
 _RUN_FILES = (RUN, METRICS, PLOT, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
 def run_files(folder: Path) -> list[Path]:
     """The records, adapter files and checkpoints of a run in this folder."""
-    if not folder.is_dir():
-        return []
-    return [folder / name for name in _RUN_FILES if (folder / name).exists()] + sorted(checkpoint_folders(folder))
+    return [folder / name for name in _RUN_FILES if (folder / name).exists()] + checkpoint_folders(folder)
 
 
 def remove_run(folder: Path) -> None:
@@ -38,10 +44,35 @@ def remove_run(folder: Path) -> None:
         delete_checkpoint(path) if path.is_dir() else path.unlink()
 
 
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoint-N folders, complete or not, by step."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if path.is_dir() and _CHECKPOINT.fullmatch(path.name)), key=checkpoint_step)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """N of checkpoint-N."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Deletes the folder; of a link to a folder kept elsewhere, only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    # First, so that an interrupted deletion leaves nothing that counts as complete.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def write_run(folder: Path, described: Mapping[str, Any]) -> None:
+    """Replaces `run.json`."""
+    write_json(folder / RUN, described)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replaces the file by the content, without credentials; numbers that JSON has no word for become strings."""
-    text = hide_credentials(json.dumps(finite(dict(content)), indent=2))
-    replace_file(path, lambda partial: partial.write_text(f"{text}\n", encoding="utf-8"))
+    """Replaces the file by the content, without credentials; numbers that JSON cannot express become strings."""
+    replace_text(path, hide_credentials(json.dumps(finite(dict(content)), indent=2)) + "\n")
 
 
 def append_metrics(folder: Path, record: Mapping[str, Any]) -> None:
@@ -58,7 +89,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def rewind_metrics(folder: Path, step: int) -> None:
     """Keeps the records up to a step: a resumed run repeats the steps after its checkpoint and logs them again."""
     kept = [record for record in read_metrics(folder) if record["step"] <= step and "train_runtime" not in record]
-    replace_file(folder / METRICS, lambda partial: partial.write_text("".join(json.dumps(r) + "\n" for r in kept)))
+    replace_text(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def plot_losses(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -82,26 +113,21 @@ def plot_losses(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and device, for `run.json`."""
+    import torch
+
     versions = {"qriemann": qriemann.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.processor() or platform.machine())
-    return {
-        "versions": versions,
-        "device": {
-            "type": device.type,
-            "name": name,
-            "threads": torch.get_num_threads(),
-            "platform": platform.platform(),
-        },
-    }
+    described = {"type": device.type, "name": name, "threads": torch.get_num_threads(), "platform": platform.platform()}
+    return {"versions": versions, "device": described}
 
 
 def peak_gib(device: torch.device) -> float:
     """Peak memory of this process in GiB: allocated by torch on a GPU, resident on a CPU."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
@@ -116,7 +142,7 @@ def peak_gib(device: torch.device) -> float:
 
 
 def finite(value: Any) -> Any:
-    """The value with numbers that JSON has no word for as strings."""
+    """The value with the numbers that JSON cannot express as strings."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

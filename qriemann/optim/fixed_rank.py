@@ -164,7 +164,7 @@ class FixedRankOptimizer(GatheringOptimizer):
 
     def orthonormality_drift(self) -> float:
         """max |U^T U - I| over all factors, U and V alike; reads the result on the host."""
-        return orthonormality_drift(self.points)
+        return orthonormality_drift(self.points).item()
 
     @property
     def skipped_updates(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any, get_origin, get_type_hints
 
 from torch import Tensor
 
-from qriemann.config.values import convert
+from qriemann.config.values import coerce
 from qriemann.errors import InputError
 from qriemann.optim import AdamW, Muon, Riemannion, RiemannLoRA, ScaledAdamW, ScaledGD
 from qriemann.optim.factors import FactorOptimizer
@@ -219,14 +219,11 @@ def _as_declared(key: str, value: Any, hint: Any) -> Any:
     """An option as people write it, in the type that the constructor declares: YAML reads 1e-4 as a string."""
     if isinstance(value, Tensor):  # a learning rate that changes between the replays of a CUDA graph
         return value
-    is_pair = get_origin(hint) is tuple
     try:
-        if not is_pair:
-            return convert(hint, value)
-        first, second = convert(list[float], value)
-        return first, second
+        return coerce(hint, value)
     except ValueError as error:
-        raise InputError(f"{key} must be {'two numbers' if is_pair else error}, got {value!r}") from None
+        rule = "two numbers" if get_origin(hint) is tuple else error
+        raise InputError(f"{key} must be {rule}, got {value!r}") from None
 
 
 def _hint(name: Any, known: Iterable[str]) -> str:

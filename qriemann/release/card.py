@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from qriemann.folder.contents import ModelFolder, is_hub_id, proof_rows
-from qriemann.folder.files import replace_file
+from qriemann.folder.files import replace_text
 from qriemann.folder.private import without_paths
 from qriemann.release.templates import render
 
@@ -41,7 +41,7 @@ def write_card(found: ModelFolder, text: str | None = None) -> Path:
         text: the card; None makes it.
     """
     path, content = found.path / CARD, make_card(found) if text is None else text
-    replace_file(path, lambda partial: partial.write_text(content, encoding="utf-8"))
+    replace_text(path, content)
     return path
 
 

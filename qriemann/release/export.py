@@ -20,10 +20,10 @@ from qriemann.adapters.saved import LoraFactors, read_adapter
 from qriemann.adapters.spectrum import factored_svd
 from qriemann.errors import InputError
 from qriemann.evaluation import proof, reload
-from qriemann.evaluation.quiet import quiet
 from qriemann.evaluation.trained import load_trained
 from qriemann.folder.records import write_json
 from qriemann.release.atomic_folder import check_output, move_into_place, written_or_nothing
+from qriemann.upstream import quiet
 
 REPORT = "export_report.json"
 

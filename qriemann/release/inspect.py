@@ -12,8 +12,8 @@ from rich.table import Table
 from qriemann.adapters.saved_config import check_config
 from qriemann.adapters.spectrum import LayerSpectrum, group_by_kind, read_spectra
 from qriemann.errors import InputError
-from qriemann.evaluation.quiet import quiet
 from qriemann.release.weights import original_weights, tensor_names
+from qriemann.upstream import quiet
 
 PLOT = "inspect.png"
 

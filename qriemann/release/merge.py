@@ -19,7 +19,6 @@ from qriemann.adapters.saved import read_adapter
 from qriemann.errors import InputError
 from qriemann.evaluation import proof
 from qriemann.evaluation.proof import Verdict, Written
-from qriemann.evaluation.quiet import quiet
 from qriemann.evaluation.trained import Trained, load_trained
 from qriemann.folder.contents import PROOF, read_folder
 from qriemann.folder.records import write_json
@@ -33,6 +32,7 @@ from qriemann.release.weights import (
     stored_4bit,
     tensor_names,
 )
+from qriemann.upstream import quiet
 
 Into = Literal["nf4-dequantized", "original", "nf4"]
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -24,10 +24,10 @@ from rich.table import Table
 from safetensors import safe_open
 
 from qriemann.errors import InputError
-from qriemann.evaluation.quiet import quiet
 from qriemann.folder.contents import CURVE, PROOF, ModelFolder, is_hub_id, read_folder
 from qriemann.folder.private import find_private, hide_credentials, without_paths
 from qriemann.release.card import CARD, make_card, write_card
+from qriemann.upstream import quiet
 
 # Their strings are a vocabulary, and rewriting one would change the model.
 _VOCABULARY = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from qriemann.adapters.spectrum import LayerSpectrum, group_by_kind, read_spectra
 from qriemann.errors import InputError
 from qriemann.folder.contents import ModelFolder, proof_rows, read_folder
-from qriemann.folder.files import replace_file
+from qriemann.folder.files import replace_text
 from qriemann.release.charts import as_svg, draw_curves, spectrum_figure
 from qriemann.release.templates import render
 
@@ -57,7 +57,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         provenance=list(_provenance(found)),
     )
     path = found.path / REPORT
-    replace_file(path, lambda partial: partial.write_text(page, encoding="utf-8"))
+    replace_text(path, page)
     return path
 
 

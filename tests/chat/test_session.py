@@ -41,20 +41,15 @@ def assistant(text):
 
 
 def test_answers_are_the_models_greedy_ones_with_the_whole_conversation_before_them(session, plain, adapter_folder):
-    session.set_system("Be odd.")
-    first, _ = session.ask("hello", silent)
+    session.reset("Be odd.")
+    pieces = []
+    first, _ = session.ask("hello", pieces.append)
     second, _ = session.ask("and then?", silent)
     start = [{"role": "system", "content": "Be odd."}, user("hello")]
     assert first == greedy(plain, adapter_folder, start)
     assert second == greedy(plain, adapter_folder, [*start, assistant(first), user("and then?")])
-    assert first
     assert second != first
-
-
-def test_pieces_come_one_by_one_and_make_up_the_answer(session):
-    pieces = []
-    answer, _ = session.ask("hello", pieces.append)
-    assert "".join(pieces).strip() == answer
+    assert "".join(pieces).strip() == first
     assert len(pieces) > 1
 
 
@@ -95,7 +90,7 @@ def test_an_answer_that_is_interrupted_keeps_what_was_said_and_the_next_one_is_w
 
 
 def test_the_oldest_turns_go_when_the_context_is_full_and_the_system_prompt_stays(session):
-    session.set_system("Be odd.")
+    session.reset("Be odd.")
     dropped = [session.ask(f"question {n} " + "x" * 60, silent)[1] for n in range(8)]
     assert sum(dropped) > 0
     assert session.history[0] == {"role": "system", "content": "Be odd."}
@@ -104,26 +99,19 @@ def test_the_oldest_turns_go_when_the_context_is_full_and_the_system_prompt_stay
 
 
 def test_a_question_longer_than_the_context_is_refused(session):
-    with pytest.raises(InputError, match="640 tokens"):
+    with pytest.raises(InputError, match="longer than the context of 640 tokens"):
         session.ask("x" * 2000, silent)
     assert session.history == []
 
 
-def test_a_seed_makes_sampling_repeat_itself_and_leaves_the_random_numbers_of_others(session):
-    for name, value in (("temperature", "1.5"), ("seed", "7")):
-        session.settings.change(name, value)
-    torch.manual_seed(1)
+def test_a_seed_makes_sampling_repeat_itself(session):
+    session.settings.change("temperature", "1.5")
     answers = []
-    for _ in range(2):
+    for seed in ("7", "7", "8"):
+        session.settings.change("seed", seed)
         session.reset()
         answers.append(session.ask("hello", silent)[0])
-    after = torch.rand(1)
-    torch.manual_seed(1)
-    assert torch.equal(after, torch.rand(1))
-    session.settings.change("seed", "8")
-    session.reset()
-    assert answers[0] == answers[1]
-    assert session.ask("hello", silent)[0] != answers[0]
+    assert answers[0] == answers[1] != answers[2]
 
 
 def test_what_would_drive_the_terminal_is_not_handed_on(session):
@@ -141,14 +129,7 @@ def test_what_would_drive_the_terminal_is_not_handed_on(session):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("temperature", "-1"),
-        ("temperature", "warm"),
-        ("top_p", "0"),
-        ("max_new_tokens", "0"),
-        ("tempo", "1"),
-        ("seed", "-1"),
-    ],
+    [("temperature", "-1"), ("temperature", "warm"), ("top_p", "0"), ("max_new_tokens", "1.5"), ("tempo", "1")],
 )
 def test_a_setting_that_cannot_be_is_refused_and_nothing_changes(session, name, value):
     before = vars(session.settings).copy()
@@ -163,7 +144,7 @@ def test_a_merged_model_is_talked_to_without_an_adapter(plain, adapter_folder, t
     session = load_session(tmp_path / "merged", device="cpu")
     session.settings.max_new_tokens = 8
     model = plain.base_model.model
-    assert not session.has_adapter
+    assert session.base is None
     assert session.ask("hello", silent)[0] == greedy(model, adapter_folder, [user("hello")], 8)
 
 

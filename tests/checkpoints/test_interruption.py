@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def settings(settings):
         "save_total_limit": 2,
         "eval_size": 0,
     }
+
+
+@pytest.fixture
+def whole(settings, tmp_path_factory) -> Path:
+    """The folder of this run when nothing interrupts it, trained once for all tests."""
+    folder = tmp_path_factory.getbasetemp() / "uninterrupted"
+    if not folder.exists():
+        train(config_from_values({**settings, "output_dir": str(folder)}))
+    return folder
 
 
 def final(folder) -> dict[str, torch.Tensor]:
@@ -75,17 +85,15 @@ class Signal(TrainerCallback):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_one_signal_finishes_the_step_saves_and_ends_with_the_shells_status(tmp_path, settings, number, status):
+def test_one_signal_finishes_the_step_saves_and_ends_with_the_shells_status(tmp_path, settings, whole, number, status):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    interrupted = {**settings, "output_dir": str(tmp_path / "interrupted")}
     stop = Signal(number, step=3)
-    assert cli.reporting(lambda: train(config_from_values(interrupted), callbacks=[stop]) and 0) == status
-    assert newest_checkpoint(tmp_path / "interrupted").path.name == "checkpoint-3"
-    assert run_record(tmp_path / "interrupted")["status"] == "interrupted"
+    assert cli.reporting(lambda: train(config_from_values(settings), callbacks=[stop]) and 0) == status
+    assert newest_checkpoint(tmp_path / "out").path.name == "checkpoint-3"
+    assert run_record(tmp_path / "out")["status"] == "interrupted"
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert run_cli(tmp_path, interrupted, "--resume") == 0
-    assert run_cli(tmp_path, settings) == 0
-    assert_ends_alike(tmp_path / "interrupted", tmp_path / "out")
+    assert run_cli(tmp_path, settings, "--resume") == 0
+    assert_ends_alike(tmp_path / "out", whole)
 
 
 def test_two_signals_stop_at_once(tmp_path, settings):
@@ -189,7 +197,7 @@ def test_an_end_of_a_run_that_finds_no_room_is_one_line(tmp_path, settings, monk
     assert run_record(tmp_path / "out")["result"]["steps"] == 2
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, settings, monkeypatch, capfd):
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, settings, whole, monkeypatch, capfd):
     save = torch.save
 
     def full(content, path, *args, **kwargs):
@@ -206,8 +214,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, settin
     assert run_cli(tmp_path, settings, "--resume") == 0
     assert run_record(tmp_path / "out")["resumed_from"].endswith("checkpoint-2")
     assert any("checkpoint-4" in line for line in run_record(tmp_path / "out")["passed_over"])
-    assert run_cli(tmp_path, {**settings, "output_dir": str(tmp_path / "whole")}) == 0
-    assert_ends_alike(tmp_path / "out", tmp_path / "whole")
+    assert_ends_alike(tmp_path / "out", whole)
 
 
 # What the records say.
@@ -322,20 +329,16 @@ def test_a_second_run_in_the_same_folder_is_refused_and_writes_nothing(tmp_path,
     assert run_cli(tmp_path, {**settings, "max_steps": 1}) == 0
 
 
-def other_base(folder):
-    """A model that differs from the fixture's in its weights alone."""
-    return str(save_model(folder, make_tokenizer(), seed=1))
-
-
-def test_what_changed_since_the_checkpoint_is_named_and_can_be_allowed_by_name(tmp_path, settings, capfd):
-    assert run_cli(tmp_path, settings) == 0
+def test_what_changed_since_the_checkpoint_is_named_and_can_be_allowed_by_name(tmp_path, settings, whole, capfd):
+    shutil.copytree(whole, tmp_path / "out")
     written = (tmp_path / "out" / "run.json").read_bytes()
     changed = {
         **settings,
         "learning_rate": 0.125,
         "max_steps": 8,
         "logging_steps": 3,
-        "model_name_or_path": other_base(tmp_path / "other"),
+        # Another model in its weights alone.
+        "model_name_or_path": str(save_model(tmp_path / "other", make_tokenizer(), seed=1)),
     }
     assert run_cli(tmp_path, changed, "--resume") == 2
     line = capfd.readouterr().err.splitlines()[-1]
@@ -351,9 +354,8 @@ def test_what_changed_since_the_checkpoint_is_named_and_can_be_allowed_by_name(t
     assert run_record(tmp_path / "out")["result"]["steps"] == 8
 
 
-def test_a_named_checkpoint_that_does_not_verify_is_refused_in_one_line(tmp_path, settings, capfd):
-    assert run_cli(tmp_path, settings) == 0
-    checkpoint = tmp_path / "out" / "checkpoint-4"
+def test_a_named_checkpoint_that_does_not_verify_is_refused_in_one_line(tmp_path, settings, whole, capfd):
+    checkpoint = shutil.copytree(whole, tmp_path / "out") / "checkpoint-4"
     os.truncate(checkpoint / "optimizer.pt", 100)
     assert run_cli(tmp_path, settings, "--resume", str(checkpoint)) == 2
     assert "optimizer.pt has 100 bytes" in capfd.readouterr().err.splitlines()[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import shutil
 import stat
 
 import numpy as np
@@ -36,20 +37,11 @@ CASES = {
 }
 
 
+# The default ones are around an epoch's end.
+@pytest.mark.parametrize("steps", [(3, 4), pytest.param((1, 2, 5, 6), marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.*packing.*:UserWarning", "ignore:.*attention implementation.*:UserWarning")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_a_run_resumed_around_an_epochs_end_ends_where_the_whole_one_does(tmp_path, case):
-    check_resume(tmp_path, case, [3, 4])
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*packing.*:UserWarning", "ignore:.*attention implementation.*:UserWarning")
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_a_run_resumed_at_any_step_ends_where_the_whole_one_does(tmp_path, case):
-    check_resume(tmp_path, case, range(1, STEPS))
-
-
-def check_resume(tmp_path, case, steps):
+def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path, case, steps):
     settings = {"max_steps": STEPS, **case}
     whole, _ = protected_trainer(tmp_path / "whole", **settings)
     whole.train()
@@ -152,26 +144,54 @@ def test_what_a_collator_draws_is_drawn_again(tmp_path, workers):
         assert logged(resumed) == logged(whole)
 
 
-def test_a_stock_trainers_own_choice_passes_over_a_save_that_broke_off(tmp_path):
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    """The folder of a run of four steps, and everything that it ended in."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer, _ = protected_trainer(folder, max_steps=4)
+    trainer.train()
+    return folder, outcome(trainer)
+
+
+@pytest.fixture
+def run(four_steps, tmp_path):
+    return shutil.copytree(four_steps[0], tmp_path / "run")
+
+
+def test_a_stock_trainers_own_choice_passes_over_a_save_that_broke_off(run, four_steps):
     lines = []
-    whole, _ = protected_trainer(tmp_path, max_steps=4)
-    whole.train()
-    (tmp_path / "checkpoint-4" / "manifest.json").unlink()
-    os.truncate(tmp_path / "checkpoint-4" / "optimizer.pt", 1000)
-    again, _ = protected_trainer(tmp_path, max_steps=4, protection={"note": lines.append})
+    (run / "checkpoint-4" / "manifest.json").unlink()
+    os.truncate(run / "checkpoint-4" / "optimizer.pt", 1000)
+    again, _ = protected_trainer(run, max_steps=4, protection={"note": lines.append})
     again.train(resume_from_checkpoint=True)
     assert [line.partition(": ")[0] for line in lines] == ["passed over checkpoint-4"]
-    assert_same(outcome(again), outcome(whole))
+    assert_same(outcome(again), four_steps[1])
 
 
-def test_a_stock_trainer_without_a_whole_checkpoint_is_told_in_one_line(tmp_path):
-    whole, _ = protected_trainer(tmp_path, max_steps=1)
-    whole.train()
-    os.truncate(tmp_path / "checkpoint-1" / "optimizer.pt", 1000)
-    again, _ = protected_trainer(tmp_path, max_steps=1)
+def test_a_stock_trainer_without_a_whole_checkpoint_is_told_in_one_line(run):
+    for path in run.glob("*/optimizer.pt"):
+        os.truncate(path, 1000)
+    again, _ = protected_trainer(run, max_steps=4)
     with pytest.raises(InputError, match=r"checkpoint-1: optimizer.pt has 1000 bytes") as caught:
         again.train(resume_from_checkpoint=True)
     assert "\n" not in str(caught.value)
+
+
+def test_resuming_a_finished_run_from_its_newest_checkpoint_changes_nothing(run, four_steps):
+    again, _ = protected_trainer(run, max_steps=4)
+    again.train(resume_from_checkpoint=str(qriemann.newest_checkpoint(run).path))
+    assert_same(outcome(again), four_steps[1])
+    assert again.state.global_step == 4
+    assert not (run / "checkpoint-5").exists()
+
+
+def test_every_file_of_a_checkpoint_loads_without_running_code(run):
+    pickled = {path.name for path in (run / "checkpoint-1").iterdir() if path.suffix in (".pt", ".pth")}
+    assert pickled == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    for name in pickled:
+        # The trainer's own list of NumPy's harmless types, which a generator's state is made of.
+        with safe_globals():
+            assert torch.load(run / "checkpoint-1" / name, weights_only=True)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
@@ -189,38 +209,6 @@ def test_whoever_may_read_the_other_files_may_read_the_weights(tmp_path, umask, 
     assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in files} == {path.name: mode for path in files}
 
 
-def test_resuming_a_finished_run_changes_nothing(tmp_path):
-    whole, _ = protected_trainer(tmp_path, max_steps=4)
-    whole.train()
-    again, _ = protected_trainer(tmp_path, max_steps=4)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert_same(outcome(again), outcome(whole))
-    assert again.state.global_step == 4
-    assert not (tmp_path / "checkpoint-5").exists()
-
-
-def test_every_file_of_a_checkpoint_loads_without_running_code(tmp_path):
-    trainer, _ = protected_trainer(tmp_path, max_steps=1)
-    trainer.train()
-    pickled = {path.name for path in (tmp_path / "checkpoint-1").iterdir() if path.suffix in (".pt", ".pth")}
-    assert pickled == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
-    for name in pickled:
-        # The trainer's own list of NumPy's harmless types, which a generator's state is made of.
-        with safe_globals():
-            assert torch.load(tmp_path / "checkpoint-1" / name, weights_only=True)
-
-
-def test_the_newest_checkpoint_is_what_a_stock_trainer_is_given(tmp_path):
-    trainer, _ = protected_trainer(tmp_path, max_steps=3, save_total_limit=2)
-    trainer.train()
-    again, _ = protected_trainer(tmp_path, max_steps=3)
-    found = qriemann.newest_checkpoint(tmp_path)
-    again.train(resume_from_checkpoint=str(found.path))
-    assert found.path.name == "checkpoint-3"
-    assert_same(outcome(again), outcome(trainer))
-    assert not (tmp_path / "checkpoint-1").exists()
-
-
 CHANGES = {
     "per_device_train_batch_size": {"per_device_train_batch_size": 2},
     "seed": {"seed": 3},
@@ -232,17 +220,15 @@ CHANGES = {
 }
 
 
-def test_what_changed_under_a_stock_trainer_is_named_and_can_be_allowed(tmp_path):
-    whole, _ = protected_trainer(tmp_path, max_steps=2)
-    whole.train()
-    checkpoint = str(tmp_path / "checkpoint-1")
+def test_what_changed_under_a_stock_trainer_is_named_and_can_be_allowed(run):
+    checkpoint = str(run / "checkpoint-3")
     for name, change in CHANGES.items():
-        changed, _ = protected_trainer(tmp_path, **{"max_steps": 2, **change})
+        changed, _ = protected_trainer(run, **{"max_steps": 4, **change})
         with pytest.raises(InputError, match=rf"protect's allow the names {name} if you mean it"):
             changed.train(resume_from_checkpoint=checkpoint)
-    allowed, _ = protected_trainer(tmp_path, max_steps=2, seed=3, protection={"allow": ["seed"]})
+    allowed, _ = protected_trainer(run, max_steps=4, seed=3, protection={"allow": ["seed"]})
     allowed.train(resume_from_checkpoint=checkpoint)
-    assert allowed.state.global_step == 2
+    assert allowed.state.global_step == 4
 
 
 def test_another_number_of_processes_is_named(tmp_path):

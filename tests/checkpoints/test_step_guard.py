@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -104,22 +103,12 @@ def test_a_nan_in_one_sample_leaves_the_rest_as_if_its_batch_had_not_been_there(
         assert [value for _, value in logged(trainer, key)] == [value for _, value in logged(reference, key)]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_spoiled_gradient_of_one_layer_skips_every_layer(tmp_path, value):
-    rows = clean_rows()
-    trainer, guard = sequential_trainer(tmp_path, rows)
-    spoil_gradient(trainer, backward=3, value=value)
-    trainer.train()
-    assert guard.skipped_steps == 1
-    assert_same(outcome(trainer), outcome(train_without(tmp_path, rows, step=3)))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_no_method_moves_or_ages_in_a_skipped_step(tmp_path, method):
+@pytest.mark.parametrize(("method", "value"), [*((method, math.nan) for method in METHODS), ("riemannion", math.inf)])
+def test_a_spoiled_gradient_of_one_layer_leaves_every_layer_and_its_state_as_they_were(tmp_path, method, value):
     rows = clean_rows()
     settings = {"method": method, "lora": {"modules_to_save": ["lm_head"]}}
     trainer, guard = sequential_trainer(tmp_path, rows, **settings)
-    spoil_gradient(trainer, backward=3, value=math.nan)
+    spoil_gradient(trainer, backward=3, value=value)
     trainer.train()
     assert guard.skipped_steps == 1
     assert_same(outcome(trainer), outcome(train_without(tmp_path, rows, step=3, **settings)))
@@ -135,13 +124,14 @@ def test_a_nan_in_one_of_several_accumulated_batches_skips_them_all(tmp_path):
     assert_same(outcome(trainer), outcome(train_without(tmp_path, rows, 2, **settings)))
 
 
-def test_the_reported_mean_is_that_of_the_steps_that_were_taken(tmp_path):
-    rows = poisoned(clean_rows(), 1 * BATCH)
+def test_the_reported_mean_and_norm_are_those_of_the_steps_that_were_taken(tmp_path):
+    rows = poisoned(clean_rows(), 2 * BATCH)
     trainer, _ = sequential_trainer(tmp_path, rows, logging_steps=3, max_steps=3)
     poison_a_word(trainer)
     trainer.train()
-    reference, _ = sequential_trainer(tmp_path, without_step(rows, 2), max_steps=3, callbacks=[StopAfter(2)])
+    reference, _ = sequential_trainer(tmp_path, without_step(rows, 3), max_steps=3, callbacks=[StopAfter(2)])
     reference.train()
+    assert logged(trainer, "grad_norm") == [(3, logged(reference, "grad_norm")[-1][1])]
     first, second = (loss for _, loss in logged(reference))
     # Sums of two float32 numbers.
     assert logged(trainer) == [(3, pytest.approx((first + second) / 2, rel=1e-6))]
@@ -157,18 +147,11 @@ def test_an_overflow_of_scaled_gradients_is_skipped_and_lowers_the_scale(tmp_pat
     with pytest.raises(InputError, match="got 3 steps, all skipped"):
         trainer.train()
     assert guard.skipped_steps == 3
+    ((_, loss),) = logged(trainer, "train_loss")
+    assert math.isnan(loss)
     assert trainer.accelerator.scaler.get_scale() == 2.0**124
     assert trainer.lr_scheduler.last_epoch == 0
     assert all(entry["momentum"].count_nonzero() == 0 for entry in trainer.optimizer.state_dict()["state"].values())
-
-
-def test_a_run_of_skipped_steps_alone_is_no_trained_adapter(tmp_path):
-    trainer, _ = sequential_trainer(tmp_path, clean_rows(), max_steps=2)
-    trainer.model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output * math.nan)
-    with pytest.raises(InputError, match="got 2 steps, all skipped, so nothing was trained"):
-        trainer.train()
-    ((_, loss),) = logged(trainer, "train_loss")
-    assert math.isnan(loss)
 
 
 class WriteToFactor(TrainerCallback):
@@ -190,15 +173,6 @@ def test_a_factor_that_left_the_manifold_between_saves_stops_the_run_before_a_st
         trainer.train()
     assert f"max |U^T U - I| = {told} before step 4" in str(caught.value)
     assert not (tmp_path / "checkpoint-4").exists()
-
-
-def test_the_norm_that_is_logged_is_of_a_step_that_was_taken(tmp_path):
-    trainer, _ = sequential_trainer(tmp_path, clean_rows(), logging_steps=3, max_steps=3)
-    spoil_gradient(trainer, backward=3, value=math.nan)
-    trainer.train()
-    reference, _ = sequential_trainer(tmp_path, clean_rows(), max_steps=2)
-    reference.train()
-    assert logged(trainer, "grad_norm") == [(3, logged(reference, "grad_norm")[-1][1])]
 
 
 MEANS = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm")
@@ -227,18 +201,6 @@ def test_the_mean_at_the_end_of_a_resumed_run_is_that_of_its_own_steps(tmp_path)
     (_, third), (_, fourth) = logged(every)[2:]
     # Sums of four float32 numbers.
     assert logged(resumed, "train_loss")[0][1] == pytest.approx((third + fourth) / 2, rel=1e-6)
-
-
-def test_a_strangers_record_of_the_steps_before_is_refused_in_one_line(tmp_path):
-    trainer, _ = protected_trainer(tmp_path, max_steps=2)
-    trainer.train()
-    path = tmp_path / "checkpoint-1" / "trainer_state.json"
-    content = json.loads(path.read_text())
-    for stored in ({"a": 1}, {"losses": "abc"}, {"norms": ["a"]}, {"loss_sum": "1"}, {"metrics": {"loss": 1}}, []):
-        content["stateful_callbacks"]["qriemann_guard"] = stored
-        path.write_text(json.dumps(content))
-        with pytest.raises(InputError, match="qriemann_guard"):
-            trainer.train(resume_from_checkpoint=str(path.parent))
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

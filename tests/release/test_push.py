@@ -218,8 +218,8 @@ def test_a_training_ends_in_a_push_of_the_same_files(hub, tmp_path, monkeypatch)
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
-    from qriemann.config.settings import config_from_values
-    from qriemann.training.run import train
+    from qriemann import prepare, train
+    from qriemann.config import settings_from
     from tests.models import counting_rows, save_tiny_base, word_tokenizer
 
     monkeypatch.chdir(tmp_path)
@@ -240,7 +240,7 @@ def test_a_training_ends_in_a_push_of_the_same_files(hub, tmp_path, monkeypatch)
     }
     rows = Dataset.from_list(counting_rows().to_list())
     model = AutoModelForCausalLM.from_pretrained(base)
-    train(config_from_values(settings), model=model, tokenizer=word_tokenizer(), train_dataset=rows)
+    train(prepare(settings_from(settings), model=model, tokenizer=word_tokenizer(), train_dataset=rows))
     private, sent = hub.repos["me/trained"]
     assert private
     assert set(sent) == SENT

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import qriemann
 from qriemann.chat.session import load_session
 from qriemann.checkpoints.fingerprints import base_fingerprint
-from qriemann.config.settings import config_from_values
+from qriemann.config import settings_from
 from qriemann.evaluation.evaluate import evaluate
 from qriemann.release.export import export
 from qriemann.release.merge import merge
@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         "save_strategy": "no",
         "display": "none",
     }
-    qriemann.train(config_from_values(settings)).trainer.end()
+    qriemann.train(qriemann.prepare(settings_from(settings)))
     return base, folder / "run"
 
 

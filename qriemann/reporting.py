@@ -1,0 +1,65 @@
+"""How a command ends: one line and an exit status for what the user can mend, a traceback for a bug, never a credential."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr, redirect_stdout
+from types import TracebackType
+from typing import Any
+
+from qriemann.errors import InputError
+
+
+class _WithoutCredentials:
+    """A stream that no credential gets into, whoever prints it: a server's answer may repeat the token."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        from qriemann.folder.private import hide_credentials
+
+        return self._stream.write(hide_credentials(text))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def reporting(run: Callable[[], int], *, debug: bool = False) -> int:
+    """The exit status of `run`. Its errors are told in one line; with `debug` they keep their traceback."""
+    sys.excepthook = _print_traceback
+    out: Any = _WithoutCredentials(sys.stdout)
+    err: Any = _WithoutCredentials(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        return _exit_status(run, debug=debug)
+
+
+def _exit_status(run: Callable[[], int], *, debug: bool) -> int:
+    try:
+        return run()
+    except SystemExit as end:  # argparse's --help
+        return int(end.code or 0)
+    except InputError as error:
+        if debug:
+            raise
+        print(f"qriemann: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if debug or not name or name == "qriemann":
+            raise
+        print(f"qriemann: this needs the package {name}, which is not installed; pip install {name}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print("qriemann: interrupted", file=sys.stderr)
+        return getattr(error, "exit_status", 130)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The interpreter's own report of an error that nobody caught, without credentials."""
+    print("".join(traceback.format_exception(kind, error, trace)), end="", file=_WithoutCredentials(sys.stderr))

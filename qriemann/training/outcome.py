@@ -1,0 +1,121 @@
+"""What is said about a run: `run.json` at its beginning, the figures at its end, and the table that a person reads."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from trl import SFTTrainer
+
+from qriemann.checkpoints.fingerprints import describe_base
+from qriemann.config.arguments import describe_settings
+from qriemann.data.formats import trained_token_count
+from qriemann.folder import records
+from qriemann.folder.contents import curve, read_json
+from qriemann.training.display import summary_table
+from qriemann.training.monitor import Monitor
+from qriemann.training.prepare import Prepared
+
+if TYPE_CHECKING:
+    from qriemann.training.train import TrainResult
+
+
+def describe_run(prepared: Prepared) -> dict[str, Any]:
+    """What `run.json` says when the run begins."""
+    settings, data, model, found = prepared.settings, prepared.data, prepared.model, prepared.found
+    return {
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "status": "running",
+        "resumed_from": found.path and str(found.path),
+        "passed_over": found.passed_over,
+        "earlier": _earlier(Path(settings.output_dir)) if settings.resume else [],
+        "seed": prepared.args.seed,
+        "written": sorted(settings.written),
+        "data": {
+            "fingerprint": prepared.fingerprints["data"],
+            "format": data.row_format,
+            "train_rows": len(data.train),
+            "trained_tokens": trained_token_count(data.train),
+            "held_out_rows": 0 if data.held_out is None else len(data.held_out),
+            "notices": data.notices,
+        },
+        **records.environment(prepared.args.device),
+        "model": {
+            "name_or_path": model.config._name_or_path,
+            "parameters": model.num_parameters(),
+            **describe_base(model, prepared.fingerprints["base"]),
+        },
+        "config": describe_settings(settings, prepared.args),
+    }
+
+
+def _earlier(folder: Path) -> list[dict[str, Any]]:
+    """How the processes ended that trained in the folder before, oldest first."""
+    before = read_json(folder / records.RUN)
+    told = before.get("earlier")
+    last = {key: before.get(key) for key in ("started_at", "resumed_from", "status", "reason", "wall_clock_s")}
+    return [*(told if isinstance(told, list) else []), last] if before else []
+
+
+def summarize(prepared: Prepared, trainer: SFTTrainer, monitor: Monitor) -> dict[str, Any]:
+    """The figures of a `TrainResult`; evaluates once more where the last held-out loss is not the end's."""
+    eval_loss = None if prepared.data.held_out is None else _final_eval_loss(trainer)
+    losses, drifts = curve(monitor.records, "loss"), curve(monitor.records, "orthonormality_drift")
+    return {
+        "steps": trainer.state.global_step,
+        "train_loss": losses[-1][1] if losses else None,
+        "eval_loss_before": next((value for step, value in curve(monitor.records, "eval_loss") if step == 0), None),
+        "eval_loss": eval_loss,
+        "tokens_per_s": monitor.tokens_per_s,
+        "peak_gib": records.peak_gib(trainer.args.device),
+        "orthonormality_drift": drifts[-1][1] if drifts else None,
+        "wall_clock_s": since(prepared.started),
+    }
+
+
+def _final_eval_loss(trainer: SFTTrainer) -> float:
+    last = next((record for record in reversed(trainer.state.log_history) if "eval_loss" in record), None)
+    if last is not None and last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return last["eval_loss"]
+    return trainer.evaluate()["eval_loss"]
+
+
+def figures(result: TrainResult) -> dict[str, Any]:
+    """The result as `run.json` has it."""
+    return {
+        "steps": result.steps,
+        "train_loss": result.train_loss,
+        "eval_loss_before": result.eval_loss_before,
+        "eval_loss": result.eval_loss,
+        "tokens_per_s": round(result.tokens_per_s, 1),
+        "peak_gib": round(result.peak_gib, 3),
+        "orthonormality_drift": result.orthonormality_drift,
+    }
+
+
+def show_result(result: TrainResult, console: Console) -> None:
+    """Draws the result as a table."""
+    rows = [
+        ("steps", str(result.steps)),
+        ("training loss", _number(result.train_loss)),
+        ("held-out loss", f"{_number(result.eval_loss_before)} before, {_number(result.eval_loss)} after"),
+        ("speed", f"{result.tokens_per_s:.0f} tokens/s"),
+        ("peak memory", f"{result.peak_gib:.2f} GiB"),
+        ("orthonormality drift", _number(result.orthonormality_drift, "{:.1e}")),
+        ("wall clock", f"{result.wall_clock_s:.0f} s"),
+        ("adapter", str(result.output_dir)),
+        ("records", f"report.html, {records.METRICS}, {records.RUN}, {records.PLOT}"),
+    ]
+    console.print(summary_table(rows, title="run finished"))
+
+
+def since(started: float) -> float:
+    """Seconds since a reading of `time.perf_counter()`."""
+    return round(time.perf_counter() - started, 2)
+
+
+def _number(value: float | None, form: str = "{:.4f}") -> str:
+    return "not measured" if value is None else form.format(value)

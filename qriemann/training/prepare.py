@@ -1,0 +1,210 @@
+"""From settings to everything that a run is made of, read and checked; nothing is written.
+
+settings = qriemann.load_settings("run.yaml")
+prepared = qriemann.prepare(settings)
+qriemann.check(prepared), or qriemann.train(prepared)
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
+from trl import SFTConfig
+
+from qriemann.adapters.targets import adapter_config, check_targets
+from qriemann.checkpoints.fingerprints import check_same_run, fingerprints
+from qriemann.checkpoints.manifest import FoundCheckpoint
+from qriemann.checkpoints.starting_point import starting_point
+from qriemann.config import Settings
+from qriemann.config.arguments import describe_settings, training_arguments
+from qriemann.data.chat_mask import adjust_tokenizer
+from qriemann.data.defects import Defect, find_defects
+from qriemann.data.formats import TokenizedData, fingerprint, token_count
+from qriemann.distributed import process_count, run_on_main
+from qriemann.folder.lock import refuse_if_held
+from qriemann.optim.methods import find_method, rate_for_steps
+from qriemann.training.display import PlainView, make_view
+from qriemann.training.inputs import read_base, read_rows, tokenize
+from qriemann.training.loi_callback import recipe_callbacks
+from qriemann.training.publishing import push_target
+from qriemann.training.seam import for_trainer
+from qriemann.upstream import quiet
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to be checked or trained.
+
+    Attributes:
+        settings: what was asked for.
+        args: the trainer's arguments, fitted to the data: the learning rate, and when to evaluate.
+        model: the base in its storage format, or a model that came with an adapter.
+        tokenizer: with the chat template and the end token that the run uses.
+        adapter: the configuration of the new adapter; None where the model came with one.
+        data: tokens and labels, held-out rows split off.
+        optimizer: the value of TRL's `optimizer_cls_and_kwargs`.
+        initialization: the callbacks that choose the adapter's start, if the settings ask for any.
+        defects: what is wrong with the tokens; errors among them stop a training.
+        fingerprints: of settings, tokens and base, which a run that goes on from a checkpoint must share.
+        found: the checkpoint to go on from, if there is one.
+        push_to: the Hub repository for the adapter at the end; None for none.
+        started: `time.perf_counter()` when the preparation began.
+    """
+
+    settings: Settings
+    args: SFTConfig
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    adapter: LoraConfig | None
+    data: TokenizedData
+    optimizer: tuple[type, dict[str, Any]]
+    initialization: tuple[TrainerCallback, ...]
+    defects: tuple[Defect, ...]
+    fingerprints: dict[str, Any]
+    found: FoundCheckpoint
+    push_to: str | None
+    started: float
+
+
+def prepare(
+    settings: Settings,
+    *,
+    model: PreTrainedModel | PeftModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    train_dataset: Dataset | None = None,
+    eval_dataset: Dataset | None = None,
+    view: PlainView | None = None,
+    to_train: bool = True,
+) -> Prepared:
+    """Reads and checks everything that a run is made of; writes nothing.
+
+    Args:
+        settings: from `load_settings` or `settings_from`.
+        model: an already loaded base, or one with an adapter to go on with; None loads `model_name_or_path`.
+        tokenizer: of that model; required with it.
+        train_dataset: rows in any accepted format; None loads `dataset_name`.
+        eval_dataset: held-out rows, likewise.
+        view: where progress and notices go; None makes the one that the settings name.
+        to_train: False leaves the output folder out of it: a check may look at a run whose folder is in use.
+
+    Raises:
+        InputError: for anything that the user can mend.
+    """
+    started = time.perf_counter()
+    view = view or make_view(settings.display)
+    with quiet(bars=view.console.is_terminal):
+        args = training_arguments(settings)
+        push_to = push_target(settings, model)
+        optimizer = _optimizer(settings, args)
+        initialization = recipe_callbacks(
+            settings.init, settings.init_kwargs, start=settings.start, alpha=settings.alpha
+        )
+        # Asking for the device is what joins the processes of a launcher.
+        device = args.device
+        found = _free_folder(settings) if to_train else FoundCheckpoint(None)
+        with view.doing("reading the rows"):
+            sources = read_rows(settings, train_dataset, eval_dataset)
+        if model is None:
+            with view.doing(f"loading {settings.model_name_or_path} on {device.type}"):
+                model, tokenizer = read_base(settings, model, tokenizer)
+        else:
+            model, tokenizer = read_base(settings, model, tokenizer)
+        adjust_tokenizer(tokenizer, eos_token=args.eos_token, chat_template_path=settings.trl.get("chat_template_path"))
+        adapter = None if isinstance(model, PeftModel) else adapter_config(settings)
+        if adapter is not None:
+            check_targets(model, adapter)
+        with view.doing("tokenizing the rows"):
+            data = tokenize(settings, args, sources, tokenizer)
+            defects = find_defects(data, tokenizer, model, args.max_length)
+        rate = _fitted_rate(settings, args, optimizer, data)
+        if rate is not None:
+            optimizer = (optimizer[0], {**optimizer[1], "lr": rate[0]})
+        for notice in [*data.notices, *([] if rate is None else [rate[1]])]:
+            view.note(notice)
+        args = _fitted_arguments(args, optimizer[1]["lr"], data, resuming=found.path is not None)
+        with view.doing("fingerprinting rows and base"):
+            data_print = fingerprint(data.train, data.held_out)
+            prints = fingerprints(describe_settings(settings, args), model, data_print)
+    if found.path is not None:
+        check_same_run(found.path, prints, settings.allow)
+    return Prepared(
+        settings=settings,
+        args=args,
+        model=model,
+        tokenizer=tokenizer,
+        adapter=adapter,
+        data=data,
+        optimizer=optimizer,
+        initialization=tuple(initialization),
+        defects=tuple(defects),
+        fingerprints=prints,
+        found=found,
+        push_to=push_to,
+        started=started,
+    )
+
+
+def _free_folder(settings: Settings) -> FoundCheckpoint:
+    folder = Path(settings.output_dir)
+    run_on_main(lambda: refuse_if_held(folder))
+    return starting_point(folder, resume=settings.resume, overwrite=settings.overwrite, allow=settings.allow)
+
+
+def _optimizer(settings: Settings, args: SFTConfig) -> tuple[type, dict[str, Any]]:
+    written = settings.written
+    options: dict[str, Any] = {
+        "lr": args.learning_rate if "learning_rate" in written else None,
+        "momentum": settings.momentum,
+        "weight_decay": args.weight_decay if "weight_decay" in written else None,
+        "start": settings.start if "start" in written else None,
+        "alpha": settings.alpha if "alpha" in written else None,
+        **(settings.method_kwargs or {}),
+    }
+    if find_method(settings.method).on_manifold:
+        options.setdefault("seed", args.seed)
+    return for_trainer(settings.method, **options)
+
+
+def _fitted_rate(
+    settings: Settings, args: SFTConfig, optimizer: tuple[type, dict[str, Any]], data: TokenizedData
+) -> tuple[float, str] | None:
+    """A learning rate that fits the number of steps, where nobody gave one, and a line about it."""
+    if "learning_rate" in settings.written or "lr" in (settings.method_kwargs or {}):
+        return None
+    steps = _planned_steps(args, data)
+    usual = optimizer[1].get("start") == "offset" and settings.init == "random"
+    rate = rate_for_steps(settings.method, steps, usual_start=usual)
+    return (
+        None if rate is None else (rate, f"learning_rate {rate:g}, the default of {settings.method} for {steps} steps")
+    )
+
+
+def _planned_steps(args: SFTConfig, data: TokenizedData) -> int:
+    if args.max_steps > 0:
+        return args.max_steps
+    # TRL packs later, and leaves some room in its rows.
+    rows = token_count(data.train) / args.max_length if args.packing and args.max_length else len(data.train)
+    batches = math.ceil(rows / (args.per_device_train_batch_size * process_count()))
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def _fitted_arguments(args: SFTConfig, rate: float, data: TokenizedData, *, resuming: bool) -> SFTConfig:
+    """The arguments with what the data decides: the one place where a run's arguments change."""
+    fitted = copy.copy(args)
+    # The trainer takes the rate from the optimizer; this is for its records and loggers.
+    fitted.learning_rate = rate
+    if data.held_out is None:
+        fitted.eval_strategy = IntervalStrategy.NO
+    # The loss before the first step belongs to the run that took that step.
+    if resuming or fitted.eval_strategy == IntervalStrategy.NO:
+        fitted.eval_on_start = False
+    return fitted

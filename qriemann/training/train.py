@@ -1,0 +1,218 @@
+"""Trains what was prepared and leaves the adapter with its records in the output folder.
+
+`SFTTrainer` is TRL's own class; this project enters through `peft_config`, `optimizer_cls_and_kwargs` and `callbacks`.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTTrainer
+
+from qriemann.checkpoints.protect import protect
+from qriemann.checkpoints.saving import find_numeric_defect, is_failed_save, save_adapter, save_failed
+from qriemann.checkpoints.signals import GracefulStop
+from qriemann.checkpoints.starting_point import begin_run, starting_point
+from qriemann.checkpoints.step_guard import StepEvent
+from qriemann.data.defects import refuse
+from qriemann.distributed import is_main_process, run_on_main
+from qriemann.errors import InputError
+from qriemann.folder import records
+from qriemann.folder.lock import hold
+from qriemann.memory.auto_batch import AutoBatch, BatchFit
+from qriemann.memory.dry_run import DryRun
+from qriemann.training.display import PlainView, make_view
+from qriemann.training.monitor import Monitor
+from qriemann.training.outcome import describe_run, since, summarize
+from qriemann.training.prepare import Prepared
+from qriemann.training.publishing import publish
+from qriemann.training.trainer import build_trainer
+from qriemann.upstream import quiet
+
+# What a disk that is full or failing raises, whatever was being written.
+_DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out of a run.
+
+    Attributes:
+        output_dir: holds the adapter, its tokenizer, `metrics.jsonl`, `run.json`, `loss.png` and `report.html`.
+        steps: optimizer steps in all.
+        train_loss: last logged loss, in nats a token; None if nothing was logged.
+        eval_loss_before, eval_loss: held-out loss before the first step and at the end; None without held-out rows.
+        tokens_per_s: tokens through the model per second of training, without padding and evaluations.
+        peak_gib: peak memory, allocated on the GPU or resident on the CPU.
+        orthonormality_drift: max |U^T U - I| over the factors when it was last logged.
+        wall_clock_s: from the start of the preparation.
+        trainer: still usable, for an evaluation of one's own.
+    """
+
+    output_dir: Path
+    steps: int
+    train_loss: float | None
+    eval_loss_before: float | None
+    eval_loss: float | None
+    tokens_per_s: float
+    peak_gib: float
+    orthonormality_drift: float | None
+    wall_clock_s: float
+    trainer: SFTTrainer
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
+
+def train(
+    prepared: Prepared, *, callbacks: Sequence[TrainerCallback] = (), view: PlainView | None = None
+) -> TrainResult:
+    """Trains the adapter and saves it, with its records, in the settings' output folder.
+
+    Args:
+        prepared: from `prepare`; its model is trained in place, so it serves for one training.
+        callbacks: further callbacks of the trainer.
+        view: where progress goes; None makes the one that the settings name.
+
+    Raises:
+        InputError: for anything that the user can mend; before the first step, nothing has been written or overwritten.
+    """
+    settings, folder = prepared.settings, Path(prepared.settings.output_dir)
+    view = (view or make_view(settings.display)) if is_main_process() else make_view("none", Console(quiet=True))
+    with quiet(bars=view.console.is_terminal), ExitStack() as held:
+        refuse(prepared.defects, settings.allow, view.note)
+        # Nothing is written before this, and the lock takes with it what an error leaves empty.
+        run_on_main(lambda: held.enter_context(hold(folder)))
+        _refuse_changed_folder(prepared, folder)
+        for line in prepared.found.passed_over:
+            view.note(f"passed over {line}")
+        if settings.resume is not None:
+            beginning = f"the beginning: {folder} holds no checkpoint"
+            view.note(f"resuming from {prepared.found.path or beginning}")
+        result = _Recorder(prepared, folder, view).train(held.enter_context(GracefulStop()), callbacks)
+    if result.trainer.is_world_process_zero():
+        publish(settings, prepared.push_to, view)
+    return result
+
+
+def _refuse_changed_folder(prepared: Prepared, folder: Path) -> None:
+    settings = prepared.settings
+    found = starting_point(folder, resume=settings.resume, overwrite=settings.overwrite, allow=settings.allow)
+    if found != prepared.found:
+        raise InputError(f"{folder} changed while the run was being prepared; start the run again")
+
+
+class _Recorder:
+    """Keeps `run.json` true while the trainer works: what was asked for, what happened, how it ended."""
+
+    def __init__(self, prepared: Prepared, folder: Path, view: PlainView) -> None:
+        self.prepared, self.folder, self.view = prepared, folder, view
+        self.described = describe_run(prepared)
+        settings = prepared.settings
+        self.monitor = Monitor(
+            view,
+            folder,
+            prepared.args.device,
+            lambda step: begin_run(
+                folder, resume=settings.resume, overwrite=settings.overwrite, step=step, described=self.described
+            ),
+        )
+
+    def train(self, stop: GracefulStop, callbacks: Sequence[TrainerCallback]) -> TrainResult:
+        prepared, settings = self.prepared, self.prepared.settings
+        self.trainer = build_trainer(prepared, [*prepared.initialization, self.monitor, stop, *callbacks])
+        if settings.dry_run:
+            # Where the batch is fitted, that measures the longest one.
+            fitted = settings.auto_batch
+            DryRun(self.trainer, prepared.data, allow=settings.allow, note=self.view.note, training_batch=not fitted)
+        self.guard = protect(
+            self.trainer,
+            max_skipped_steps=settings.max_skipped_steps,
+            run=prepared.fingerprints,
+            on_event=self._tell,
+            note=self.view.note,
+        )
+        if settings.auto_batch:
+            AutoBatch(self.trainer, report=self._keep_fit)
+        try:
+            self.trainer.train(resume_from_checkpoint=prepared.found.path and str(prepared.found.path))
+            if not stop.saved:
+                self._save_adapter()
+            stop.stop_at_once()
+            result = TrainResult(
+                output_dir=self.folder,
+                trainer=self.trainer,
+                model=self.trainer.model,
+                tokenizer=prepared.tokenizer,
+                **summarize(prepared, self.trainer, self.monitor),
+            )
+            if self.trainer.is_world_process_zero():
+                self._finish(result)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        return result
+
+    def _save_adapter(self) -> None:
+        defect = find_numeric_defect(self.trainer.model)
+        if defect is not None:
+            raise InputError(
+                f"no adapter was saved: after the last step it has {defect}, and what is saved must be finite with "
+                "orthonormal factors; lower the learning rate, or look at the rows of the last steps"
+            )
+        save_adapter(self.trainer, self.folder)
+
+    def _finish(self, result: TrainResult) -> None:
+        from qriemann.training.outcome import figures, show_result
+
+        records.plot_losses(self.folder / records.PLOT, records.read_metrics(self.folder))
+        ended = {"status": "finished", "wall_clock_s": result.wall_clock_s, "result": figures(result)}
+        records.write_run(self.folder, {**self._told(), **ended})
+        if self.prepared.settings.display != "none":
+            show_result(result, self.view.console)
+
+    def _fail(self, error: BaseException) -> None:
+        """Writes how the run ended, and puts into the user's words what the user can mend."""
+        self.view.stop()
+        if self.monitor.begun:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
+            ended = {"status": status, "reason": str(error) or None, "wall_clock_s": since(self.prepared.started)}
+            # The disk may be what failed.
+            with suppress(OSError):
+                records.write_run(self.folder, {**self._told(), **ended})
+        if is_failed_save(error) or (isinstance(error, OSError) and error.errno in _DISK_FAILURES):
+            raise save_failed(self.folder, error) from error
+        misfit = isinstance(error, RuntimeError | ValueError | LookupError | TypeError)
+        resumed = self.prepared.found.path
+        if resumed is not None and not self.monitor.begun and misfit and not isinstance(error, InputError):
+            raise InputError(
+                f"{resumed} does not fit this model and method: {error}; name another checkpoint"
+            ) from error
+
+    def _tell(self, event: StepEvent) -> None:
+        if is_main_process():
+            self.view.note(str(event))
+            records.append_metrics(self.folder, event.as_record())
+            records.write_run(self.folder, self._told())
+
+    def _keep_fit(self, fit: BatchFit) -> None:
+        self.view.note(str(fit))
+        self.described["auto_batch"] = asdict(fit)
+        if self.monitor.begun:
+            records.write_run(self.folder, self._told())
+
+    def _told(self) -> dict[str, Any]:
+        """What `run.json` says, with what happened so far."""
+        events = [event for event in records.read_metrics(self.folder) if "skipped" in event or "spike" in event]
+        taken = {
+            "done": self.trainer.state.global_step,
+            "skipped": self.guard.skipped_steps,
+            "spikes": self.guard.spikes,
+        }
+        return {**self.described, "steps": {**taken, "events": events}}

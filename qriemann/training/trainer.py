@@ -1,0 +1,46 @@
+"""TRL's stock `SFTTrainer`, made of what was prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from qriemann.errors import InputError
+from qriemann.training.prepare import Prepared
+
+
+def build_trainer(
+    prepared: Prepared, callbacks: Sequence[TrainerCallback] = (), *, args: SFTConfig | None = None
+) -> SFTTrainer:
+    """The trainer of a run, without the callbacks that draw bars and print dicts.
+
+    Args:
+        prepared: from `prepare`.
+        callbacks: of the trainer.
+        args: other arguments than those prepared.
+
+    Raises:
+        InputError: TRL finds that arguments, model and data do not fit each other.
+    """
+    try:
+        trainer = SFTTrainer(
+            model=prepared.model,
+            processing_class=prepared.tokenizer,
+            args=args or prepared.args,
+            train_dataset=prepared.data.train,
+            eval_dataset=prepared.data.held_out,
+            peft_config=prepared.adapter,
+            optimizer_cls_and_kwargs=prepared.optimizer,
+            callbacks=list(callbacks),
+        )
+    except InputError:
+        raise
+    # TRL checks the arguments against each other and against the model here, and says what to do.
+    except ValueError as error:
+        raise InputError(f"the training arguments do not fit the model and the data: {error}") from error
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer

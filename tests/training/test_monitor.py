@@ -1,0 +1,126 @@
+"""The time left that the monitor predicts, against the time that the rest of a run then takes on a clock of the test's own."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+from qriemann.folder.records import append_metrics
+from qriemann.training.display import PlainView
+from qriemann.training.monitor import Monitor
+
+FIRST_STEP, STEP, EVALUATION, SAVE = 40.0, 10.0, 64.0, 8.0
+
+
+class Recorder(PlainView):
+    """Keeps what it is shown, with the time."""
+
+    def __init__(self, run):
+        super().__init__(Console(file=io.StringIO(), width=200))
+        self.run, self.predicted, self.waits = run, [], []
+
+    def step(self, step, seconds_left=None):
+        self.predicted.append((step, self.run.now, seconds_left))
+
+    def now(self, what, done=0, total=None):
+        super().now(what, done, total)
+        self.waits.append((what, done, total))
+
+
+class Run:
+    """What the trainer does between its callbacks, with a clock instead of work."""
+
+    def __init__(self, folder, *, first_step=0, steps=20, **arguments):
+        self.now, self.seconds = 0.0, {"evaluation": EVALUATION, "save": SAVE}
+        self.view = Recorder(self)
+        self.monitor = Monitor(self.view, folder, torch.device("cpu"), lambda step: None, clock=lambda: self.now)
+        self.args = TrainingArguments(str(folder), use_cpu=True, report_to=[], logging_steps=1, **arguments)
+        self.state = TrainerState(
+            global_step=first_step, max_steps=steps, num_train_epochs=4, eval_steps=5, save_steps=4, logging_steps=1
+        )
+        self.control = TrainerControl()
+        self.handler = CallbackHandler([DefaultFlowCallback(), self.monitor], None, None, None, None)
+
+    def tell(self, event, **given):
+        getattr(self.handler, event)(self.args, self.state, self.control, **given)
+
+    def evaluate(self):
+        self.handler.eval_dataloader = range(4)
+        for _ in range(4):
+            self.now += self.seconds["evaluation"] / 4
+            self.tell("on_prediction_step")
+        self.tell("on_evaluate", metrics={})
+
+    def log_evaluate_save(self):
+        if self.control.should_log:
+            self.tell("on_log", logs={"loss": 1.0, "num_tokens": 100.0 * self.state.global_step})
+        if self.control.should_evaluate:
+            self.evaluate()
+        if self.control.should_save:
+            self.now += self.seconds["save"]
+            self.tell("on_save")
+
+    def train(self):
+        first, steps_per_epoch = self.state.global_step + 1, self.state.max_steps // 4
+        self.tell("on_train_begin")
+        if self.args.eval_on_start:
+            self.evaluate()
+        for step in range(first, self.state.max_steps + 1):
+            self.tell("on_step_begin")
+            # Every tenth step the machine does something else.
+            self.now += FIRST_STEP if step == first else 3 * STEP if step % 10 == 0 else STEP
+            self.state.global_step, self.state.epoch = step, step / steps_per_epoch
+            self.tell("on_step_end")
+            self.log_evaluate_save()
+            if step % steps_per_epoch == 0:
+                self.tell("on_epoch_end")
+                self.log_evaluate_save()
+        self.tell("on_train_end")
+
+
+def check_predictions(run):
+    """From the second step on, each prediction is within 30 % of what was left."""
+    (first, *others) = run.view.predicted
+    assert first[2] is None
+    assert [seconds for *_, seconds in others] == [pytest.approx(run.now - at, rel=0.3) for _, at, _ in others]
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_time_left_is_right_from_the_second_step_on(tmp_path, strategy):
+    run = Run(tmp_path, steps=40, eval_strategy=strategy, eval_on_start=True, save_strategy=strategy)
+    run.train()
+    check_predictions(run)
+    assert [record.get("eta_s") for record in run.monitor.records] == [seconds for *_, seconds in run.view.predicted]
+
+
+def test_a_resumed_run_knows_from_its_records_how_long_an_evaluation_takes(tmp_path):
+    append_metrics(tmp_path, {"step": 0, "eval_loss": 2.0, "eval_runtime": EVALUATION})
+    run = Run(tmp_path, first_step=6, steps=22, eval_strategy="steps", save_strategy="no")
+    run.train()
+    check_predictions(run)
+
+
+def test_speed_counts_the_seconds_of_steps_alone_and_a_resumed_run_goes_on_counting(tmp_path):
+    run = Run(tmp_path, steps=8, eval_strategy="steps", eval_on_start=True, save_strategy="steps")
+    run.train()
+    seconds = FIRST_STEP + 7 * STEP
+    assert run.monitor.tokens_per_s == 800 / seconds
+    resumed = Run(tmp_path, first_step=8, steps=9)
+    run.state.save_to_json(tmp_path / "state.json")
+    resumed.state.stateful_callbacks = TrainerState.load_from_json(tmp_path / "state.json").stateful_callbacks
+    resumed.train()
+    assert resumed.monitor.tokens_per_s == 900 / (seconds + FIRST_STEP)
+    assert resumed.monitor.records[-1]["tokens_per_s"] == round(100 / FIRST_STEP, 1)
+
+
+def test_a_wait_is_announced_and_one_that_was_short_is_not_announced_again(tmp_path):
+    run = Run(tmp_path, steps=20, eval_strategy="steps", eval_on_start=True, save_strategy="steps")
+    run.seconds["save"] = 0.1
+    run.train()
+    lines = run.view.console.file.getvalue().splitlines()
+    assert lines.count("evaluating ...") == 5
+    assert lines.count("saving a checkpoint ...") == 1
+    assert run.view.waits[:6] == [("evaluating", done, 4 if done else None) for done in range(5)] + [("", 0, None)]
