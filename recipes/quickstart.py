@@ -124,12 +124,12 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
         InputError: the output folder holds a run, or something to install is missing.
     """
     from datasets import Dataset
-    from qriemann.training.run import train
+    from qriemann.training.train import train
     from rich.console import Console
 
     from qriemann.base.gguf import EMBEDDED_MODEL
     from qriemann.base.load import load_base
-    from qriemann.config.settings import config_from_values
+    from qriemann.config import settings_from
     from qriemann.folder import records
     from qriemann.training.publishing import publish
 
@@ -140,7 +140,7 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
         raise InputError(
             f"output_dir must not hold a run already, got {folder}; add --overwrite to replace it, or name another folder"
         )
-    config = config_from_values(
+    config = settings_from(
         {
             "model_name_or_path": EMBEDDED_MODEL,
             "output_dir": str(folder),

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from qriemann.training.run import train
+from qriemann.training.train import train
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
-from qriemann.config.settings import load_config
+from qriemann.config import load_settings
 from qriemann.memory.footprint import GIB
 from qriemann.memory.plan import plan
 from tests.recipe_fixtures import chat_rows, make_tokenizer
@@ -48,8 +48,8 @@ def heads():
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "card", "arguments", "peak"), list(heads()))
 def test_the_head_of_a_recipe_says_what_the_plan_says_and_the_card_holds_it(path, card, arguments, peak, tmp_path):
-    PUBLISHED[load_config(path).model.model_name_or_path].save_pretrained(tmp_path)
-    result = plan(load_config(path, [*arguments, "--model_name_or_path", str(tmp_path)]))
+    PUBLISHED[load_settings(path).model.model_name_or_path].save_pretrained(tmp_path)
+    result = plan(load_settings(path, [*arguments, "--model_name_or_path", str(tmp_path)]))
     assert result.peak / GIB == pytest.approx(peak, abs=0.06)
     assert result.high <= card * GIB
 
@@ -84,7 +84,7 @@ def rows_like(columns: dict[str, str] | None, name: str) -> list[dict[str, str]]
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_trains_a_small_model_of_its_architecture(path, tmp_path):
-    written = load_config(path)
+    written = load_settings(path)
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     published = PUBLISHED[written.model.model_name_or_path]
@@ -108,7 +108,7 @@ def test_every_recipe_trains_a_small_model_of_its_architecture(path, tmp_path):
         "use_cpu": "true",
         "display": "none",
     }
-    config = load_config(path, [word for key, value in arguments.items() for word in (f"--{key}", str(value))])
+    config = load_settings(path, [word for key, value in arguments.items() for word in (f"--{key}", str(value))])
     result = train(config)
     result.trainer.end()
     assert result.steps == 2
