@@ -2,7 +2,7 @@
 
 bitsandbytes dequantizes a weight in every forward and again in every backward; on a CPU that is a fifth of a training step
 and most of the time of a generated token. Here a plain float copy stands beside the 4-bit bytes, which stay what they are:
-they alone are saved, merged and fingerprinted. The products are the same to the bit; the price is 4 bytes a weight in float32.
+they alone are saved, merged and fingerprinted. The products are the same to the bit; a float32 copy takes 4 bytes a weight.
 """
 
 from __future__ import annotations
