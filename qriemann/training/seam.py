@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from qriemann.adapters.attach import accept_offset_checkpoints, check_start
+from qriemann.base.on_cpu import warn_of_checkpointing
 from qriemann.distributed import refuse_sharding, same_seed
 from qriemann.optim.fixed_rank import FixedRankOptimizer
 from qriemann.optim.methods import find_method, resolve_options
@@ -28,6 +29,7 @@ class OptimizerFactory:
 
     def __call__(self, model: nn.Module, *, method: str, **options: Any) -> torch.optim.Optimizer:
         refuse_sharding()
+        warn_of_checkpointing(model)
         entry = find_method(method)
         if entry.on_manifold:
             # DDP makes the factors equal, and knows nothing of the cores and offsets that belong to them.
