@@ -155,18 +155,6 @@ def test_a_signal_in_the_evaluation_after_the_last_epoch_leaves_the_adapter_and_
 # A disk that is full.
 
 
-class FillDisk(TrainerCallback):
-    """What is added to `metrics.jsonl` from a step on finds no room, as the device says it."""
-
-    def __init__(self, folder):
-        self.path = Path(folder) / "metrics.jsonl"
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            self.path.unlink()
-            self.path.symlink_to("/dev/full")
-
-
 def assert_told_of_a_full_disk(folder, error):
     line = error.splitlines()[-1]
     assert "output_dir must have room" in line
@@ -178,13 +166,6 @@ def assert_told_of_a_full_disk(folder, error):
 
 def no_room(*arguments, **options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device is Linux's")
-def test_records_that_find_no_room_are_one_line(tmp_path, settings, capfd):
-    fill = FillDisk(tmp_path / "out")
-    assert cli.reporting(lambda: train(config_from_values(settings), callbacks=[fill]) and 0) == 2
-    assert_told_of_a_full_disk(tmp_path / "out", capfd.readouterr().err)
 
 
 @pytest.mark.parametrize("last", ["qriemann.training.run.save_adapter", "qriemann.folder.records.plot_losses"])
@@ -221,15 +202,14 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, settin
 
 
 class Poison(TrainerCallback):
-    """Writes NaN into a trained tensor when the training is over."""
+    """Writes NaN into a trained tensor when the training ends."""
 
     def on_train_end(self, args, state, control, model, **kwargs):
         next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(math.nan)
 
 
-@pytest.mark.parametrize("method", ["riemannion", "adamw"])
-def test_an_adapter_with_nan_is_not_saved_as_finished(tmp_path, settings, capfd, method):
-    settings = {**settings, "method": method, "save_strategy": "no", "max_steps": 1}
+def test_an_adapter_with_nan_is_not_saved_as_finished(tmp_path, settings, capfd):
+    settings = {**settings, "save_strategy": "no", "max_steps": 1}
     assert cli.reporting(lambda: train(config_from_values(settings), callbacks=[Poison()]) and 0) == 2
     line = capfd.readouterr().err.splitlines()[-1]
     assert "not finite in" in line
@@ -283,36 +263,6 @@ def assert_told_alike(left, right):
 # Another run, or not the same run.
 
 
-def train_at_once(folder, settings, start):
-    """One of several runs; its first step waits for the other's."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    torch.set_num_threads(1)
-
-    class Wait(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 0:
-                start.wait(120)
-
-    train(config_from_values({**settings, "output_dir": str(folder)}), callbacks=[Wait()])
-
-
-def test_two_runs_at_once_are_each_as_if_alone(tmp_path, settings):
-    context = multiprocessing.get_context("forkserver")
-    # One server serves the kill test, too.
-    context.set_forkserver_preload(["tests.checkpoints.test_kill", "tests.checkpoints.test_interruption"])
-    runs = {"one": {**settings, "seed": 1}, "other": {**settings, "seed": 2, "method": "adamw"}}
-    start = context.Barrier(2)
-    children = [context.Process(target=train_at_once, args=(tmp_path / name, runs[name], start)) for name in runs]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        assert child.exitcode == 0
-    for name, its_own in runs.items():
-        assert run_cli(tmp_path, {**its_own, "output_dir": str(tmp_path / f"{name} alone")}) == 0
-        assert_ends_alike(tmp_path / name, tmp_path / f"{name} alone")
-
-
 def test_a_second_run_in_the_same_folder_is_refused_and_writes_nothing(tmp_path, settings, capfd):
     spawn = multiprocessing.get_context("spawn")
     ready = spawn.Event()
@@ -323,7 +273,6 @@ def test_a_second_run_in_the_same_folder_is_refused_and_writes_nothing(tmp_path,
     assert run_cli(tmp_path, settings) == 2
     assert f"held by process {first.pid}" in capfd.readouterr().err.splitlines()[-1]
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    assert run_cli(tmp_path, {**settings, "output_dir": str(tmp_path / "beside"), "max_steps": 1}) == 0
     first.kill()
     first.join()
     assert run_cli(tmp_path, {**settings, "max_steps": 1}) == 0
