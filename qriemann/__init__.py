@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qriemann.release.merge import merge as merge
     from qriemann.release.push import push as push
     from qriemann.release.report import write_report as write_report
-    from qriemann.release.spectrum import inspect as inspect
+    from qriemann.release.inspect import inspect as inspect
     from qriemann.training.check import check as check
     from qriemann.training.loi_callback import LocallyOptimalInit as LocallyOptimalInit
     from qriemann.training.prepare import prepare as prepare
@@ -55,7 +55,7 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "export": "release.export",
     "for_trainer": "training.seam",
-    "inspect": "release.spectrum",
+    "inspect": "release.inspect",
     "load_base": "adapters.attach",
     "load_settings": "config",
     "locally_optimal_": "adapters.loi",

@@ -313,7 +313,7 @@ def _add_inspect(commands: Any) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     console = _console()
-    from qriemann.release.spectrum import inspect
+    from qriemann.release.inspect import inspect
 
     given = {name: getattr(arguments, name) for name in ("adapter", "base", "plot", "every_layer")}
     inspect(console=console, **given)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
-from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
@@ -18,8 +17,8 @@ from qriemann.base.chat_template import render
 from qriemann.base.load import load_base
 from qriemann.checkpoints.fingerprints import other_base
 from qriemann.errors import InputError
-from qriemann.evaluation.quiet import quiet_upstream
 from qriemann.folder.contents import read_folder
+from qriemann.upstream import quiet
 
 # C0 and C1 control characters but newline and tab: a model's output must not drive the terminal.
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -205,7 +204,7 @@ def load_session(
         InputError: neither is in the folder, or the base cannot be had.
     """
     # Bars would stand between the answers of a pipe.
-    with quiet_upstream(Console(stderr=True)):
+    with quiet():
         session = _load(folder, base, quantize, device)
     if session.tokenizer.chat_template is None:
         session.notes.append("the tokenizer has no chat template: what you write is continued as plain text")

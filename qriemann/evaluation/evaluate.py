@@ -16,11 +16,11 @@ from rich.table import Table
 
 from qriemann.adapters.saved import adapter_folder, read_adapter
 from qriemann.base.load import load_base
-from qriemann.evaluation.quiet import quiet_upstream
 from qriemann.evaluation.reload import logits_of_rows
 from qriemann.evaluation.rows import Rows, load_rows
 from qriemann.evaluation.scorers import find_scorer
-from qriemann.release.trained import load_trained
+from qriemann.evaluation.trained import load_trained
+from qriemann.upstream import quiet
 
 _RESAMPLES, _LEVEL = 2_000, 0.95
 _MAX_ANSWER, _BATCH = 512, 16
@@ -106,7 +106,7 @@ def evaluate(
     """
     find_scorer(scorer)
     console = console or Console(quiet=True)
-    with quiet_upstream(console):
+    with quiet():
         found = [
             _score(str(name), data, base, max_rows, scorer, console) for name in (model, other) if name is not None
         ]

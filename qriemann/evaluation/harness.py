@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qriemann.errors import InputError, MissingExtraError
 from qriemann.evaluation.evaluate import load_model
-from qriemann.evaluation.quiet import quiet_upstream
+from qriemann.upstream import quiet
 
 _BATCH = 8
 
@@ -58,7 +58,7 @@ def run_tasks(
             "tasks lists them"
         )
     found = []
-    with quiet_upstream(console):
+    with quiet():
         for name in map(str, models):
             model, tokenizer = load_model(name, base, console)
             results = lm_eval.simple_evaluate(

@@ -5,7 +5,7 @@ rounded as the files are. Behaviour: a fresh process loads the folder with trans
 distributions are compared with those that the 4-bit base with the adapter gave before.
 
 The first finds any damage, however small its effect. The second says what it costs to leave the base that the adapter was
-trained on, which no check of weights can: quantization moved that base by more than many an adapter does.
+trained on, which no check of weights can: quantization moves that base by more than many an adapter does.
 """
 
 from __future__ import annotations
@@ -20,17 +20,48 @@ from typing import Any
 
 import psutil
 import torch
+from rich import box
+from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
+import qriemann
+from qriemann.base.gguf import EMBEDDED_MODEL
 from qriemann.evaluation import reload
 from qriemann.evaluation.reload import Differences, Row
 from qriemann.evaluation.rows import Rows
-from qriemann.release.trained import Trained
+from qriemann.evaluation.trained import Trained
+from qriemann.folder.contents import proof_rows
 
 # Largest relative difference of a tensor that only rounding explains. Measured on the embedded model: 1e-7 at float32; at
 # half precision and in 4 bit a float32 sum taken in another order moves a few weights to the neighbouring value.
 _WEIGHT_RTOL = {"float32": 1e-6, "float16": 1e-4, "bfloat16": 1e-4, "nf4": 1e-3}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A folder to be judged.
+
+    Attributes:
+        into, dtype: what it holds.
+        weights: the largest relative difference of a tensor from base plus adapter, and that tensor's name.
+        max_kl: largest mean KL to the trained model that is accepted, nats a token.
+    """
+
+    folder: Path
+    into: str
+    dtype: str
+    weights: tuple[float, str]
+    max_kl: float
+
+    @property
+    def weights_bound(self) -> float:
+        """Of the relative difference of a tensor."""
+        return _WEIGHT_RTOL["nf4" if self.into == "nf4" else self.dtype]
+
+    @property
+    def weights_are_right(self) -> bool:
+        return self.weights[0] <= self.weights_bound
 
 
 @dataclass(frozen=True)
@@ -39,15 +70,11 @@ class Verdict:
 
     Attributes:
         found: the comparison with the trained model; None if the weights are wrong or the folder did not load.
-        weights: the largest relative difference of a tensor from base plus adapter, and that tensor's name.
         reasons: why it is rejected; empty if it is accepted.
     """
 
-    into: str
-    dtype: str
-    max_kl: float
+    written: Written
     found: Differences | None
-    weights: tuple[float, str]
     reasons: list[str]
 
     @property
@@ -56,13 +83,14 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """For the report."""
+        difference, tensor = self.written.weights
         return {
-            "into": self.into,
-            "dtype": self.dtype,
+            "into": self.written.into,
+            "dtype": self.written.dtype,
             "accepted": self.accepted,
             "reasons": self.reasons,
-            "max_kl": self.max_kl,
-            "weights": {"largest_relative_difference": self.weights[0], "tensor": self.weights[1]},
+            "max_kl": self.written.max_kl,
+            "weights": {"largest_relative_difference": difference, "tensor": tensor},
             **(self.found or {}),
         }
 
@@ -78,9 +106,8 @@ class Recording:
 
 def record(trained: Trained, rows: Rows, path: Path) -> Recording:
     """Writes the trained model's logits to the file."""
-    save_file(
-        {str(index): logits.contiguous() for index, logits in reload.logits_of_rows(trained.peft, rows.rows)}, path
-    )
+    logits = {str(index): row.contiguous() for index, row in reload.logits_of_rows(trained.peft, rows.rows)}
+    save_file(logits, path)
     with trained.untrained() as model:
         return Recording(path, rows.rows, reload.differences(model, rows.rows, path))
 
@@ -107,32 +134,6 @@ def worst_weight(
     return worst
 
 
-@dataclass(frozen=True)
-class Written:
-    """A folder to be judged.
-
-    Attributes:
-        into, dtype: what it holds.
-        weights: from `worst_weight`.
-        max_kl: largest mean KL to the trained model, nats a token.
-    """
-
-    folder: Path
-    into: str
-    dtype: str
-    weights: tuple[float, str]
-    max_kl: float
-
-    @property
-    def weights_bound(self) -> float:
-        """Of the relative difference of a tensor."""
-        return _WEIGHT_RTOL["nf4" if self.into == "nf4" else self.dtype]
-
-    @property
-    def weights_are_right(self) -> bool:
-        return self.weights[0] <= self.weights_bound
-
-
 def judge(written: list[Written], recording: Recording) -> list[Verdict]:
     """The verdict on each folder; those whose weights are right are loaded in a fresh process."""
     found = iter(_reload([one for one in written if one.weights_are_right], recording))
@@ -140,18 +141,23 @@ def judge(written: list[Written], recording: Recording) -> list[Verdict]:
 
 
 def _verdict(written: Written, found: dict[str, Any] | None) -> Verdict:
-    difference, tensor = written.weights
-    reasons = []
     if found is None:
-        reasons = [
+        difference, tensor = written.weights
+        reason = (
             f"{tensor} is not the base's plus the adapter's: relative difference {difference:.1e}, above "
             f"{written.weights_bound:.0e}"
-        ]
-    elif "failure" in found:
-        reasons, found = [found["failure"]], None
-    elif not found["mean_kl"] <= written.max_kl:
-        reasons = [f"mean KL to the trained model is {found['mean_kl']:.2e} nats a token, above {written.max_kl:.0e}"]
-    return Verdict(written.into, written.dtype, written.max_kl, found, written.weights, reasons)  # type: ignore[arg-type]
+        )
+        return Verdict(written, None, [reason])
+    if "failure" in found:
+        return Verdict(written, None, [found["failure"]])
+    return Verdict(written, found, far_from_trained(found, written.max_kl, "the trained model"))  # type: ignore[arg-type]
+
+
+def far_from_trained(found: Mapping[str, Any], max_kl: float, what: str) -> list[str]:
+    """The reason to reject a model whose mean KL is above the bound, or is no number; empty below."""
+    if found["mean_kl"] <= max_kl:
+        return []
+    return [f"mean KL to {what} is {found['mean_kl']:.2e} nats a token, above {max_kl:.0e}"]
 
 
 def _reload(written: list[Written], recording: Recording) -> list[dict[str, Any]]:
@@ -168,13 +174,11 @@ def _reload(written: list[Written], recording: Recording) -> list[dict[str, Any]
     }
     request.write_text(json.dumps(content), "utf-8")
     # -P: the script's own folder, which is inside this package, is not where the process looks for modules.
-    done = subprocess.run(
-        [sys.executable, "-P", reload.__file__, str(request)], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-P", reload.__file__, str(request)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         # Killed for memory, most likely: the script reports what is wrong with a folder.
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        why = lines[-1] if lines else "no message"
+        why = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
         return [{"failure": f"the fresh process ended with status {done.returncode}: {why}"}] * len(written)
     return json.loads(result.read_text("utf-8"))
 
@@ -186,3 +190,88 @@ def _compute_dtype(folder: Path) -> str:
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     # Twice the files for half precision; 4-bit weights stay as they are. A third for logits and activations.
     return dtype if dtype != "float32" and 2 * stored > free * 2 / 3 else "float32"
+
+
+def describe(trained: Trained, rows: Rows, untrained: Differences) -> dict[str, Any]:
+    """The report's part that holds before anything is judged; nothing in it tells where a file lay."""
+    return {
+        "base": _public_name(trained.base),
+        "adapter": {
+            "layers": len(trained.adapter.layers),
+            "rank": max(layer.a.shape[0] for layer in trained.adapter.layers.values()),
+        },
+        "prompts": {"source": rows.source, "rows": len(rows.rows), "tokens": rows.tokens, "notices": rows.notices},
+        "trained": {"loss": untrained["recorded_loss"]},
+        "untrained_base": dict(untrained),
+        "qriemann": qriemann.__version__,
+    }
+
+
+def conclude(described: dict[str, Any], verdicts: list[Verdict]) -> dict[str, Any]:
+    """The whole report: what was found of each base, which one to prefer, and a sentence for each thing to know."""
+    merged = [verdict.as_dict() for verdict in verdicts]
+    accepted = all(verdict.accepted for verdict in verdicts)
+    content = {**described, "merged": merged, "accepted": accepted, "prefer": _preferred(merged)}
+    return {**content, "conclusions": _conclusions(content)}
+
+
+def table(content: dict[str, Any]) -> Table:
+    """The report's comparison for a terminal."""
+    prompts = content["prompts"]
+    # The heavy frame would not fit into 80 columns.
+    drawn = Table(
+        title=f"against the trained model, {prompts['tokens']} tokens of {prompts['source']}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    # Without the last column, the verdict: its reasons are sentences of their own.
+    head, *lines = (row[:-1] for row in proof_rows(content))
+    for name in head:
+        drawn.add_column(name, justify="left" if name == "model" else "right", no_wrap=name == "model")
+    for line in lines:
+        drawn.add_row(*line)
+    return drawn
+
+
+def _public_name(base: str) -> str:
+    """The base's name as it may be published: a local path without its folders."""
+    path = Path(base).expanduser()
+    return path.resolve().name if base != EMBEDDED_MODEL and path.exists() else base
+
+
+def _conclusions(content: dict[str, Any]) -> list[str]:
+    lines = []
+    untrained = content["untrained_base"]["mean_kl"]
+    for merged in content["merged"]:
+        lines += [f"rejected: {merged['into']}: {reason}" for reason in merged["reasons"]]
+        if merged.get("mean_kl", 0) > untrained:
+            lines.append(
+                f"{merged['into']} is farther from the trained model than the untrained base is (mean KL "
+                f"{merged['mean_kl']:.2g} against {untrained:.2g}): on these rows, leaving the base that was trained on "
+                "changes more than the training did"
+            )
+    if content["prefer"]:
+        lines.append(content["prefer"]["why"])
+    if content["prompts"]["source"] == "the built-in prompts":
+        lines.append("the prompts are general ones; --data with rows like the training's says more about their kind")
+    return lines
+
+
+def _preferred(merged: list[dict[str, Any]]) -> dict[str, str] | None:
+    """The accepted base that is nearest to what was trained."""
+    accepted = sorted((one for one in merged if one["accepted"]), key=lambda one: one["mean_kl"])
+    if not accepted:
+        return None
+    best, others = accepted[0], accepted[1:]
+    into, why = best["into"], f"mean KL {best['mean_kl']:.2g} nats a token"
+    if others:
+        against = " and ".join(f"{other['mean_kl']:.2g} for {other['into']}" for other in others)
+        return {"into": into, "why": f"prefer {into}: {why} against {against}"}
+    if into == "nf4-dequantized":
+        return {"into": into, "why": f"nf4-dequantized is the base to prefer: the adapter was trained on it; {why}"}
+    return {
+        "into": into,
+        "why": f"only {into} was measured: {why}; the adapter was trained on the 4-bit base, so compare with --into "
+        "nf4-dequantized before you choose",
+    }

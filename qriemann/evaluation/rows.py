@@ -110,7 +110,7 @@ def _answer_as_completion(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _built_in(tokenizer: PreTrainedTokenizerBase) -> Source:
-    lines = resources.files("qriemann.release").joinpath("prompts.jsonl").read_text("utf-8").splitlines()
+    lines = resources.files("qriemann.evaluation").joinpath("prompts.jsonl").read_text("utf-8").splitlines()
     rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
     if tokenizer.chat_template:
         roles = {"prompt": "user", "completion": "assistant"}

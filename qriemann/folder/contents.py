@@ -16,7 +16,7 @@ from qriemann.errors import InputError
 
 CURVE = "loss.png"
 PROOF = "merge_report.json"
-# The recipe's demo writes its answers here; the only file so far that holds samples.
+# The recipe's demo writes its answers here.
 _SAMPLES = "quickstart.json"
 
 # What a person asks for first; the full list is in `run.json`.
@@ -94,6 +94,17 @@ class ModelFolder:
         """What the run measured at its end."""
         return _mapping(self.run.get("result"))
 
+    @property
+    def answers(self) -> list[list[str]]:
+        """Question, right answer, and the answers before and after training, by sample."""
+        return [[sample.get(key, "") for key in ("question", "right", "before", "after")] for sample in self.samples]
+
+    @property
+    def proof_source(self) -> str:
+        """On how many tokens of which rows a merged model was compared with the trained one."""
+        prompts = _mapping(self.proof.get("prompts"))
+        return f"{prompts.get('tokens', '?')} tokens of {prompts.get('source', 'unknown rows')}"
+
 
 def read_folder(folder: str | os.PathLike[str], *, run: str | os.PathLike[str] | None = None) -> ModelFolder:
     """The content of a folder.
@@ -107,22 +118,16 @@ def read_folder(folder: str | os.PathLike[str], *, run: str | os.PathLike[str] |
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise InputError(
-            f"the folder must hold an adapter, a merged model or a run, got {path}, which is none; check the path"
-        )
+        raise InputError(f"{path}: no such folder")
     records = path if run is None else Path(run).expanduser()
     run_json = read_json(records / "run.json")
     if run is not None and not run_json:
-        raise InputError(
-            f"run must be the folder of a training, got {records} without a readable run.json; check the path"
-        )
+        raise InputError(f"{records / 'run.json'} cannot be read; name the folder of a training with run")
     adapter, model = read_json(path / "adapter_config.json"), read_json(path / "config.json")
     if not (adapter or model or run_json):
         inner = sorted(found.parent.name for found in path.glob("*/config.json"))
-        hint = f"; {inner[0]} in it is one" if inner else "; check the path"
-        raise InputError(
-            f"the folder must hold an adapter, a merged model or a run, got {path}, which has neither{hint}"
-        )
+        hint = f"its folder {inner[0]} does" if inner else "check the path"
+        raise InputError(f"{path} holds no adapter, merged model or run; {hint}")
     proof = read_json(path / PROOF)
     trained_on = _mapping(run_json.get("model")).get("name_or_path")
     demo = read_json(records / _SAMPLES)
@@ -172,8 +177,8 @@ def proof_rows(proof: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def _compared(figures: Mapping[str, Any], trained: Any) -> tuple[str, ...]:
     loss = figures.get("loss")
     more = f" ({loss - trained:+.3f})" if isinstance(loss, int | float) and isinstance(trained, int | float) else ""
-    forms = (("mean_kl", ".1e"), ("worst_kl", ".1e"), ("top_agreement", ".1%"))
-    return (*(_figure(figures.get(key), form).replace("%", " %") for key, form in forms), _figure(loss, ".3f") + more)
+    share = _figure(figures.get("top_agreement"), ".1%").replace("%", " %")
+    return (*(_figure(figures.get(key), ".1e") for key in ("mean_kl", "worst_kl")), share, _figure(loss, ".3f") + more)
 
 
 def _figure(value: Any, form: str) -> str:

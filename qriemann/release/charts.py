@@ -6,8 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from qriemann.adapters.spectrum import LayerSpectrum, group_by_kind
 from qriemann.folder.contents import curve
-from qriemann.release.saved_spectrum import LayerSpectrum
 
 # Colours that differ in lightness too, for those who cannot tell red from green [Okabe and Ito 2008].
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
@@ -54,33 +54,45 @@ def draw_curves(metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
         axes.set_ylabel(unit)
         if len(lines) > 1:
             axes.legend(frameon=False)
-        drawn.append((title, _svg(figure)))
+        drawn.append((title, as_svg(figure)))
     return drawn
 
 
-def draw_spectrum(spectra: Sequence[LayerSpectrum]) -> str:
-    """The singular values of every layer, one panel for each kind of layer, light to dark from first to last."""
+def spectrum_figure(spectra: Sequence[LayerSpectrum]) -> Any:
+    """The singular values of every layer, a panel for each kind of layer, light to dark from the first to the last.
+
+    The last panel has the norms along the depth, relative to the weights' if these are known.
+    """
     from matplotlib import colormaps
 
-    kinds = list(dict.fromkeys(layer.kind for layer in spectra))
-    columns = min(len(kinds), _PANELS_A_ROW)
-    rows = -(-len(kinds) // columns)
+    kinds = group_by_kind(list(spectra))
+    columns = min(len(kinds) + 1, _PANELS_A_ROW)
+    rows = -(-(len(kinds) + 1) // columns)
     figure = _figure(3.2 * columns, 2.6 * rows)
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
-    for axes, kind in zip(panels, kinds, strict=False):
-        layers = [layer for layer in spectra if layer.kind == kind]
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    panels, depth = axes[: len(kinds)], axes[len(kinds)]
+    # Zero has no place on a logarithmic axis.
+    positive = any(value > 0 for layer in spectra for value in layer.sigma)
+    for panel, (kind, layers) in zip(panels, kinds.items(), strict=True):
         for index, layer in enumerate(layers):
             shade = 0.25 + 0.7 * index / max(len(layers) - 1, 1)
-            axes.plot(range(1, len(layer.values) + 1), layer.values, color=colormaps["Blues"](shade), linewidth=0.8)
-        axes.set_title(kind, fontsize=9)
-        axes.set_xlabel("index")
-    if any(value > 0 for layer in spectra for value in layer.values):
-        panels[0].set_yscale("log")
-    for axes in panels[::columns]:
-        axes.set_ylabel("singular value")
-    for axes in panels[len(kinds) :]:
-        axes.set_visible(False)
-    return _svg(figure)
+            panel.plot(range(1, len(layer.sigma) + 1), layer.sigma, color=colormaps["Blues"](shade), linewidth=0.8)
+        panel.sharey(panels[0])
+        panel.set(title=kind, xlabel="index", yscale="log" if positive else "linear")
+        norms = [layer.norm if layer.relative_norm is None else layer.relative_norm for layer in layers]
+        depth.plot(norms, marker=".", markersize=4, linewidth=1, label=kind)
+    for number, panel in enumerate(panels):
+        panel.tick_params(which="both", labelleft=number % columns == 0)
+        panel.set_ylabel("singular value" if number % columns == 0 else "")
+    relative = spectra[0].relative_norm is not None
+    depth.set(title="norm of the change" + (" / norm of the weight" if relative else ""), xlabel="block")
+    depth.set_ylim(bottom=0)
+    depth.legend(fontsize="x-small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    for panel in axes[len(kinds) + 1 :]:
+        panel.set_visible(False)
+    for panel in axes:
+        panel.title.set_fontsize(9)
+    return figure
 
 
 def _figure(width: float, height: float) -> Any:
@@ -90,7 +102,8 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Any) -> str:
+def as_svg(figure: Any) -> str:
+    """The figure as an `<svg>` element, its text kept as text."""
     from matplotlib import rc_context
 
     for axes in figure.axes:

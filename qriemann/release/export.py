@@ -9,22 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from peft import LoraConfig
 from peft.utils import load_peft_weights
 from rich.console import Console
 from safetensors.torch import save_file
-from torch import Tensor
 
 from qriemann.adapters.saved import LoraFactors, read_adapter
+from qriemann.adapters.spectrum import factored_svd
 from qriemann.errors import InputError
-from qriemann.evaluation import reload
-from qriemann.evaluation.proof import Verdict, record
-from qriemann.evaluation.quiet import quiet_upstream
+from qriemann.evaluation import proof, reload
+from qriemann.evaluation.trained import load_trained
 from qriemann.folder.records import write_json
-from qriemann.release import proof_report as report
-from qriemann.release.output_folder import check_output, move_into_place, written_or_nothing
-from qriemann.release.spectrum import small_core
-from qriemann.release.trained import load_trained
+from qriemann.release.atomic_folder import check_output, move_into_place, written_or_nothing
+from qriemann.upstream import quiet
 
 REPORT = "export_report.json"
 
@@ -54,10 +53,10 @@ def truncate(layer: LoraFactors, rank: int) -> tuple[LoraFactors, float, float]:
 
     Cost: O((m + n) r^2); scaling B A itself is never formed.
     """
-    (left, sigma, right) = small_core(layer)
-    kept = sigma[:rank]
-    b, a = left[:, :rank] * kept.sqrt(), (right[:, :rank] * kept.sqrt()).mT
-    return LoraFactors(b.float(), a.float(), 1.0), sigma[rank:].norm().item(), sigma.norm().item()
+    u, sigma, v = factored_svd(layer.scaling * layer.b.double().numpy(), layer.a.double().numpy())
+    root = np.sqrt(sigma[:rank])
+    b, a = (torch.from_numpy(factor[:, :rank] * root).float() for factor in (u, v))
+    return LoraFactors(b, a.mT, 1.0), math.hypot(*sigma[rank:]), math.hypot(*sigma)
 
 
 def export(
@@ -106,26 +105,23 @@ def export(
     )
 
     partial = out.with_name(f"{out.name}.partial")
-    with quiet_upstream(console), written_or_nothing(partial):
+    with quiet(), written_or_nothing(partial):
         trained = load_trained(saved, base, revision, console)
         rows = trained.proof_rows(data, console)
         _write(partial, saved.folder, _config(saved.config, truncated, rank), truncated)
         trained.tokenizer.save_pretrained(partial)
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
             console.print(f"Comparing on {rows.source}, {rows.tokens} tokens ...", highlight=False)
-            recording = record(trained, rows, Path(scratch) / "recorded.safetensors")
+            recording = proof.record(trained, rows, Path(scratch) / "recorded.safetensors")
             # From the files just written, by PEFT.
             trained.peft.load_adapter(str(partial), "truncated")
             trained.peft.set_adapter("truncated")
             found = reload.differences(trained.peft.eval(), rows.rows, recording.path)
-        untrained = recording.untrained
-        bound = max(_KL_FLOOR, _KL_SHARE * untrained["mean_kl"]) if max_kl is None else max_kl
-        reasons = []
-        if not found["mean_kl"] <= bound:
-            reasons.append(f"mean KL to the whole adapter is {found['mean_kl']:.2e} nats a token, above {bound:.0e}")
-        verdict = Verdict(f"rank {rank}", "float32", bound, found, (total, "all layers"), reasons)
+        bound = max(_KL_FLOOR, _KL_SHARE * recording.untrained["mean_kl"]) if max_kl is None else max_kl
+        written = proof.Written(partial, f"rank {rank}", "float32", (total, "all layers"), bound)
+        verdict = proof.Verdict(written, found, proof.far_from_trained(found, bound, "the whole adapter"))
         content = {
-            **report.describe(trained.base, saved, rows, untrained),
+            **proof.describe(trained, rows, recording.untrained),
             "merged": [verdict.as_dict()],
             "relative_error": {"total": total, "layers": lost},
             "accepted": verdict.accepted,
@@ -133,8 +129,8 @@ def export(
         write_json(partial / REPORT, content)
         folder = out if verdict.accepted else out.with_name(f"{out.name}.rejected")
         move_into_place(partial, folder)
-    console.print(report.table(content))
-    for reason in reasons:
+    console.print(proof.table(content))
+    for reason in verdict.reasons:
         console.print(f"rejected: {reason}; a higher --rank loses less", highlight=False)
     return ExportResult(folder, verdict.accepted, content)
 
@@ -151,7 +147,7 @@ def _config(config: LoraConfig, truncated: dict[str, tuple[LoraFactors, float, f
 def _write(
     folder: Path, source: Path, config: LoraConfig, truncated: dict[str, tuple[LoraFactors, float, float]]
 ) -> None:
-    tensors: dict[str, Tensor] = load_peft_weights(str(source), device="cpu")
+    tensors = load_peft_weights(str(source), device="cpu")
     for name, (layer, *_) in truncated.items():
         for side, factor in (("A", layer.a), ("B", layer.b)):
             tensors[f"base_model.model.{name}.lora_{side}.weight"] = factor

@@ -17,22 +17,22 @@ from torch import Tensor
 
 from qriemann.adapters.saved import read_adapter
 from qriemann.errors import InputError
-from qriemann.evaluation.proof import Verdict, Written, judge, record, worst_weight
-from qriemann.evaluation.quiet import quiet_upstream
+from qriemann.evaluation import proof
+from qriemann.evaluation.proof import Verdict, Written
+from qriemann.evaluation.trained import Trained, load_trained
 from qriemann.folder.contents import PROOF, read_folder
 from qriemann.folder.records import write_json
-from qriemann.release import proof_report as report
+from qriemann.release.atomic_folder import check_output, move_into_place, written_or_nothing
 from qriemann.release.card import write_card
-from qriemann.release.output_folder import check_output, move_into_place, written_or_nothing
-from qriemann.release.shards import ShardWriter
-from qriemann.release.trained import Trained, load_trained
 from qriemann.release.weights import (
     Checkpoint,
+    ShardWriter,
     original_weights,
     quantized_like,
     stored_4bit,
     tensor_names,
 )
+from qriemann.upstream import quiet
 
 Into = Literal["nf4-dequantized", "original", "nf4"]
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -105,12 +105,12 @@ def merge(
     check_output(out)
     saved = read_adapter(adapter)
     partial = out.with_name(f"{out.name}.partial")
-    with quiet_upstream(console), written_or_nothing(partial):
+    with quiet(), written_or_nothing(partial):
         trained = load_trained(saved, base, revision, console)
         rows = trained.proof_rows(data, console)
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
             console.print(f"Recording the trained model on {rows.source}, {rows.tokens} tokens ...", highlight=False)
-            recording = record(trained, rows, Path(scratch) / "recorded.safetensors")
+            recording = proof.record(trained, rows, Path(scratch) / "recorded.safetensors")
             # In 4 bit comes last: it replaces the weights of the loaded model.
             order = sorted(bases, key=lambda name: name == "nf4")
             written = {}
@@ -120,13 +120,13 @@ def merge(
                 stored, worst = _write(trained, folder, name, dtype, int(shard_gb * 1e9))
                 bound = _default_max_kl(name, stored) if max_kl is None else max_kl
                 written[name] = Written(folder, name, stored, worst, bound)
-            described = report.describe(trained.base, saved, rows, recording.untrained)
+            described = proof.describe(trained, rows, recording.untrained)
             # A second model is about to be loaded.
             del trained
             gc.collect()
             console.print("Loading what was written in a fresh process ...", highlight=False)
-            verdicts = judge([written[name] for name in bases], recording)
-        content = report.complete(described, verdicts)
+            verdicts = proof.judge([written[name] for name in bases], recording)
+        content = proof.conclude(described, verdicts)
         write_json(partial / PROOF, content)
         for one in written.values():
             write_json(one.folder / PROOF, {**content, "into": one.into})
@@ -134,7 +134,7 @@ def merge(
         accepted = all(verdict.accepted for verdict in verdicts)
         folder = out if accepted else out.with_name(f"{out.name}.rejected")
         move_into_place(partial, folder)
-    console.print(report.table(content))
+    console.print(proof.table(content))
     for line in content["conclusions"]:
         console.print(line, highlight=False)
     return MergeResult(folder, accepted, verdicts, content)
@@ -157,8 +157,8 @@ def _check_disk(place: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise InputError(
-            f"the disk must have {needed / 1e9:.1f} GB free, got {free / 1e9:.1f} GB at {place}; name another output, or "
-            "write half precision with --dtype bfloat16"
+            f"{place} has {free / 1e9:.1f} GB free, and the model needs {needed / 1e9:.1f} GB; name another output, or write "
+            "half precision with --dtype bfloat16"
         )
 
 
@@ -167,32 +167,25 @@ def _write(
 ) -> tuple[str, tuple[float, str]]:
     """Writes one model; the dtype that it has, and the worst tensor read back."""
     folder.mkdir(exist_ok=True)
-    prefix = trained.model.base_model_prefix
-    if into == "nf4-dequantized":
-        weights: Mapping[str, Tensor] = trained.dequantized
-    else:
+    weights: Mapping[str, Tensor] = trained.dequantized
+    if into != "nf4-dequantized":
         weights = original_weights(trained.base, trained.revision)
-    modules = tensor_names(trained.adapter.layers, weights, prefix)
-    stored = next(iter(modules.values()))
-    written_dtype = dtype or (
-        "float32" if into == "nf4-dequantized" else str(weights[stored].dtype).removeprefix("torch.")
-    )
+    modules = tensor_names(trained.adapter.layers, weights, trained.model.base_model_prefix)
+    stored = str(weights[next(iter(modules.values()))].dtype).removeprefix("torch.")
+    name = dtype or ("float32" if into == "nf4-dequantized" else stored)
+    torch_dtype: torch.dtype = getattr(torch, name)
     # In 4 bit: half a byte a weight, and the embeddings in floats.
-    _check_disk(
-        folder, trained.model.num_parameters() * (1 if into == "nf4" else getattr(torch, written_dtype).itemsize)
-    )
-    config = copy.deepcopy(trained.model.config)
+    _check_disk(folder, trained.model.num_parameters() * (1 if into == "nf4" else torch_dtype.itemsize))
     if into == "nf4":
-        expected = _write_4bit(trained, folder, weights, getattr(torch, written_dtype), shard_bytes)
+        expected = _write_4bit(trained, folder, weights, torch_dtype, shard_bytes)
     else:
+        config = copy.deepcopy(trained.model.config)
         del config.quantization_config
-        config.dtype = getattr(torch, written_dtype)
+        config.dtype = torch_dtype
         config.save_pretrained(folder)
-        expected = _write_floats(
-            trained, folder, weights, modules, None if dtype is None else getattr(torch, dtype), shard_bytes
-        )
+        expected = _write_floats(trained, folder, weights, modules, torch_dtype if dtype else None, shard_bytes)
     if trained.model.generation_config is not None:
-        # Not save_pretrained: it refuses settings that many a published model has, temperature without sampling say.
+        # Not save_pretrained: it refuses settings that many a published model has, such as temperature without sampling.
         trained.model.generation_config.to_json_file(folder / "generation_config.json")
     trained.tokenizer.save_pretrained(folder)
     written = Checkpoint(folder)
@@ -202,11 +195,11 @@ def _write(
             return None
         return stored_4bit(written, name) if f"{name}.absmax" in written else written[name]
 
-    worst = worst_weight(expected, trained.dequantized if into == "nf4" else weights, read)
+    worst = proof.worst_weight(expected, trained.dequantized if into == "nf4" else weights, read)
     for mapping in (weights, written):
         if isinstance(mapping, Checkpoint):
             mapping.close()
-    return written_dtype, worst
+    return name, worst
 
 
 def _write_floats(
@@ -218,7 +211,6 @@ def _write_floats(
     shard_bytes: int,
 ) -> Callable[[str], Tensor]:
     """Writes the sums, and returns how PEFT computes each."""
-    layers = {tensor: trained.adapter.layers[module] for module, tensor in modules.items()}
     module_of = {tensor: module for module, tensor in modules.items()}
     replaced = trained.adapter.replaced
 
@@ -229,9 +221,8 @@ def _write_floats(
     for name in weights:
         stored = weights[name]
         tensor = replaced.get(name, stored)
-        if name in layers:
-            layer = layers[name]
-            place = stored.device
+        if name in module_of:
+            layer, place = trained.adapter.layers[module_of[name]], stored.device
             tensor = torch.addmm(tensor.float(), layer.b.to(place), layer.a.to(place), alpha=layer.scaling)
         writer.add(name, rounded(tensor, stored))
     writer.close()
@@ -253,10 +244,9 @@ def _write_4bit(
     from bitsandbytes.functional import dequantize_4bit
 
     model = trained.peft.unload()
-    names = tensor_names(_layers_4bit(model), weights, model.base_model_prefix)
-    replaced = trained.adapter.replaced
-    layers = trained.adapter.layers
-
+    in_4bit = [name for name, module in model.named_modules() if hasattr(getattr(module, "weight", 0), "quant_state")]
+    names = tensor_names(in_4bit, weights, model.base_model_prefix)
+    replaced, layers = trained.adapter.replaced, trained.adapter.layers
     for module, tensor_name in names.items():
         layer: Any = model.get_submodule(module)
         weight = weights[tensor_name].float()
@@ -284,10 +274,6 @@ def _write_4bit(
         return dequantize_4bit(fresh.data, fresh.quant_state).cpu()
 
     return expected
-
-
-def _layers_4bit(model: Any) -> list[str]:
-    return [name for name, module in model.named_modules() if hasattr(getattr(module, "weight", None), "quant_state")]
 
 
 def _default_max_kl(into: str, dtype: str) -> float:

@@ -7,60 +7,47 @@ of files that a model needs; optimizer states, checkpoints and `training_args.bi
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx2
+from httpx2 import HTTPError, TransportError
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    validate_repo_id,
-)
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
+from safetensors import safe_open
 
 from qriemann.errors import InputError
 from qriemann.folder.contents import CURVE, PROOF, ModelFolder, is_hub_id, read_folder
 from qriemann.folder.private import find_private, hide_credentials, without_paths
 from qriemann.release.card import CARD, make_card, write_card
+from qriemann.upstream import quiet
 
-_TOKENIZER = (
-    "tokenizer.json",
+# Their strings are a vocabulary, and rewriting one would change the model.
+_VOCABULARY = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+_SHARED = [
+    *_VOCABULARY,
     "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
     "vocab.txt",
     "merges.txt",
     "*.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-_RECORDS = (CURVE, "inspect.png", "metrics.jsonl", PROOF)
+    "chat_template.*",
+    CURVE,
+    "inspect.png",
+    "metrics.jsonl",
+    PROOF,
+]
 _FILES = {
-    "adapter": ("adapter_config.json", "adapter_model.safetensors", *_TOKENIZER, *_RECORDS),
-    "model": (
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "model-*-of-*.safetensors",
-        "model.safetensors.index.json",
-        *_TOKENIZER,
-        *_RECORDS,
-    ),
+    "adapter": ["adapter_config.json", "adapter_model.safetensors", *_SHARED],
+    "model": ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *_SHARED],
 }
-# Their strings are a vocabulary, and rewriting one would change the model.
-_VOCABULARY = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
-_BINARY = (".safetensors", ".png", ".model")
+_BINARY = (".png", ".model")
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -128,31 +115,30 @@ def push(
     """
     console = console or Console(quiet=True)
     found = read_folder(folder, run=run)
-    _check_arguments(found, repo, base_id)
-    base = _base_id(found, base_id)
+    base = _check(found, repo, base_id)
     token = token or get_token()
     api = HfApi(token=token)
-    license = {} if dry_run else _license(api, base)
-    card = make_card(found, repo=repo, base_id=base, license=license)
+    card = make_card(found, repo=repo, base_id=base, license={} if dry_run or base is None else _license(api, base))
     uploads = _uploads(found, card, base)
     names = {upload.name for upload in uploads}
     kept = sorted(path.name + "/" * path.is_dir() for path in found.path.iterdir() if path.name not in names)
-    console.print(_table(uploads, f"{'would go' if dry_run else 'going'} to {repo}"))
+    table = Table("file", "size", "", title=f"{'would go' if dry_run else 'going'} to {repo}", title_justify="left")
+    for upload in uploads:
+        table.add_row(upload.name, decimal(upload.size), upload.note)
+    console.print(table)
     if kept:
         console.print(f"stays here: {', '.join(kept)}", highlight=False, markup=False)
     if dry_run:
         return PushResult(repo, None, uploads, kept)
     if not token:
-        raise InputError("a token must be there to push, got none; hf auth login, or set HF_TOKEN")
+        raise InputError("no token of the Hub is known; run hf auth login, or set HF_TOKEN")
     # Before anything is sent: a push that breaks off leaves the card.
     write_card(found, card)
-    with _one_line(found.path, repo, token), _bars(shown=console.is_terminal):
+    with _one_line(found.path, repo, token), quiet():
         full_name = api.create_repo(repo, private=private, exist_ok=True).repo_id
         # The Hub ignores the wish where the repository exists already.
         if private and not api.repo_info(full_name).private:
-            raise InputError(
-                f"{full_name} must be private, got one that others can read; change it there, or name another"
-            )
+            raise InputError(f"{full_name} can be read by others; make it private there, or name another")
         operations = [CommitOperationAdd(upload.name, upload.content) for upload in uploads]
         commit = api.create_commit(full_name, operations, commit_message=f"Upload {found.kind} with qriemann")
     console.print(f"done: {commit.commit_url}", highlight=False, markup=False, soft_wrap=True)
@@ -166,19 +152,6 @@ def check_push(repo: str, base: str, base_id: str | None) -> None:
         raise InputError(_local_base(base, "hub_base_id"))
 
 
-def _check_arguments(found: ModelFolder, repo: str, base_id: str | None) -> None:
-    _check_repo(repo)
-    if found.kind == "run":
-        raise InputError(
-            f"the folder must hold an adapter or a merged model, got {found.path} with neither; finish the run"
-        )
-    if base_id is not None and not is_hub_id(base_id):
-        raise InputError(f"base-id must be OWNER/NAME of a model on the Hub, got {base_id!r}; correct it")
-    weights = "adapter_model.safetensors" if found.kind == "adapter" else "model*.safetensors"
-    if not any(found.path.glob(weights)):
-        raise InputError(f"the folder must hold {weights}, got {found.path} without; pickled weights are not pushed")
-
-
 def _check_repo(repo: str) -> None:
     try:
         validate_repo_id(repo)
@@ -186,73 +159,68 @@ def _check_repo(repo: str) -> None:
         raise InputError(f"the repository must be OWNER/NAME on the Hub, got {repo!r}; correct it") from error
 
 
-def _base_id(found: ModelFolder, given: str | None) -> str | None:
-    if given is not None or found.base is None:
-        return given
-    if is_hub_id(found.base):
-        return found.base
-    # A merged model loads without its base: there the name is only said in the card.
+def _check(found: ModelFolder, repo: str, base_id: str | None) -> str | None:
+    """The Hub id of the base, after everything that can be known without the network has been checked."""
+    _check_repo(repo)
+    if base_id is not None and not is_hub_id(base_id):
+        raise InputError(f"base-id must be OWNER/NAME of a model on the Hub, got {base_id!r}; correct it")
+    if found.kind == "run":
+        raise InputError(f"{found.path} holds neither an adapter nor a merged model; finish the run")
+    weights = "adapter_model.safetensors" if found.kind == "adapter" else "model*.safetensors"
+    if not any(found.path.glob(weights)):
+        raise InputError(f"{found.path} holds no {weights}; pickled weights are not pushed")
+    if base_id is not None or found.base is None or is_hub_id(found.base):
+        return base_id or found.base
+    # A merged model loads without its base: only its card names it.
     if found.kind == "model":
         return None
     raise InputError(_local_base(found.base, "--base-id"))
 
 
 def _local_base(base: str, option: str) -> str:
-    return (
-        f"the base must be OWNER/NAME of a model on the Hub, got {base!r}, which nobody else has; say with {option} which "
-        "model it is"
-    )
+    return f"nobody else has the base {base!r}; name the model on the Hub that it is, OWNER/NAME, with {option}"
 
 
-def _license(api: HfApi, base: str | None) -> dict[str, str]:
+def _license(api: HfApi, base: str) -> dict[str, str]:
     """The base's licence as its card names it; empty if that cannot be known from here."""
-    if base is None:
-        return {}
     try:
         card = api.model_info(base).card_data
     # A licence that is not found must not stop a push; what else is wrong will.
-    except (HfHubHTTPError, httpx2.HTTPError, OfflineModeIsEnabled):
+    except (HTTPError, OfflineModeIsEnabled):
         return {}
     return {} if card is None else {key: str(card[key]) for key in _LICENSE_KEYS if card.get(key)}
 
 
 def _uploads(found: ModelFolder, card: str, base: str | None) -> list[Upload]:
     names = {found.base: base} if found.base and base else {}
-    patterns = _FILES[found.kind]
-    paths = [
-        path
-        for path in sorted(found.path.iterdir())
-        if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
-    ]
+    files = {path.name: path for path in sorted(found.path.iterdir()) if path.is_file()}
     uploads = [Upload(CARD, card.encode(), "the card")]
-    uploads += [_upload(path, names) for path in paths]
+    uploads += [_upload(files[name], names) for name in filter_repo_objects(files, allow_patterns=_FILES[found.kind])]
     if found.curve is not None and found.curve.parent != found.path:
         uploads.append(Upload(CURVE, found.curve))
-    places = [found.path, *([Path(found.base).expanduser()] if found.base and "/" in found.base else [])]
+    base_path = Path(found.base or "").expanduser()
+    places = [found.path, *([base_path] if base_path.is_absolute() else [])]
     for upload in uploads:
-        for finding in find_private(_text(upload), paths=[place for place in places if place.is_absolute()]):
+        for finding in find_private(_text(upload), paths=places):
             raise InputError(
-                f"no file that goes up must hold a credential or a local path, got {finding.what} in {upload.name}, line "
-                f"{finding.line}; remove it there, and if it was a credential, revoke it"
+                f"{upload.name}, line {finding.line}, holds {finding.what}, which must not go up; remove it there, and if it "
+                "was a credential, revoke it"
             )
     return uploads
 
 
 def _upload(path: Path, names: dict[str, str]) -> Upload:
     """The file, local paths in it replaced where it is JSON whose strings are names."""
-    if path.suffix not in (".json", ".jsonl") or path.name in _VOCABULARY:
+    if path.suffix != ".json" or path.name in _VOCABULARY:
         return Upload(path.name, path)
-    text = path.read_text(encoding="utf-8")
-    lines = text.splitlines() if path.suffix == ".jsonl" else [text]
-    indent = None if path.suffix == ".jsonl" else 2
     try:
-        before = [json.loads(line) for line in lines]
+        before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path.name} must be JSON, got a damaged file in {path.parent}; save it again") from error
-    after = [without_paths(value, names) for value in before]
+        raise InputError(f"{path} is not JSON: {error}; save the model again") from error
+    after = without_paths(before, names)
     if after == before:
         return Upload(path.name, path)
-    written = "".join(json.dumps(value, indent=indent, ensure_ascii=False) + "\n" for value in after)
+    written = json.dumps(after, indent=2, ensure_ascii=False) + "\n"
     return Upload(path.name, written.encode(), "local names replaced")
 
 
@@ -261,9 +229,8 @@ def _text(upload: Upload) -> str:
     if isinstance(upload.content, bytes):
         return upload.content.decode()
     if upload.content.suffix == ".safetensors":
-        with upload.content.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            return json.dumps(json.loads(file.read(length)).get("__metadata__", {}), indent=0)
+        with safe_open(upload.content, "np") as file:
+            return json.dumps(file.metadata(), indent=0)
     return "" if upload.content.suffix in _BINARY else upload.content.read_text(encoding="utf-8", errors="replace")
 
 
@@ -274,64 +241,27 @@ def _one_line(folder: Path, repo: str, token: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (HfHubHTTPError, httpx2.HTTPError, OfflineModeIsEnabled, OSError, RuntimeError, ValueError) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
         message = hide_credentials(_explain(error, repo).replace(token, "<redacted>"))
         # Without its cause: a request's text may hold the token, and a traceback shows it.
         raise InputError(f"{message}; the card is in {folder}, and the same command goes on") from None
 
 
 def _explain(error: BaseException, repo: str) -> str:
-    causes = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
+    # The client wraps what went wrong while it sent large files.
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    status = next(
-        (c.response.status_code for c in causes if isinstance(c, HfHubHTTPError) and c.response is not None), None
-    )
+    answers = [cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)]
+    status = answers[0] if answers else None
     if status == 401:
-        return f"the token must be valid, got one that the Hub does not know for {repo} (401); hf auth login"
+        return f"the Hub does not know the token (401, for {repo}); run hf auth login"
     if status in (403, 404):
-        return (
-            f"the token must have the right to write to {repo}, got {status}; take a write token, or a name of your own"
-        )
+        return f"the token has no right to write to {repo} ({status}); take a write token, or a name of your own"
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
-        return "the Hub must be reachable, got offline mode; unset HF_HUB_OFFLINE"
-    if any(isinstance(cause, httpx2.TransportError | ConnectionError) for cause in causes):
-        return f"the Hub must be reachable, got {type(causes[-1]).__name__} at {constants.ENDPOINT}; check the network"
+        return "the Hub cannot be reached in offline mode; unset HF_HUB_OFFLINE"
+    if any(isinstance(cause, TransportError | ConnectionError) for cause in causes):
+        return f"the Hub cannot be reached at {constants.ENDPOINT} ({type(causes[-1]).__name__}); check the network"
     # The outermost says what was being done, the innermost what went wrong.
-    told = dict.fromkeys(
-        line.strip() for cause in (error, causes[-1]) for line in str(cause).splitlines() if line.strip()
-    )
-    return f"the Hub must take {repo}, got {' '.join(list(told)[:3]) or type(error).__name__}"
-
-
-@contextmanager
-def _bars(*, shown: bool) -> Iterator[None]:
-    """No progress bars where there is no terminal."""
-    hide = not shown and not are_progress_bars_disabled()
-    if hide:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hide:
-            enable_progress_bars()
-
-
-def _table(uploads: list[Upload], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("file", overflow="fold")
-    table.add_column("size", justify="right")
-    table.add_column("")
-    for upload in uploads:
-        table.add_row(upload.name, _size(upload.size), upload.note)
-    return table
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+    lines = dict.fromkeys(line.strip() for one in (error, causes[-1]) for line in str(one).splitlines() if line.strip())
+    return f"the Hub does not take {repo}: {' '.join(list(lines)[:3]) or type(error).__name__}"

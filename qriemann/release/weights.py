@@ -1,4 +1,7 @@
-"""The weights of a base model as mappings from a tensor's name to the tensor, read or computed when asked for."""
+"""The weights of a model as mappings from a tensor's name to the tensor, and as files.
+
+torch is imported when a tensor is read or written: `inspect` looks for a base that may not be there.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,21 @@ import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from torch import Tensor, nn
 
 from qriemann.adapters.saved_config import refuse_outside
-from qriemann.base.gguf import EMBEDDED_MODEL
-from qriemann.base.load import load_base
 from qriemann.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-class Checkpoint(Mapping[str, Tensor]):
+class Checkpoint(Mapping[str, "Tensor"]):
     """The tensors of a safetensors checkpoint, in the order of its files; only one file is mapped at a time."""
 
     def __init__(self, folder: Path) -> None:
@@ -36,8 +38,8 @@ class Checkpoint(Mapping[str, Tensor]):
                 self._files = dict.fromkeys(file.keys(), _SINGLE)
         else:
             raise InputError(
-                f"the base must be stored as safetensors, got {folder} without {_SINGLE} or its index; load it with "
-                "transformers and save it with save_pretrained"
+                f"{folder} has neither {_SINGLE} nor its index; load the base with transformers and save it with "
+                "save_pretrained"
             )
         self._opened: tuple[str, Any] | None = None
 
@@ -58,33 +60,50 @@ class Checkpoint(Mapping[str, Tensor]):
         self._opened = None
 
 
-class Dequantized(Mapping[str, Tensor]):
-    """The float weights that a 4-bit model computes with. Take it before PEFT renames the model's modules."""
+class ShardWriter:
+    """Writes tensors into safetensors files, no more than one of which is in memory.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **_persistent_buffers(model)}
+    Args:
+        folder: exists.
+        shard_bytes: upper bound of a file, unless one tensor alone is larger.
+    """
 
-    def __getitem__(self, name: str) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = self._total_bytes = 0
+        self._shards: list[list[str]] = []
 
-        tensor = self._tensors[name]
-        state = getattr(tensor, "quant_state", None)
-        return tensor.detach() if state is None else dequantize_4bit(tensor.data, state)
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += tensor.nbytes
+        self._total_bytes += tensor.nbytes
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+    def close(self) -> None:
+        """Gives the files the names that transformers looks for."""
+        self._flush()
+        if len(self._shards) == 1:
+            self._path(0).rename(self.folder / _SINGLE)
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards):
+            file = f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
+            self._path(number).rename(self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        (self.folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
-    def __len__(self) -> int:
-        return len(self._tensors)
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
 
+        save_file(self._pending, self._path(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
 
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{prefix}.{name}" if prefix else name: buffer
-        for prefix, module in model.named_modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
-    }
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.safetensors"
 
 
 def original_weights(base: str, revision: str | None = None) -> Mapping[str, Tensor]:
@@ -98,34 +117,39 @@ def original_weights(base: str, revision: str | None = None) -> Mapping[str, Ten
         InputError: the base is stored in 4 bit, or not as safetensors.
     """
     path = Path(base).expanduser()
-    if base == EMBEDDED_MODEL or path.is_file():
-        model, _ = load_base(base, quantize=None, dtype="float32")
-        return {name: tensor.detach() for name, tensor in model.named_parameters()} | _persistent_buffers(model)
+    if _is_gguf(base):
+        from qriemann.base.load import load_base
+        from qriemann.evaluation.trained import Dequantized
+
+        return Dequantized(load_base(base, quantize=None, dtype="float32")[0])
     folder = path if path.is_dir() else _download(base, revision)
     if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
         raise InputError(
-            f"the base must be stored unquantized for this, got {base!r}, which is quantized; name the original model with "
-            "--base, or merge into nf4-dequantized"
+            f"the base {base!r} is stored quantized; name the original model with --base, or merge into nf4-dequantized"
         )
     return Checkpoint(folder)
+
+
+def _is_gguf(base: str) -> bool:
+    path = Path(base).expanduser()
+    if path.is_dir() or "/" in base:
+        return path.is_file()
+    # Late: it imports transformers, which a folder's tensors can do without.
+    from qriemann.base.gguf import resolve_gguf
+
+    return resolve_gguf(base) is not None
 
 
 @functools.cache
 def _download(base: str, revision: str | None) -> Path:
     # After load_base has read the same repository, this finds it in the cache.
     try:
-        return Path(
-            snapshot_download(
-                base,
-                revision=revision,
-                allow_patterns=["*.json", "*.safetensors"],
-                ignore_patterns=["*/*", "consolidated*"],
-            )
-        )
+        wanted, not_wanted = ["*.json", "*.safetensors"], ["*/*", "consolidated*"]
+        return Path(snapshot_download(base, revision=revision, allow_patterns=wanted, ignore_patterns=not_wanted))
     except (OSError, ValueError) as error:  # among them every error of the Hub's client
         raise InputError(
-            f"the base must be a local folder, a .gguf file or on the Hub, got {base!r}: {str(error).splitlines()[0]}; name "
-            "another with --base"
+            f"the base {base!r} is neither a local folder nor a .gguf file, and cannot be had from the Hub: "
+            f"{str(error).splitlines()[0]}; name another with --base"
         ) from error
 
 
@@ -141,8 +165,8 @@ def tensor_names(modules: Iterable[str], weights: Mapping[str, Tensor], prefix: 
         short = full.removeprefix(f"{prefix}.")
         if full not in weights and short not in weights:
             raise InputError(
-                f"the base's checkpoint must have the weight of every layer of the adapter, got none named {full}; merge "
-                "into nf4-dequantized, which reads the loaded model"
+                f"the base's checkpoint has no tensor {full}, which the adapter changes; merge into nf4-dequantized, which "
+                "reads the loaded model"
             )
         names[module] = full if full in weights else short
     return names
@@ -165,6 +189,7 @@ def quantized_like(weight: Tensor, layer: Any) -> Any:
 
 def stored_4bit(weights: Mapping[str, Tensor], name: str) -> Tensor:
     """The float32 value of a tensor that transformers saved in bitsandbytes' 4-bit format."""
+    import torch
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     parts = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qriemann
 from qriemann.cli import main
 from qriemann.evaluation.evaluate import Evaluation, difference, evaluate, wilson
-from tests.release.conftest import save_chat_base
+from tests.release.conftest import save_chat_base, write_rows
 
 
 def test_the_loss_is_that_of_the_answers_tokens(base: Path, adapter: Path, rows: Path):
@@ -60,12 +60,8 @@ def save_parrot(folder: Path, text: str) -> Path:
     return folder
 
 
-def test_exact_match_counts_the_rows_whose_answer_is_the_right_one(tmp_path, capsys):
-    rows = [
-        {"prompt": [{"role": "user", "content": f"say {n}"}], "answer": "yes" if n % 5 else "no"} for n in range(20)
-    ]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def test_exact_match_counts_the_rows_whose_answer_is_the_right_one(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [(f"say {n}", "yes" if n % 5 else "no") for n in range(20)])
     (found,) = evaluate(save_parrot(tmp_path / "parrot", "yes"), str(path))
     assert found.answers == ["yes"] * 20
     assert found.scores == [float(n % 5 > 0) for n in range(20)]

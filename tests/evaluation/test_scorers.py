@@ -12,6 +12,7 @@ from qriemann.errors import InputError
 from qriemann.evaluation.evaluate import evaluate, wilson
 from qriemann.evaluation.scorers import SCORERS, find_scorer
 from tests.evaluation.test_evaluate import save_parrot
+from tests.release.conftest import write_rows
 
 CASES = [
     ("exact", "blue", "blue", 1),
@@ -71,9 +72,7 @@ def test_an_unknown_scorer_is_one_line_that_lists_them(tmp_path, capsys):
 
 def test_eval_scores_by_the_rule_that_was_named(tmp_path):
     parrot = save_parrot(tmp_path / "parrot", "so 4")
-    path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": [{"role": "user", "content": f"add {n}"}], "answer": f"#### {n % 5}"} for n in range(10)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_rows(tmp_path / "rows.jsonl", [(f"add {n}", f"#### {n % 5}") for n in range(10)])
     figures = tmp_path / "figures.json"
     assert main(["eval", str(parrot), str(path), "--scorer", "last-number", "--output", str(figures)]) == 0
     (found,) = json.loads(figures.read_text())

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from qriemann.release.merge import MergeResult, merge
 from tests.models import fill_lora
 from tests.recipe_fixtures import make_tokenizer
+from tests.release.folders import adapter_folder
 
 PROMPTS = [f"say {n}" for n in range(20)]
 
@@ -48,6 +50,13 @@ def save_chat_base(
     model.save_pretrained(folder, max_shard_size=shard)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_rows(path: Path, rows: Iterable[tuple[str, str]]) -> Path:
+    """A file of prompts, as conversations, and right answers."""
+    lines = [{"prompt": [{"role": "user", "content": prompt}], "answer": answer} for prompt, answer in rows]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 def save_adapter(base: Path, folder: Path, *, seed: int = 1, **options: Any) -> Path:
@@ -79,11 +88,19 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Held-out rows with prompt and answer."""
     path = tmp_path_factory.mktemp("release") / "held_out.jsonl"
-    lines = [
-        {"prompt": [{"role": "user", "content": prompt}], "answer": f"it is {n}"} for n, prompt in enumerate(PROMPTS)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return write_rows(path, [(prompt, f"it is {n}") for n, prompt in enumerate(PROMPTS)])
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `qriemann train` leaves, not to be written into."""
+    return adapter_folder(tmp_path_factory.mktemp("trained") / "adapter")
+
+
+@pytest.fixture
+def run_folder(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished_run, tmp_path / "adapter"))
 
 
 @dataclass(frozen=True)
@@ -155,14 +172,8 @@ def greedy_elsewhere(tmp_path: Path) -> Callable[..., list[list[int]]]:
 
     def answer(model: Path, tokenizer: Path, adapter: Path | None = None, tokens: int = 12) -> list[list[int]]:
         out = tmp_path / "texts.json"
-        script = _WITHOUT_QRIEMANN.format(
-            model=str(model),
-            adapter=str(adapter or ""),
-            tokenizer=str(tokenizer),
-            prompts=PROMPTS,
-            tokens=tokens,
-            out=str(out),
-        )
+        names = {"model": str(model), "adapter": str(adapter or ""), "tokenizer": str(tokenizer), "out": str(out)}
+        script = _WITHOUT_QRIEMANN.format(prompts=PROMPTS, tokens=tokens, **names)
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(

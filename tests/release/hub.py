@@ -18,7 +18,6 @@ from typing import Any
 
 import yaml
 
-STAGES = ("create", "validate", "preupload", "batch", "put", "verify", "commit")
 TOKEN = "hf_loopbackloopbackloopbackloopback"
 _BASE_CARD = {"license": "other", "license_name": "tiny-1", "license_link": "LICENSE"}
 
@@ -82,15 +81,6 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on standard error."""
 
-    def do_GET(self) -> None:
-        self._route()
-
-    def do_POST(self) -> None:
-        self._route()
-
-    def do_PUT(self) -> None:
-        self._route()
-
     def _route(self) -> None:
         path = self.path.partition("?")[0]
         self.state.requests.append(f"{self.command} {path}")
@@ -127,6 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
 
+    do_GET = do_POST = do_PUT = _route  # noqa: N815
+
     def _body(self, stage: str) -> bytes:
         length = int(self.headers.get("Content-Length", 0))
         half = self.rfile.read(length // 2)
@@ -160,9 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _validate(self, body: bytes) -> tuple[int, Any]:
         metadata = json.loads(body)["content"].split("---\n")[1]
-        return (
-            (200, {}) if isinstance(yaml.safe_load(metadata), dict) else (400, {"errors": [{"message": "no mapping"}]})
-        )
+        return (200 if isinstance(yaml.safe_load(metadata), dict) else 400), {}
 
     def _preupload(self, body: bytes, repo: str) -> tuple[int, Any]:
         answers = []

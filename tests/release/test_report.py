@@ -1,9 +1,8 @@
-"""`report.html`: its numbers against the files it was made from, and its curves as a real browser draws them."""
+"""`report.html`: its numbers and curves against the files it was made from."""
 
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -11,12 +10,8 @@ import pytest
 import torch
 
 from qriemann import cli
-from qriemann.folder.contents import read_folder
 from qriemann.release.report import write_report
-from qriemann.release.saved_spectrum import read_spectrum
-from tests.release.folders import LOSSES, adapter_folder, merged_folder, plain_adapter
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+from tests.release.folders import LOSSES, merged_folder, plain_adapter
 
 
 class Page(HTMLParser):
@@ -42,8 +37,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = adapter_folder(tmp_path_factory.mktemp("trained") / "adapter")
+def trained(finished_run, tmp_path_factory):
+    folder = shutil.copytree(finished_run, tmp_path_factory.mktemp("report") / "adapter")
     sample = {"question": "2 < 3 & so on?", "right": "yes", "before": "<b>no</b>", "after": "yes"}
     (folder / "quickstart.json").write_text(json.dumps({"samples": [sample]}))
     write_report(folder)
@@ -73,14 +68,14 @@ def test_the_loss_curve_is_the_metrics_up_to_the_scale_of_the_axes(page):
     assert min(gaps) == pytest.approx(max(gaps), abs=1e-3)
 
 
-def test_every_curve_of_the_metrics_is_drawn(page):
+def test_the_page_shows_every_curve_and_number_and_loads_nothing(page):
     assert set(page.lines) == {
         f"curve-{key}" for key in ("loss", "eval_loss", "learning_rate", "tokens_per_s", "peak_gib")
     }
-
-
-def test_nothing_is_loaded_from_anywhere(page):
     assert [address for address in page.loaded if not address.startswith("#")] == []
+    text = " ".join(page.words)
+    for shown in ("3.5 → 1.25", "finished", "f" * 64, "someone/base", "riemannion", "0.02"):
+        assert shown in text, shown
 
 
 def test_answers_are_shown_as_they_are_and_not_obeyed(page, trained):
@@ -89,29 +84,13 @@ def test_answers_are_shown_as_they_are_and_not_obeyed(page, trained):
     assert "<b>no</b>" not in (trained / "report.html").read_text()
 
 
-def test_numbers_of_the_run_are_on_the_page(page):
-    text = " ".join(page.words)
-    for shown in ("3.5 → 1.25", "finished", "f" * 64, "someone/base", "riemannion", "0.02"):
-        assert shown in text, shown
-
-
-def test_the_spectrum_is_the_one_of_the_dense_change(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(3, 20, generator=generator), torch.randn(15, 3, generator=generator)
-    options = {"lora_alpha": 6, "use_rslora": True, "alpha_pattern": {"up_proj": 12}}
-    folder = plain_adapter(tmp_path / "adapter", a, b, **options)
-    (layer,) = read_spectrum(folder, read_folder(folder).config)
-    dense = torch.linalg.svdvals(12 / 3**0.5 * b.double() @ a.double())
-    torch.testing.assert_close(torch.tensor(layer.values, dtype=torch.float64), dense[:3], rtol=1e-5, atol=0)
-    shares = dense[:3] / dense[:3].sum()
-    assert layer.effective_rank == pytest.approx(torch.exp(-(shares * shares.log()).sum()).item(), rel=1e-4)
-
-
-def test_an_adapter_that_is_not_finite_still_has_a_report(tmp_path):
-    a, b = torch.full((2, 8), torch.nan), torch.ones(8, 2)
-    page = write_report(plain_adapter(tmp_path / "adapter", a, b)).read_text()
+def test_an_adapter_that_is_not_finite_still_has_a_report(tmp_path, capsys):
+    folder = plain_adapter(tmp_path / "adapter", torch.full((2, 8), torch.nan), torch.ones(8, 2))
+    page = write_report(folder).read_text()
     assert "nan" in page
     assert "up_proj" in page
+    assert cli.main(["inspect", str(folder)]) == 2
+    assert "up_proj are not finite" in capsys.readouterr().err
 
 
 def test_the_proof_of_a_merged_model_is_on_the_page(tmp_path):
@@ -134,31 +113,3 @@ def test_a_folder_with_nothing_of_a_run_is_refused_in_one_line(tmp_path, capsys)
     assert cli.main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_a_real_browser_draws_the_curves(trained, tmp_path):
-    # The browser measures what it drew and writes it into the page that it prints.
-    script = """<script>addEventListener("load", () => {
-      const boxes = {};
-      for (const line of document.querySelectorAll('g[id^="curve-"] path')) {
-        const box = line.getBoundingClientRect();
-        boxes[line.parentElement.id] ??= [box.width, box.height, getComputedStyle(line).stroke];
-      }
-      document.body.innerHTML = "<pre id=measured>" + JSON.stringify(boxes) + "</pre>";
-    });</script></body>"""
-    page = tmp_path / "page.html"
-    page.write_text((trained / "report.html").read_text().replace("</body>", script))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run(
-        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60, check=True
-    )
-    measured = json.loads(re.search(r"<pre id=\"measured\">(.*?)</pre>", done.stdout)[1])
-    width, height, colour = measured["curve-loss"]
-    assert width > 150
-    assert height > 50
-    assert colour == "rgb(0, 114, 178)"
-    assert measured["curve-eval_loss"][2] == "rgb(213, 94, 0)"
-    # Constant memory is a level line.
-    assert measured["curve-peak_gib"][0] > 150
-    assert measured["curve-peak_gib"][1] < 2

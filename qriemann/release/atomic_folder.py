@@ -15,12 +15,12 @@ from qriemann.folder.files import open_like_its_folder
 def check_output(out: Path) -> None:
     """Raises InputError unless the folder can be made or is empty, and nothing of an earlier try is beside it."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        what = "a folder with something in it" if out.is_dir() else "a file"
-        raise InputError(f"the output must be an empty or new folder, got {what}, {out}; name another or remove it")
+        what = "is not empty" if out.is_dir() else "is a file"
+        raise InputError(f"{out} {what}; the output must be an empty or new folder")
     for suffix in ("partial", "rejected"):
         left = out.with_name(f"{out.name}.{suffix}")
         if left.exists():
-            raise InputError(f"nothing must be left of an earlier try, got {left}; remove it")
+            raise InputError(f"{left} is left of an earlier try; remove it")
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def written_or_nothing(partial: Path) -> Iterator[None]:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"the output must be a folder that can be made, got {partial}: {error.strerror}") from error
+        raise InputError(f"{partial} cannot be made: {error.strerror}; name another output") from error
     try:
         yield
     except BaseException as error:
@@ -37,7 +37,7 @@ def written_or_nothing(partial: Path) -> Iterator[None]:
         # safetensors wraps the system's error in one of its own.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise InputError(
-                f"the disk must have room for the output, got none left at {partial.parent}; nothing was kept, name another"
+                f"there is no room left on the disk of {partial.parent}; nothing was kept, name another output"
             ) from error
         raise
 

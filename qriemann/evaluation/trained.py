@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.adapters.saved import SavedAdapter, saved_tokenizer
 from qriemann.base.load import load_base
 from qriemann.checkpoints.fingerprints import other_base
 from qriemann.evaluation.rows import Rows, load_rows
-from qriemann.release.weights import Dequantized
 
 _MAX_LENGTH, _MAX_TOKENS = 1024, 2048
 _RECORDED_BYTES = 2**29
+
+
+class Dequantized(Mapping[str, Tensor]):
+    """The float weights that a model computes with, 4-bit ones dequantized one at a time.
+
+    Take it before PEFT renames the model's modules.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        buffers = {
+            f"{prefix}.{name}".lstrip("."): buffer
+            for prefix, module in model.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            # No checkpoint has the others.
+            if name not in module._non_persistent_buffers_set
+        }
+        self._tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **buffers}
+
+    def __getitem__(self, name: str) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        tensor = self._tensors[name]
+        state = getattr(tensor, "quant_state", None)
+        return tensor.detach() if state is None else dequantize_4bit(tensor.data, state)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 @dataclass(frozen=True)
