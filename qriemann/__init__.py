@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from qriemann.optim.scaled import ScaledAdamW as ScaledAdamW
     from qriemann.optim.scaled import ScaledGD as ScaledGD
     from qriemann.release.export import export as export
+    from qriemann.release.inspect import inspect as inspect
     from qriemann.release.merge import merge as merge
     from qriemann.release.push import push as push
     from qriemann.release.report import write_report as write_report
-    from qriemann.release.inspect import inspect as inspect
     from qriemann.training.check import check as check
     from qriemann.training.loi_callback import LocallyOptimalInit as LocallyOptimalInit
     from qriemann.training.prepare import prepare as prepare

@@ -113,7 +113,6 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
         InputError: the output folder holds a run, or something to install is missing.
     """
     from datasets import Dataset
-    from qriemann.training.train import train
     from rich.console import Console
 
     from qriemann.base.gguf import EMBEDDED_MODEL
@@ -121,6 +120,7 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
     from qriemann.config import settings_from
     from qriemann.folder import records
     from qriemann.training.publishing import publish
+    from qriemann.training.train import train
 
     console = Console()
     folder = Path(options.output_dir)

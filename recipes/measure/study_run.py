@@ -90,9 +90,7 @@ def run_job(job: Job, results: Path) -> dict[str, Any]:
     A test of a rate that the search has run resumes at that run's end, and keeps its curve and times.
     """
     from datasets import Dataset
-    from qriemann.training.train import train
 
-    from qriemann.config import settings_from
     from qriemann.folder import records
     from qriemann.folder.contents import curve, read_json
 
@@ -102,7 +100,8 @@ def run_job(job: Job, results: Path) -> dict[str, Any]:
     folder = _work(results, job)
     resume = any(folder.glob("checkpoint-*"))
     values = {**job.values, "output_dir": str(folder), "resume": resume, "overwrite": not resume}
-    result = train_on(values,
+    result = train_on(
+        values,
         train_dataset=Dataset.from_list([{"messages": row["messages"]} for row in train_rows]),
         eval_dataset=Dataset.from_list([{"messages": row["messages"]} for row in validation]),
     )

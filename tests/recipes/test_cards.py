@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from qriemann.training.train import train
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
 from qriemann.config import load_settings
 from qriemann.memory.footprint import GIB
 from qriemann.memory.plan import plan
+from qriemann.training.train import train
 from tests.recipe_fixtures import chat_rows, make_tokenizer
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "cards").glob("*.yaml"))
