@@ -16,10 +16,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from qriemann import cli
-from qriemann.config import settings_from
 from qriemann.data.formats import prepare
 from qriemann.data.sources import Source
-from qriemann.training.train import train
 from tests.recipe_fixtures import chat_rows, make_tokenizer, run_cli, train_on
 
 REPOSITORY = Path(__file__).parents[2]
@@ -150,8 +148,8 @@ def test_rows_and_a_model_can_be_passed_from_python(settings, model_folder, toke
     given = {key: value for key, value in settings.items() if key not in ("model_name_or_path", "dataset_name")}
     rows = Dataset.from_list(chat_rows(8))
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    config = settings_from({**given, "max_steps": 1, "display": "none"})
-    result = train(config, model=model, tokenizer=tokenizer, train_dataset=rows, eval_dataset=rows)
+    values = {**given, "max_steps": 1, "display": "none"}
+    result = train_on(values, model=model, tokenizer=tokenizer, train_dataset=rows, eval_dataset=rows)
     assert result.eval_loss < result.eval_loss_before
     assert (result.output_dir / "adapter_config.json").exists()
 
