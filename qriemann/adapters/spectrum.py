@@ -5,7 +5,6 @@ Read and computed with numpy: whoever only looks at an adapter should not wait f
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import deserialize
 
 from qriemann.adapters.saved_config import CONFIG, check_config, value_for
 from qriemann.errors import InputError
@@ -158,21 +157,16 @@ def _factors(folder: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
 def _stored(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a safetensors file; bfloat16 as float32."""
     try:
-        # Checks the header: names, sizes and offsets.
-        with safe_open(path, "np"), path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
-    except Exception as error:  # safetensors has its own kind, the system and JSON theirs
+        tensors: list[tuple[str, dict[str, Any]]] = deserialize(path.read_bytes())
+    except Exception as error:  # safetensors and the system each have their own
         raise InputError(f"{path} is not a whole safetensors file: {error}; copy or train it again") from error
-    data = np.memmap(path, np.uint8, "r", 8 + length) if path.stat().st_size > 8 + length else np.empty(0, np.uint8)
-    header.pop("__metadata__", None)
-    for key, entry in header.items():
+    for key, entry in tensors:
         dtype = entry["dtype"]
         if dtype not in _DTYPES:
             raise InputError(
                 f"{path} must hold {', '.join(_DTYPES)}, got {key!r:.80} as {dtype}; copy or train it again"
             )
-        array = data[slice(*entry["data_offsets"])].view(_DTYPES[dtype]).reshape(entry["shape"])
+        array = np.frombuffer(entry["data"], _DTYPES[dtype]).reshape(entry["shape"])
         yield key, (array.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else array
 
 

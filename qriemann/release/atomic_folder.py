@@ -1,4 +1,4 @@
-"""An output folder that is there whole or not at all."""
+"""An output folder that is there whole or not at all, and what `merge` and `export` return of it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,31 @@ import contextlib
 import errno
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qriemann.errors import InputError
+from qriemann.evaluation.proof import Verdict
 from qriemann.folder.files import open_like_its_folder
+
+
+@dataclass(frozen=True)
+class Released:
+    """What `merge` or `export` left behind.
+
+    Attributes:
+        folder: the model, with a subfolder for each base if there are several, or the adapter; ends in `.rejected` if the
+            proof failed.
+        accepted: whether it passed.
+        verdicts: of each base.
+        report: the content of `merge_report.json` or `export_report.json`.
+    """
+
+    folder: Path
+    accepted: bool
+    verdicts: list[Verdict]
+    report: dict[str, Any]
 
 
 def check_output(out: Path) -> None:
@@ -24,14 +45,15 @@ def check_output(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def written_or_nothing(partial: Path) -> Iterator[None]:
-    """Makes the folder, and removes it again if the block does not end well; a full disk becomes a sentence."""
+def written_or_nothing(out: Path) -> Iterator[Path]:
+    """Makes the folder OUT.partial, and removes it again if the block does not end well; a full disk becomes a sentence."""
+    partial = out.with_name(f"{out.name}.partial")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{partial} cannot be made: {error.strerror}; name another output") from error
     try:
-        yield
+        yield partial
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         # safetensors wraps the system's error in one of its own.
@@ -42,11 +64,12 @@ def written_or_nothing(partial: Path) -> Iterator[None]:
         raise
 
 
-def move_into_place(partial: Path, folder: Path) -> None:
-    """Renames in one move; an empty folder of that name gives way."""
+def move_into_place(partial: Path, out: Path, *, accepted: bool) -> Path:
+    """Renames the folder in one move, to OUT or to OUT.rejected, and returns its path; an empty folder OUT gives way."""
+    folder = out if accepted else out.with_name(f"{out.name}.rejected")
     for path in partial.rglob("*"):
         if path.is_file():
             open_like_its_folder(path)
     if folder.is_dir():
         folder.rmdir()
-    partial.rename(folder)
+    return partial.rename(folder)

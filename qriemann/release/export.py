@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,28 +20,13 @@ from qriemann.errors import InputError
 from qriemann.evaluation import proof, reload
 from qriemann.evaluation.trained import load_trained
 from qriemann.folder.records import write_json
-from qriemann.release.atomic_folder import check_output, move_into_place, written_or_nothing
+from qriemann.release.atomic_folder import Released, check_output, move_into_place, written_or_nothing
 from qriemann.upstream import quiet
 
 REPORT = "export_report.json"
 
 # Accepted by default: a tenth of the divergence between the untrained base and the trained model, or what float32 rounds.
 _KL_SHARE, _KL_FLOOR = 0.1, 1e-5
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What `export` left behind.
-
-    Attributes:
-        folder: the adapter; ends in `.rejected` if the proof failed.
-        accepted: whether it passed.
-        report: the content of `export_report.json`.
-    """
-
-    folder: Path
-    accepted: bool
-    report: dict[str, Any]
 
 
 def truncate(layer: LoraFactors, rank: int) -> tuple[LoraFactors, float, float]:
@@ -69,7 +52,7 @@ def export(
     data: str | None = None,
     max_kl: float | None = None,
     console: Console | None = None,
-) -> ExportResult:
+) -> Released:
     """Writes the adapter at a lower rank and compares it with the whole one on the 4-bit base.
 
     Args:
@@ -104,8 +87,7 @@ def export(
         highlight=False,
     )
 
-    partial = out.with_name(f"{out.name}.partial")
-    with quiet(), written_or_nothing(partial):
+    with quiet(), written_or_nothing(out) as partial:
         trained = load_trained(saved, base, revision, console)
         rows = trained.proof_rows(data, console)
         _write(partial, saved.folder, _config(saved.config, truncated, rank), truncated)
@@ -127,12 +109,11 @@ def export(
             "accepted": verdict.accepted,
         }
         write_json(partial / REPORT, content)
-        folder = out if verdict.accepted else out.with_name(f"{out.name}.rejected")
-        move_into_place(partial, folder)
+        folder = move_into_place(partial, out, accepted=verdict.accepted)
     console.print(proof.table(content))
     for reason in verdict.reasons:
         console.print(f"rejected: {reason}; a higher --rank loses less", highlight=False)
-    return ExportResult(folder, verdict.accepted, content)
+    return Released(folder, verdict.accepted, [verdict], content)
 
 
 def _config(config: LoraConfig, truncated: dict[str, tuple[LoraFactors, float, float]], rank: int) -> LoraConfig:

@@ -7,7 +7,6 @@ import gc
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,19 +17,19 @@ from torch import Tensor
 from qriemann.adapters.saved import read_adapter
 from qriemann.errors import InputError
 from qriemann.evaluation import proof
-from qriemann.evaluation.proof import Verdict, Written
+from qriemann.evaluation.proof import Written
 from qriemann.evaluation.trained import Trained, load_trained
 from qriemann.folder.contents import PROOF, read_folder
 from qriemann.folder.records import write_json
-from qriemann.release.atomic_folder import check_output, move_into_place, written_or_nothing
+from qriemann.release.atomic_folder import Released, check_output, move_into_place, written_or_nothing
 from qriemann.release.card import write_card
 from qriemann.release.weights import (
     Checkpoint,
-    ShardWriter,
     original_weights,
     quantized_like,
     stored_4bit,
     tensor_names,
+    write_checkpoint,
 )
 from qriemann.upstream import quiet
 
@@ -41,24 +40,6 @@ _DTYPES = ("float32", "bfloat16", "float16")
 # 1.4e-4 at bfloat16, while one forgotten layer of its 210 costs 3e-4. The other two leave the base that was trained on, at a
 # cost that the adapter does not decide (0.33 on the same model); there only a wreck is above the bound.
 _MAX_KL = {"float32": 1e-5, "half": 1e-3, "other base": 1.0}
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """What `merge` left behind.
-
-    Attributes:
-        folder: the merged model, with one subfolder for each base if there are several; ends in `.rejected` if the proof
-            failed.
-        accepted: whether it passed.
-        verdicts: of each base.
-        report: the content of `merge_report.json`.
-    """
-
-    folder: Path
-    accepted: bool
-    verdicts: list[Verdict]
-    report: dict[str, Any]
 
 
 def merge(
@@ -73,7 +54,7 @@ def merge(
     max_kl: float | None = None,
     shard_gb: float = 2.0,
     console: Console | None = None,
-) -> MergeResult:
+) -> Released:
     """Writes base plus adapter as a model that transformers loads, and proves that it is the trained one.
 
     Args:
@@ -104,8 +85,7 @@ def merge(
     out = Path(out).expanduser()
     check_output(out)
     saved = read_adapter(adapter)
-    partial = out.with_name(f"{out.name}.partial")
-    with quiet(), written_or_nothing(partial):
+    with quiet(), written_or_nothing(out) as partial:
         trained = load_trained(saved, base, revision, console)
         rows = trained.proof_rows(data, console)
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
@@ -131,20 +111,18 @@ def merge(
         for one in written.values():
             write_json(one.folder / PROOF, {**content, "into": one.into})
             write_card(read_folder(one.folder))
-        accepted = all(verdict.accepted for verdict in verdicts)
-        folder = out if accepted else out.with_name(f"{out.name}.rejected")
-        move_into_place(partial, folder)
+        folder = move_into_place(partial, out, accepted=content["accepted"])
     console.print(proof.table(content))
     for line in content["conclusions"]:
         console.print(line, highlight=False)
-    return MergeResult(folder, accepted, verdicts, content)
+    return Released(folder, content["accepted"], verdicts, content)
 
 
 def _check_arguments(bases: Sequence[str], dtype: str | None, max_kl: float | None, shard_gb: float) -> None:
     known = get_args(Into)
     wrong = [name for name in bases if name not in known]
     if wrong or not bases:
-        raise InputError(f"into must be among {', '.join(known)}, got {wrong[0] if wrong else 'none'!r}")
+        raise InputError(f"into must be one or several of {', '.join(known)}, got {wrong[0] if wrong else 'none'!r}")
     if dtype is not None and dtype not in _DTYPES:
         raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     if max_kl is not None and not max_kl >= 0:
@@ -217,15 +195,16 @@ def _write_floats(
     def rounded(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor.to(dtype or like.dtype) if like.is_floating_point() else tensor
 
-    writer = ShardWriter(folder, shard_bytes)
-    for name in weights:
+    def merged(name: str) -> Tensor:
         stored = weights[name]
         tensor = replaced.get(name, stored)
         if name in module_of:
             layer, place = trained.adapter.layers[module_of[name]], stored.device
             tensor = torch.addmm(tensor.float(), layer.b.to(place), layer.a.to(place), alpha=layer.scaling)
-        writer.add(name, rounded(tensor, stored))
-    writer.close()
+        return rounded(tensor, stored)
+
+    shapes = ((name, weights[name].to("meta")) for name in weights)
+    write_checkpoint(folder, {name: rounded(shape, shape) for name, shape in shapes}, merged, shard_bytes)
 
     def expected(name: str) -> Tensor:
         stored = weights[name]

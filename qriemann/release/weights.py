@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import safe_open
 
 from qriemann.adapters.saved_config import refuse_outside
@@ -60,50 +60,27 @@ class Checkpoint(Mapping[str, "Tensor"]):
         self._opened = None
 
 
-class ShardWriter:
-    """Writes tensors into safetensors files, no more than one of which is in memory.
+def write_checkpoint(
+    folder: Path, like: Mapping[str, Tensor], tensor_of: Callable[[str], Tensor], shard_bytes: int
+) -> None:
+    """Writes tensors into the safetensors files that transformers looks for; no more than one file is in memory.
 
     Args:
         folder: exists.
+        like: shape and dtype of each tensor, on the meta device.
+        tensor_of: the tensor of a name.
         shard_bytes: upper bound of a file, unless one tensor alone is larger.
     """
+    from safetensors.torch import save_file
 
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = self._total_bytes = 0
-        self._shards: list[list[str]] = []
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
-        self._pending_bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
-
-    def close(self) -> None:
-        """Gives the files the names that transformers looks for."""
-        self._flush()
-        if len(self._shards) == 1:
-            self._path(0).rename(self.folder / _SINGLE)
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards):
-            file = f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
-            self._path(number).rename(self.folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        (self.folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-    def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        save_file(self._pending, self._path(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"shard-{number}.safetensors"
+    plan = split_torch_state_dict_into_shards(dict(like), max_shard_size=shard_bytes)
+    for file, names in plan.filename_to_tensors.items():
+        save_file(
+            {name: tensor_of(name).cpu().contiguous() for name in names}, folder / file, metadata={"format": "pt"}
+        )
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def original_weights(base: str, revision: str | None = None) -> Mapping[str, Tensor]:

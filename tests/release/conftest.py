@@ -20,7 +20,8 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from qriemann.release.merge import MergeResult, merge
+from qriemann.release.atomic_folder import Released
+from qriemann.release.merge import merge
 from tests.models import fill_lora
 from tests.recipe_fixtures import make_tokenizer
 from tests.release.folders import adapter_folder
@@ -107,7 +108,7 @@ def run_folder(finished_run: Path, tmp_path: Path) -> Path:
 class Merged:
     """One merge into every base, and what it printed."""
 
-    result: MergeResult
+    result: Released
     shown: str
 
 

@@ -25,7 +25,7 @@ from qriemann.cli import main
 from qriemann.errors import InputError
 from qriemann.release.atomic_folder import move_into_place, written_or_nothing
 from qriemann.release.merge import merge
-from qriemann.release.weights import Checkpoint, ShardWriter
+from qriemann.release.weights import Checkpoint, write_checkpoint
 from tests.models import relative
 from tests.release.conftest import Merged, save_adapter, save_chat_base
 
@@ -195,16 +195,16 @@ DAMAGES = [forget_one, forget_scaling, transpose, disturb_a_norm, lose_one, take
 @pytest.mark.parametrize("into", ["nf4-dequantized", "original"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_merge_is_rejected(damage: Callable, into: Any, base: Path, adapter: Path, tmp_path, monkeypatch):
-    close, other = ShardWriter.close, save_chat_base(tmp_path.with_name(f"{tmp_path.name}_other"), seed=5)
+    other = save_chat_base(tmp_path.with_name(f"{tmp_path.name}_other"), seed=5)
 
-    def close_and_damage(writer: ShardWriter) -> None:
-        close(writer)
-        path = writer.folder / "model.safetensors"
+    def write_and_damage(folder: Path, *arguments: Any) -> None:
+        write_checkpoint(folder, *arguments)
+        path = folder / "model.safetensors"
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
         damage(tensors, dense_change(adapter, Q_PROJ).float(), Checkpoint(other))
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
-    monkeypatch.setattr(ShardWriter, "close", close_and_damage)
+    monkeypatch.setattr("qriemann.release.merge.write_checkpoint", write_and_damage)
     status = main(["merge", str(adapter), str(tmp_path / "out"), "--into", into])
     assert status == 3
     assert files(tmp_path) == {"out.rejected"}
@@ -224,9 +224,9 @@ def test_a_damaged_merge_is_rejected(damage: Callable, into: Any, base: Path, ad
 def test_weights_have_the_mode_that_other_files_have(tmp_path: Path, umask: int, mode: int):
     before = os.umask(umask)
     try:
-        with written_or_nothing(tmp_path / "out.partial"):
-            save_file({"a": torch.ones(2)}, tmp_path / "out.partial" / "model.safetensors")
-            move_into_place(tmp_path / "out.partial", tmp_path / "out")
+        with written_or_nothing(tmp_path / "out") as partial:
+            save_file({"a": torch.ones(2)}, partial / "model.safetensors")
+            move_into_place(partial, tmp_path / "out", accepted=True)
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "out" / "model.safetensors").stat().st_mode) == mode
@@ -264,7 +264,7 @@ def test_an_adapter_that_is_not_plain_lora_is_refused_by_name(options: dict, nam
 def test_too_little_disk_is_said_before_anything_is_written(adapter: Path, tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    monkeypatch.setattr(ShardWriter, "add", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr("qriemann.release.merge.write_checkpoint", lambda *_: pytest.fail("written"))
     with pytest.raises(InputError, match=r"has 0.0 GB free"):
         merge(adapter, tmp_path / "out")
     assert files(tmp_path) == set()
@@ -274,7 +274,7 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing_half_written(adapter: Pa
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ShardWriter, "close", full)
+    monkeypatch.setattr("qriemann.release.merge.write_checkpoint", full)
     with pytest.raises(InputError, match="room"):
         merge(adapter, tmp_path / "out")
     assert files(tmp_path) == set()
