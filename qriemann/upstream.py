@@ -84,13 +84,13 @@ def quiet(*, bars: bool | None = None) -> Iterator[None]:
 def _attribute(name: str) -> Any:
     """A property that stands for a private attribute of the trainer."""
 
-    def write(self: TrainerState, value: Any) -> None:
+    def write(self: TrainerCounts, value: Any) -> None:
         setattr(self.trainer, name, value)
 
     return property(lambda self: getattr(self.trainer, name), write)
 
 
-class TrainerState:
+class TrainerCounts:
     """What transformers' Trainer and TRL's trainers count in private attributes; tests/checkpoints/test_step_guard.py.
 
     Attributes:
@@ -124,7 +124,7 @@ class TrainerState:
         if hasattr(self.trainer, "_total_train_tokens"):
             self.trainer._total_train_tokens = count
 
-    def save_counts(self) -> Callable[[], None]:
+    def saved(self) -> Callable[[], None]:
         """A function that sets TRL's metrics and token count back to what they are now."""
         names = ("_metrics", "_total_train_tokens")
         saved = {name: copy.deepcopy(vars(self.trainer)[name]) for name in names if name in vars(self.trainer)}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qriemann.adapters.layer import FixedRankVariant, delta_weight, lora_factors
 from qriemann.adapters.lora_layers import lora_layers
+from qriemann.adapters.spectrum import factored_svd
 from qriemann.base import load as base
 from qriemann.base.quantized import protect_quantized_weights
 from qriemann.errors import InputError
@@ -183,11 +184,10 @@ def truncate_(model: nn.Module) -> dict[str, float]:
     for point in points:
         if point.offset is None:
             continue
-        b, a = (factor.double().cpu() for factor in lora_factors(point))
-        (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
-        left, sigma, right = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+        b, a = (factor.double().cpu().numpy() for factor in lora_factors(point))
+        u, sigma, v = map(torch.from_numpy, factored_svd(b, a))
         kept = slice(point.rank)
-        truncated = FixedRankPoint(q_b @ left[:, kept], torch.diag(sigma[kept]), q_a @ right[kept].mT)
+        truncated = FixedRankPoint(u[:, kept], torch.diag(sigma[kept]), v[:, kept])
         point.assign(_move(truncated, point.u.device))
         point.offset = None
         errors[point.name] = (sigma[point.rank :].norm() / sigma.norm().clamp_min(1e-300)).item()

@@ -92,8 +92,8 @@ def find_content_defect(folder: Path) -> str | None:
     from transformers import TrainerState
     from transformers.trainer_pt_utils import safe_globals
 
-    from qriemann.base.finite import find_not_finite
     from qriemann.adapters.saved import finite_tensors
+    from qriemann.base.finite import find_not_finite
 
     try:
         for path in sorted(folder.rglob("*.safetensors")):
