@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 
+from qriemann.upstream import is_repacked
+
 logger = logging.getLogger(__name__)
 
 # The share of the free memory that copies may take: activations, gradients and the optimizer need the rest.
@@ -146,7 +148,7 @@ def _can_be_held(layer: Any) -> bool:
         state is not None
         and layer.weight.device.type == "cpu"
         and state.dtype == layer.compute_dtype
-        and not getattr(state, "packing_format_for_cpu", False)
+        and not is_repacked(layer)
     )
 
 

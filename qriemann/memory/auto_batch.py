@@ -24,8 +24,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from qriemann.distributed import largest_over_processes, process_count
 from qriemann.errors import InputError
-from qriemann.memory.dry_run import counters, longest_rows, measure
+from qriemann.memory.dry_run import longest_rows, measure
 from qriemann.memory.live_bytes import GIB, free_bytes
+from qriemann.upstream import TrainerCounts
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class AutoBatch(TrainerCallback):
         self._report = report or (lambda fit: logger.warning("%s", fit))
         self._rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         args.per_device_train_batch_size, args.gradient_accumulation_steps = self._rows_per_step, 1
-        trainer._train_batch_size = args.train_batch_size
+        TrainerCounts(trainer).batch_size = args.train_batch_size
         trainer.training_step = self._step
         # The first callback, so that a row that does not fit is found before anything is written.
         trainer.callback_handler.callbacks.insert(0, self)
@@ -173,7 +174,7 @@ class AutoBatch(TrainerCallback):
 
     def _step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The trainer's training step, part by part."""
-        trainer, before = self._trainer, counters(self._trainer)
+        trainer, undo_counts = self._trainer, TrainerCounts(self._trainer).saved()
         while True:
             fit = self.fit
             assert fit is not None
@@ -189,8 +190,7 @@ class AutoBatch(TrainerCallback):
                         "or set activation_checkpointing: true"
                     ) from error
             trainer.optimizer.zero_grad(set_to_none=True)
-            trainer._metrics, trainer._total_train_tokens = before
-            before = counters(trainer)
+            undo_counts()
             clear_device_cache(garbage_collection=True)
             logger.warning("out of memory in step %d; repeating it with half the rows", trainer.state.global_step + 1)
             tokens = max(fit.tokens // 2, fit.longest_tokens)

@@ -6,7 +6,6 @@ and without a dry run.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,6 +23,7 @@ from qriemann.data.formats import TokenizedData
 from qriemann.errors import InputError
 from qriemann.folder.records import peak_gib
 from qriemann.memory.live_bytes import count_peak
+from qriemann.upstream import TrainerCounts, attention_of
 
 # Tokens of each of two packed samples: enough for one to see the other, cheap to compute.
 _PROBE_TOKENS = 32
@@ -183,7 +183,7 @@ def mixed_samples(trainer: Any, data: TokenizedData) -> list[Defect]:
             logits = [_second_logits(trainer, sample, second) for sample in (first, other)]
     if (logits[0] - logits[1]).norm() <= _PROBE_RTOL * logits[0].norm():
         return []
-    attention = trainer.model.config._attn_implementation
+    attention = attention_of(trainer.model.config)
     return [
         Defect(
             "packing-mixes-samples",
@@ -214,18 +214,13 @@ def longest_rows(dataset: Dataset, count: int) -> list[dict[str, Any]]:
     return [dataset[index] for index in order[:count]]
 
 
-def counters(trainer: Any) -> tuple[Any, int]:
-    """A copy of what a TRL trainer counts in a step."""
-    return copy.deepcopy(trainer._metrics), trainer._total_train_tokens
-
-
 def _second_logits(trainer: Any, first: list[int], second: list[int]) -> Tensor:
     """The logits of the second of two samples that the trainer's collator lays into one row."""
     row: dict[str, Any] = {"input_ids": first + second, "labels": first + second}
     if "seq_lengths" in trainer.train_dataset.column_names:
         row["seq_lengths"] = [len(first), len(second)]
     rows = [row] if trainer.args.packing else [{"input_ids": ids, "labels": ids} for ids in (first, second)]
-    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    inputs = TrainerCounts(trainer).to_device(trainer.data_collator(rows))
     del inputs["labels"]
     return trainer.model(**inputs, use_cache=False).logits[0, len(first) :].float()
 
@@ -242,13 +237,13 @@ def _timed(trainer: Any) -> Iterator[Callable[[], float]]:
 @contextmanager
 def _left_as_it_was(trainer: Any, *, keep_gradients: bool = False) -> Iterator[None]:
     """Undoes what a batch leaves behind: random generators, gradients, train modes, and the trainer's counters."""
-    counts = counters(trainer)
+    undo_counts = TrainerCounts(trainer).saved()
     modes = [(module, module.training) for module in trainer.model.modules()]
     try:
         with preserved_rng():
             yield
     finally:
-        trainer._metrics, trainer._total_train_tokens = counts
+        undo_counts()
         for module, mode in modes:
             module.training = mode
         if not keep_gradients:

@@ -7,7 +7,6 @@ measure them: what the driver and the libraries take, and the workspace of an op
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from qriemann.geometry.point import FixedRankPoint
 from qriemann.memory.live_bytes import GIB, adapter_tensors, total_bytes
 from qriemann.memory.meta_step import QuantizedLinear, count_step, meta_model, nf4_bytes
 from qriemann.optim.methods import find_method
+from qriemann.upstream import quiet
 
 if TYPE_CHECKING:
     from qriemann.config import Settings
@@ -146,11 +146,7 @@ class Footprint:
         base = meta_model(shape, workload.dtype, quantized=quantized, eager=eager)
         adapter = copy.deepcopy(self.adapter)
         check_targets(base, adapter)
-        with warnings.catch_warnings():
-            # PEFT 0.21 reads an attribute that transformers 5.23 renamed.
-            warnings.filterwarnings(
-                "ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning
-            )
+        with quiet():
             model = get_peft_model(base, adapter, low_cpu_mem_usage=True)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
