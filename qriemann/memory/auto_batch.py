@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -161,13 +161,15 @@ class AutoBatch(TrainerCallback):
     def _measure(self, rows: list[dict[str, Any]]) -> int | None:
         """Bytes that forward and backward of the rows take beyond what is held; None if they do not fit."""
         trainer, taken = self._trainer, None
+        # Metrics are not gathered: other processes may have run out of memory already.
+        trainer.accelerator.gather_for_metrics = lambda value: value
         try:
-            # Metrics are not gathered: other processes may have run out of memory already.
-            with _replaced(trainer.accelerator, "gather_for_metrics", lambda value: value):
-                taken = measure(trainer, rows, lambda inputs: self._take_parts(trainer.model, [inputs]), counted=True)
+            taken = measure(trainer, rows, lambda inputs: self._take_parts(trainer.model, [inputs]), counted=True)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
+        finally:
+            del trainer.accelerator.gather_for_metrics
         # The exception kept the activations alive until here.
         clear_device_cache()
         return None if taken is None else taken.counted
@@ -194,10 +196,8 @@ class AutoBatch(TrainerCallback):
             clear_device_cache(garbage_collection=True)
             logger.warning("out of memory in step %d; repeating it with half the rows", trainer.state.global_step + 1)
             tokens = max(fit.tokens // 2, fit.longest_tokens)
-            self._keep(
-                replace(fit, rows=fit.rows // 2, tokens=tokens, fallbacks=fit.fallbacks + 1),
-                trainer.state,
-            )
+            fit = replace(fit, rows=fit.rows // 2, tokens=tokens, fallbacks=fit.fallbacks + 1)
+            self._keep(fit, trainer.state)
 
     def _take_parts(self, model: Any, parts: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
         trainer = self._trainer
@@ -213,15 +213,6 @@ class AutoBatch(TrainerCallback):
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
 
 
 def _parts(inputs: dict[str, Any], fit: BatchFit) -> list[dict[str, Any]]:

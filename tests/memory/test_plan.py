@@ -25,49 +25,28 @@ from tests.models import load_nf4
 # The promise of the plan; what is found is within half a percent.
 PEAK_RTOL = 0.10
 
+
+def shape(kind, vocabulary, hidden, mlp, layers, heads, kv_heads, positions=1024, **options):
+    return kind(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=positions,
+        **options,
+    )
+
+
 MODELS = {
-    # Grouped heads; at this width and depth the layers outweigh the loss where nothing is recomputed.
-    "llama": LlamaConfig(
-        vocab_size=300,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-    ),
+    # Grouped heads; at this width and depth the layers outweigh the loss if nothing is recomputed.
+    "llama": shape(LlamaConfig, 300, 256, 768, 6, 8, 2, pad_token_id=0),
     # Never given weights: layers so wide that the loss is nothing beside them.
-    "wide": LlamaConfig(
-        vocab_size=300,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=5,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-    ),
+    "wide": shape(LlamaConfig, 300, 2048, 8192, 5, 16, 4),
     # Never given weights: embeddings that outweigh what a step computes.
-    "wordy": LlamaConfig(
-        vocab_size=60000,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-    ),
-    "qwen": Qwen2Config(
-        vocab_size=500,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    ),
+    "wordy": shape(LlamaConfig, 60000, 256, 256, 2, 4, 4, 512),
+    "qwen": shape(Qwen2Config, 500, 64, 160, 3, 4, 4, pad_token_id=0, tie_word_embeddings=True),
 }
 
 
@@ -221,7 +200,7 @@ TOO_LARGE = {
         {"activation_checkpointing": True},
     ),
     "an evaluation": ("qwen", {ROWS: 1, EVALUATION: 64}, {EVALUATION: 8}),
-    "both": ("qwen", {ROWS: 16, EVALUATION: 64}, {ROWS: 4, EVALUATION: 16}),
+    "both": ("qwen", {ROWS: 16, EVALUATION: 64}, {ROWS: 2, EVALUATION: 4}),
     "rows": ("qwen", {ROWS: 1, "max_length": 1024, "eval_strategy": "no"}, {"max_length": 256}),
 }
 
