@@ -1,6 +1,5 @@
 """A byte-level tokenizer with a ChatML template and a random Llama of a few thousand weights, both saved where asked."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
