@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qriemann.adapters.attach import attach as attach
+    from qriemann.adapters.attach import load_base as load_base
     from qriemann.adapters.attach import truncate_ as truncate_
     from qriemann.adapters.loi import locally_optimal_ as locally_optimal_
-    from qriemann.adapters.attach import load_base as load_base
     from qriemann.checkpoints.manifest import newest_checkpoint as newest_checkpoint
     from qriemann.checkpoints.protect import protect as protect
     from qriemann.config import Settings as Settings
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from qriemann.optim.scaled import ScaledAdamW as ScaledAdamW
     from qriemann.optim.scaled import ScaledGD as ScaledGD
     from qriemann.release.export import export as export
+    from qriemann.release.inspect import inspect as inspect
     from qriemann.release.merge import merge as merge
     from qriemann.release.push import push as push
     from qriemann.release.report import write_report as write_report
-    from qriemann.release.inspect import inspect as inspect
     from qriemann.training.check import check as check
     from qriemann.training.loi_callback import LocallyOptimalInit as LocallyOptimalInit
     from qriemann.training.prepare import prepare as prepare
@@ -71,7 +71,7 @@ _HOME = {
     "write_report": "release.report",
 }
 
-__all__ = list(_HOME)  # noqa: PLE0605 - every name of it is imported above for type checkers
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -84,13 +84,13 @@ def quiet(*, bars: bool | None = None) -> Iterator[None]:
 def _attribute(name: str) -> Any:
     """A property that stands for a private attribute of the trainer."""
 
-    def write(self: TrainerState, value: Any) -> None:
+    def write(self: TrainerCounts, value: Any) -> None:
         setattr(self.trainer, name, value)
 
     return property(lambda self: getattr(self.trainer, name), write)
 
 
-class TrainerState:
+class TrainerCounts:
     """What transformers' Trainer and TRL's trainers count in private attributes; tests/checkpoints/test_step_guard.py.
 
     Attributes:
@@ -124,11 +124,11 @@ class TrainerState:
         if hasattr(self.trainer, "_total_train_tokens"):
             self.trainer._total_train_tokens = count
 
-    def save_counts(self) -> Callable[[], None]:
-        """A function that sets TRL's metrics and token count back to what they are now."""
+    def saved(self) -> Callable[[], None]:
+        """A function that sets TRL's metrics and token count back to what they are now, as often as it is called."""
         names = ("_metrics", "_total_train_tokens")
         saved = {name: copy.deepcopy(vars(self.trainer)[name]) for name in names if name in vars(self.trainer)}
-        return lambda: vars(self.trainer).update(saved)
+        return lambda: vars(self.trainer).update(copy.deepcopy(saved))
 
     def to_device(self, batch: Any) -> Any:
         """The batch on the trainer's device, as the trainer moves it."""
@@ -246,8 +246,9 @@ def is_repacked(layer: Any) -> bool:
 def keep_unpacked(layer: Any) -> None:
     """Forbids bitsandbytes to repack a 4-bit weight, after which no gradient flows through the layer.
 
-    On CPUs with AVX512-BF16 it does so in the first forward in eval mode without grad, and never unpacks the weight. Goes
-    when tests/base/test_quantized.py passes without it.
+    On CPUs with AVX512-BF16 it does so in the first forward in eval mode without grad, and never unpacks the weight: the
+    base's bytes have changed then, and training fails in train mode too. Goes when tests/base/test_quantized.py passes
+    without it.
     """
     layer.support_avx512bf16_for_cpu = False
 

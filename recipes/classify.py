@@ -1,8 +1,8 @@
 """Any method on a model that is not a chat model: `python recipes/classify.py --method scaled-adamw`.
 
-A small vision transformer with random frozen weights learns to tell the direction of waves in noisy images, made here from a
-formula. Stock `transformers.Trainer`, stock PEFT: the adapter is on the linear layers of attention and MLP, and the
-classifier is trained beside it (`modules_to_save`). The phase of a wave is random, so no pixel says anything by itself.
+A small vision transformer with random frozen weights learns to recognize the direction of waves in noisy images, which a
+formula generates. It uses stock `transformers.Trainer` and stock PEFT: the adapter is on the linear layers of attention and
+MLP, and the classifier is trained beside it (`modules_to_save`). A wave's phase is random, so no single pixel is informative.
 """
 
 import argparse
@@ -33,14 +33,14 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of the test images told right."""
+    """Shares of the test images classified correctly."""
 
     before: float
     after: float
 
 
 def make_images(count: int, seed: int) -> TensorDataset:
-    """Images (count, 1, 24, 24) of plane waves in noise, and which of 8 directions each has."""
+    """Images (count, 1, 24, 24) of plane waves in noise, each labelled with one of 8 directions."""
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randint(_DIRECTIONS, (count,), generator=generator)
     phase, frequency = torch.rand(2, count, generator=generator)
@@ -125,16 +125,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit status: 0, or 2 for something to mend, which one line then names."""
+    """The exit status: 0, or 2 for bad input, which one line names."""
     options = parse(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # PEFT 0.21 reads an attribute that transformers 5.23 renamed: nothing that a user could change.
+    # PEFT 0.21 reads an attribute that transformers 5.23 renamed; a user can do nothing about it.
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
 
     def run() -> int:
         shares = classify(options.method, lr=options.lr, steps=options.steps, seed=options.seed)
         print(
-            f"{options.method}: {shares.before:.0%} of {_TEST_IMAGES} test images right before, {shares.after:.0%} after"
+            f"{options.method}: {shares.before:.0%} of {_TEST_IMAGES} test images correct before, {shares.after:.0%} after"
         )
         return 0
 

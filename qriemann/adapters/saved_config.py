@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,8 @@ _NOT_PLAIN = (
 )
 # These starts change the base's own weights, which the folder does not hold.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# The types of the values that are computed with; PEFT checks none.
+_TYPES = {"r": int, "lora_alpha": int | float, "rank_pattern": dict | None, "alpha_pattern": dict | None}
 
 
 def check_config(folder: Path) -> dict[str, Any]:
@@ -59,9 +61,11 @@ def check_config(folder: Path) -> dict[str, Any]:
             refuse_outside(path, key, value, "remove it or copy it there")
     if content.get("peft_type") != "LORA":
         raise InputError(f"an adapter must be LoRA, got {content.get('peft_type')!r} in {path}; merge it with PEFT")
-    for name, (holds, rule) in _RULES.items():
-        if name in content and not holds(content[name]):
-            raise InputError(f"{name} must be {rule}, got {content[name]!r:.80} in {path}; correct the file")
+    # PEFT's own defaults for keys that the file leaves out.
+    content = {"r": 8, "lora_alpha": 8, **content}
+    for name, kind in _TYPES.items():
+        if not isinstance(content.get(name), kind):
+            raise InputError(f"{name} must not be {content.get(name)!r:.80} in {path}; correct the file")
     start = str(content.get("init_lora_weights"))
     found = [name for name in _NOT_PLAIN if content.get(name)]
     if start.startswith(_CHANGES_BASE):
@@ -71,8 +75,7 @@ def check_config(folder: Path) -> dict[str, Any]:
             f"an adapter must be plain LoRA on linear layers, got {found[0]} in {path}; merge it with the tool that trained "
             "it"
         )
-    # PEFT's own defaults for keys that the file leaves out.
-    return {"r": 8, "lora_alpha": 8, **content}
+    return content
 
 
 def read_config(folder: Path) -> LoraConfig:
@@ -100,50 +103,3 @@ def value_for(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> A
 @functools.cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _patterns(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Whether a value is None or maps regular expressions to values that hold."""
-
-    def are_patterns(value: Any) -> bool:
-        if value is None:
-            return True
-        try:
-            return isinstance(value, dict) and all(_compiled(key) and holds(found) for key, found in value.items())
-        except re.error:
-            return False
-
-    return are_patterns
-
-
-_IS_TEXT_OR_NONE = (lambda value: value is None or isinstance(value, str), "a string or null")
-_NAMES_OR_PATTERN = (
-    lambda value: value is None or isinstance(value, str) or _are_names(value),
-    "names of layers or one pattern",
-)
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_rank, "an integer of at least 1"),
-    "lora_alpha": (_is_number, "a finite number"),
-    "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
-    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
-    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
-    "target_modules": _NAMES_OR_PATTERN,
-    "exclude_modules": _NAMES_OR_PATTERN,
-    "modules_to_save": (lambda value: value is None or _are_names(value), "names of modules"),
-    "rank_pattern": (_patterns(_is_rank), "patterns of layers' names with integers of at least 1"),
-    "alpha_pattern": (_patterns(_is_number), "patterns of layers' names with finite numbers"),
-    "base_model_name_or_path": _IS_TEXT_OR_NONE,
-    "revision": _IS_TEXT_OR_NONE,
-}

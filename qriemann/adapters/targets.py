@@ -21,18 +21,17 @@ def adapter_config(settings: Any) -> LoraConfig:
         settings: anything with the attributes lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save,
             use_rslora, rank_pattern and alpha_pattern.
     """
-    target: Any = settings.lora_target_modules
-    # TRL turns a list of one name into a string, which PEFT would match as a pattern with the whole path.
-    if isinstance(target, str) and target != _ALL_LINEAR and re.fullmatch(r"[\w.]+", target):
-        target = [target]
+    names = list(settings.lora_target_modules)
+    # One word names a layer, as several do; anything else alone is PEFT's: a pattern for the whole path, or all-linear.
+    alone = len(names) == 1 and (names[0] == _ALL_LINEAR or not re.fullmatch(r"[\w.]+", names[0]))
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha if settings.lora_alpha is not None else settings.lora_r,
         lora_dropout=settings.lora_dropout,
-        target_modules=target or _ALL_LINEAR,
+        target_modules=names[0] if alone else names or _ALL_LINEAR,
         use_rslora=settings.use_rslora,
-        modules_to_save=settings.lora_modules_to_save,
+        modules_to_save=settings.lora_modules_to_save and list(settings.lora_modules_to_save),
         rank_pattern=settings.rank_pattern or {},
         alpha_pattern=settings.alpha_pattern or {},
     )

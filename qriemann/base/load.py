@@ -125,6 +125,8 @@ def load_base(
     tokenizer.name_or_path = name
     _choose_pad_token(model, tokenizer, name)
     protect_quantized_weights(model)
+    if place.type == "cpu" and quantize is not None:
+        _hold_dense(model)
     if offload_embeddings:
         keep_embeddings_on_host(model, name)
     return model.eval(), tokenizer
@@ -197,6 +199,14 @@ def _resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> tor
     if resolved not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"dtype must be float32, bfloat16, float16 or None (chosen by the device), got {dtype!r}")
     return resolved
+
+
+def _hold_dense(model: PreTrainedModel) -> None:
+    # Late: it needs bitsandbytes.
+    from qriemann.base.on_cpu import hold_dense
+
+    if (held := hold_dense(model)) is not None:
+        logger.info("%s", held)
 
 
 def _require_bitsandbytes() -> None:

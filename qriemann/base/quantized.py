@@ -3,28 +3,26 @@
 import torch
 
 from qriemann.errors import InputError
+from qriemann.upstream import is_4_bit, is_repacked, keep_unpacked
 
 
 def protect_quantized_weights(model: torch.nn.Module) -> int:
-    """The number of 4-bit layers of `model`, after keeping bitsandbytes from repacking them.
+    """Keeps bitsandbytes from repacking the 4-bit layers of `model` for inference; returns how many it has.
 
-    On CPUs with AVX512-BF16, bitsandbytes 0.50.2 repacks a 4-bit weight for inference in its first forward in eval mode
-    without grad, and never unpacks it. From then on the base's bytes have changed and no gradient flows through the
-    layer, in train mode either. Call this before the first forward; calling it again does no harm.
+    Call it before the first forward; calling it again does no harm. See `qriemann.upstream.keep_unpacked`.
 
     Raises:
-        InputError: a layer has been repacked already. Its scales were rounded to bfloat16 on the way, so nothing brings
-            them back but loading the model again.
+        InputError: a layer has been repacked already. That rounded its scales to bfloat16, so the model must be loaded again.
     """
     count = 0
     for layer_name, layer in model.named_modules():
-        if not hasattr(layer, "support_avx512bf16_for_cpu"):
+        if not is_4_bit(layer):
             continue
-        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        if is_repacked(layer):
             raise InputError(
                 f"4-bit weights must be in the format they were quantized in, got {layer_name} repacked by "
                 "bitsandbytes for inference on this CPU; load the model again, with qriemann.load_base"
             )
-        layer.support_avx512bf16_for_cpu = False
+        keep_unpacked(layer)
         count += 1
     return count

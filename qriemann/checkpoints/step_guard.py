@@ -26,6 +26,7 @@ from qriemann.checkpoints.seeding import pin_batches, pin_order, rows_of_step, s
 from qriemann.distributed import process_count, sum_over_processes
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import fixed_rank_parameters, orthonormality_drift
+from qriemann.upstream import TrainerCounts
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class StepGuard(TrainerCallback):
         self._trainer, self._max_skipped = trainer, max_skipped_steps
         self._report = report or (lambda event: logger.warning("%s", event))
         self._progress = _Progress()
+        self._counts = TrainerCounts(trainer)
         self._grad_norm = self._loss_before = torch.zeros(())
         self._loss_resumed = 0.0
         self._metric_lengths: dict[str, int] = {}
@@ -123,13 +125,12 @@ class StepGuard(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress = progress = _Progress(**state.stateful_callbacks.get(_KEY, {}))
         # The mean over no step; the first step that is taken puts a number here.
-        self._trainer._total_loss_scalar = math.nan
+        self._counts.total_loss = math.nan
         if state.global_step:
-            self._trainer._tr_loss.fill_(progress.loss_sum)
-            self._trainer._globalstep_last_logged = progress.last_logged
-            self._train_metrics().update(copy.deepcopy(progress.metrics))
-            if hasattr(self._trainer, "_total_train_tokens"):
-                self._trainer._total_train_tokens = progress.tokens
+            self._counts.loss_sum.fill_(progress.loss_sum)
+            self._counts.last_logged_step = progress.last_logged
+            self._counts.metrics.update(copy.deepcopy(progress.metrics))
+            self._counts.tokens = progress.tokens
         # The trainer's last mean is over the steps since the resume.
         self._loss_resumed = progress.loss_sum
 
@@ -142,8 +143,8 @@ class StepGuard(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         seed_generators(args.seed, state.global_step - self._progress.skipped, args.process_index)
-        self._loss_before = self._trainer._tr_loss.clone()
-        self._metric_lengths = {name: len(values) for name, values in self._train_metrics().items()}
+        self._loss_before = self._counts.loss_sum.clone()
+        self._metric_lengths = {name: len(values) for name, values in self._counts.metrics.items()}
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -152,7 +153,7 @@ class StepGuard(TrainerCallback):
         if state.global_step >= state.max_steps:
             self._undo_step(kwargs["optimizer"], kwargs["lr_scheduler"])
             return
-        total = self._trainer._tr_loss
+        total = self._counts.loss_sum
         drift = orthonormality_drift(fixed_rank_parameters(kwargs["model"].parameters()))
         measured = (total - self._loss_before, torch.as_tensor(self._grad_norm), total, drift)
         seen = torch.stack([value.to(total) for value in measured])
@@ -165,8 +166,8 @@ class StepGuard(TrainerCallback):
                 f"{last_complete(str(args.output_dir))}: no step leaves them so, find what else writes to them"
             )
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            if math.isnan(self._trainer._total_loss_scalar):
-                self._trainer._total_loss_scalar = -self._loss_resumed
+            if math.isnan(self._counts.total_loss):
+                self._counts.total_loss = -self._loss_resumed
             progress.skipped_in_a_row, progress.loss_sum = 0, loss_sum
             if _is_spike(progress.losses, loss) or _is_spike(progress.norms, grad_norm):
                 progress.spikes += 1
@@ -178,8 +179,8 @@ class StepGuard(TrainerCallback):
         progress.skipped_in_a_row += 1
         self._undo_step(kwargs["optimizer"], kwargs["lr_scheduler"])
         # The trainer divides sums of losses by the steps since these numbers.
-        self._trainer._globalstep_last_logged += 1
-        self._trainer._initial_global_step += 1
+        self._counts.last_logged_step += 1
+        self._counts.first_step += 1
         self._tell("skipped", loss, grad_norm, kwargs["train_dataloader"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -209,11 +210,10 @@ class StepGuard(TrainerCallback):
 
     def _remember(self, state: TrainerState, control: TrainerControl) -> None:
         """Puts into the trainer's state what a resumed run needs."""
-        progress, trainer = self._progress, self._trainer
-        progress.last_logged = trainer._globalstep_last_logged
-        progress.tokens = getattr(trainer, "_total_train_tokens", 0)
+        progress = self._progress
+        progress.last_logged, progress.tokens = self._counts.last_logged_step, self._counts.tokens
         # A script's trainer may keep tensors there, which no JSON holds.
-        numbers = {n: v for n, v in self._train_metrics().items() if all(isinstance(x, int | float) for x in v)}
+        numbers = {n: v for n, v in self._counts.metrics.items() if all(isinstance(x, int | float) for x in v)}
         progress.metrics = numbers
         # The trainer is about to report them and to start over.
         if control.should_log and state.global_step > progress.last_logged:
@@ -225,20 +225,16 @@ class StepGuard(TrainerCallback):
         # Parameters without a gradient are left alone by every torch optimizer, their state included.
         optimizer.zero_grad(set_to_none=True)
         self._schedule = copy.deepcopy(lr_scheduler.state_dict()), [float(g["lr"]) for g in optimizer.param_groups]
-        self._trainer._tr_loss.copy_(self._loss_before)
+        self._counts.loss_sum.copy_(self._loss_before)
         # The trainer logs the norm of the last step that was taken.
         if isinstance(self._grad_norm, Tensor) and self._progress.norms:
             self._grad_norm.fill_(self._progress.norms[-1])
-        metrics = self._train_metrics()
+        metrics = self._counts.metrics
         for name in list(metrics):
             del metrics[name][self._metric_lengths.get(name, 0) :]
             # TRL divides by the length.
             if not metrics[name]:
                 del metrics[name]
-
-    def _train_metrics(self) -> dict[str, list[float]]:
-        """What a TRL trainer averages besides the loss; empty for other trainers."""
-        return getattr(self._trainer, "_metrics", {}).get("train", {})
 
     def _tell(self, kind: str, loss: float, grad_norm: float, loader: Any) -> None:
         args, step = self._trainer.args, self._trainer.state.global_step

@@ -137,7 +137,7 @@ class Settings:
     momentum: float | None = _key(None, "Default: the method's.")
     method_kwargs: dict[str, Any] | None = _key(None, "Further arguments of the method.")
 
-    resume: bool | str | None = _key(None, "Continue from the last checkpoint of output_dir, or from a named one.")
+    resume: str | None = _key(None, "Continue from the last checkpoint of output_dir, or from a named one.")
     overwrite: bool = _key(False, "Replace the run that output_dir holds.")
     allow: tuple[str, ...] = _key((), "Names of refusals that are meant, as each refusal's message says.")
     dry_run: bool = _key(True, "Take the longest batch through the model before the first step.")
@@ -167,7 +167,13 @@ def hints() -> dict[str, Any]:
     theirs = {key: Annotated[hint, _RANGES[key]] if key in _RANGES else hint for key, hint in trl_hints().items()}
     fixed = dict.fromkeys(_FIXED, Any)
     # A null for it is left out, as any other null: transformers would answer with a warning about its old name.
-    return {**fixed, **theirs, "activation_checkpointing": bool, **{key: own[key] for key in _OWN}}
+    return {
+        **fixed,
+        **theirs,
+        "activation_checkpointing": bool,
+        **{key: own[key] for key in _OWN},
+        "resume": bool | str | None,
+    }
 
 
 def load_settings(path: str | os.PathLike[str] | None, pairs: Sequence[str] = ()) -> Settings:

@@ -33,7 +33,7 @@ def trl_hints() -> dict[str, Any]:
     for definition in _classes():
         bases = {ast.unparse(base).rpartition(".")[2] for base in definition.bases}
         if bases & {"ExplicitEnum", "StrEnum"}:
-            values = [node.value.value for node in definition.body if isinstance(node, ast.Assign) and _is_text(node)]
+            values = [text for node in definition.body if (text := _text(node)) is not None]
             names[definition.name] = Literal[tuple(values)]  # type: ignore[valid-type]
         elif definition.name in _DATACLASSES:
             for node in definition.body:
@@ -65,5 +65,7 @@ def _hint(annotation: ast.expr, names: dict[str, Any]) -> Any:
         return Any
 
 
-def _is_text(node: ast.Assign) -> bool:
-    return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+def _text(node: ast.stmt) -> str | None:
+    """What a class assigns a name, if that is a string."""
+    value = node.value.value if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) else None
+    return value if isinstance(value, str) else None

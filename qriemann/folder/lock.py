@@ -19,7 +19,7 @@ LOCK, HOLDER = ".run.lock", ".run.holder"
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process, but not for its forked workers.
+    """Holds the folder for this process, but not for its forked workers (filelock 4.1 or newer).
 
     Makes the folder, and removes it at the end if nothing was put into it.
 

@@ -1,22 +1,20 @@
-"""How many rows go through the model at once: measured before the first step, and halved where that was too many after all.
+"""Finds how many rows fit into memory at once, and cuts each step's rows into parts of that size.
 
-The dataloader hands over all rows of an optimizer step; here they are cut into parts that fit. So the rows of a step, their
-order and its loss (a mean over the tokens of the whole step) do not depend on the cut, and a step that runs out of memory is
-simply taken again in smaller parts: nothing of it has reached the optimizer yet.
+The dataloader hands over all rows of an optimizer step. Neither the rows nor their order nor the loss, a mean over the tokens
+of the whole step, depend on the cut. A step that runs out of memory is repeated in smaller parts: nothing of it has reached
+the optimizer yet.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
@@ -26,13 +24,16 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from qriemann.distributed import largest_over_processes, process_count
 from qriemann.errors import InputError
-from qriemann.memory.dry_run import longest_rows
-from qriemann.memory.live_bytes import LiveBytes, adapter_tensors
-from qriemann.training.seam import AUTO_BATCH_KEY
+from qriemann.memory.dry_run import longest_rows, measure
+from qriemann.memory.live_bytes import GIB, free_bytes
+from qriemann.upstream import TrainerCounts
 
 logger = logging.getLogger(__name__)
 
-# The share of the free memory that is used: allocators leave gaps, and other programs come.
+# The state of a trainer's checkpoints holds the choice of `AutoBatch` under this key.
+AUTO_BATCH_KEY = "qriemann_auto_batch"
+
+# The share of the free memory that is used: allocators leave gaps, and other programs start.
 _USED_SHARE = 0.9
 
 
@@ -41,12 +42,12 @@ class BatchFit:
     """The choice for one device.
 
     Attributes:
-        rows: at most so many at once.
+        rows: at most this many at once.
         rows_per_step: of one device.
-        tokens: at most so many at once where rows are laid end to end (packing).
+        tokens: at most this many at once if rows are laid end to end (packing).
         longest_tokens: of the longest row.
         needed_gib, free_gib: what the longest rows took beyond what was held, and what there was.
-        fallbacks: how often the choice was halved since.
+        fallbacks: how often the choice has been halved since.
     """
 
     rows: int
@@ -65,19 +66,25 @@ class BatchFit:
         )
 
 
+def rows_at_once(args: TrainingArguments, state: TrainerState) -> int:
+    """The rows that a device takes through the model at once: the choice of `AutoBatch`, or the trainer's batch."""
+    chosen = state.stateful_callbacks.get(AUTO_BATCH_KEY)
+    return args.train_batch_size if chosen is None else min(args.train_batch_size, chosen["rows"])
+
+
 class AutoBatch(TrainerCallback):
     """Cuts the rows of every optimizer step of a trainer into parts that fit.
 
-    per_device_train_batch_size times gradient_accumulation_steps, as they are when this is made, is the number of rows that a
-    device sums a step over. When training begins, the longest rows go through forward and backward once or a few times; a run
-    that resumes keeps the choice of the run it goes on from.
+    A step of a device has per_device_train_batch_size times gradient_accumulation_steps rows, as they are when this is made.
+    When training begins, the longest rows go through forward and backward a few times; a resumed run keeps its choice.
 
     Args:
-        trainer: a `SFTTrainer` whose training has not begun; its `training_step` is wrapped, and this callback added to it.
-        report: called with the choice and again whenever it is halved; the default logs it.
+        trainer: an `SFTTrainer` whose training has not begun; its `training_step` is wrapped, and this callback goes before
+            its others.
+        report: called with the choice, and again whenever it is halved; logs it by default.
 
     Raises:
-        InputError: when training begins, if one row does not fit, or for data or processes that cannot be cut.
+        InputError: when training begins, if one row does not fit, or if the data or the processes do not allow a cut.
     """
 
     def __init__(self, trainer: Trainer, *, report: Callable[[BatchFit], None] | None = None) -> None:
@@ -86,9 +93,9 @@ class AutoBatch(TrainerCallback):
         self._report = report or (lambda fit: logger.warning("%s", fit))
         self._rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         args.per_device_train_batch_size, args.gradient_accumulation_steps = self._rows_per_step, 1
-        trainer._train_batch_size = args.train_batch_size
+        TrainerCounts(trainer).batch_size = args.train_batch_size
         trainer.training_step = self._step
-        # Before the others, so that a row that does not fit is known before anything is written.
+        # The first callback, so that a row that does not fit is found before anything is written.
         trainer.callback_handler.callbacks.insert(0, self)
         self.fit: BatchFit | None = None
 
@@ -106,24 +113,24 @@ class AutoBatch(TrainerCallback):
     def _choose(self, dataloader: DataLoader) -> BatchFit:
         if not isinstance(dataloader.dataset, Dataset):
             raise InputError(
-                f"auto_batch must have a datasets.Dataset to find the longest rows of, got "
-                f"{type(dataloader.dataset).__name__}; leave it out"
+                f"auto_batch needs a datasets.Dataset to find its longest rows, got {type(dataloader.dataset).__name__}; "
+                "leave auto_batch out"
             )
         longest = longest_rows(dataloader.dataset, self._rows_per_step)
         lengths = [len(row["input_ids"]) for row in longest]
         if process_count() > 1 and "attention_mask" not in dataloader.collate_fn(longest[:1]):
             raise InputError(
-                "auto_batch must be left out with packing or padding_free in several processes, which have to take the same "
-                "number of parts; set per_device_train_batch_size and gradient_accumulation_steps to what fits"
+                "auto_batch does not work with packing or padding_free in several processes, which must take the same number "
+                "of parts; leave it out, and set per_device_train_batch_size and gradient_accumulation_steps to what fits"
             )
         device = self._trainer.args.device
-        free, held = _free_bytes(device), self._held_later()
+        free, held = free_bytes(device), self._held_later()
         chosen, need, slope = 0, held, 0.0
         for size in (s for s in range(1, self._rows_per_step + 1) if self._rows_per_step % s == 0):
-            # A GPU says so when its memory is short; a system ends the process.
+            # A GPU raises an error when memory runs out; on a CPU the system kills the process.
             if device.type == "cpu" and need + slope * (size - chosen) > _USED_SHARE * free:
                 break
-            taken = self._measure(dataloader.collate_fn(longest[:size]))
+            taken = self._measure(longest[:size])
             if taken is None or taken + held > _USED_SHARE * free:
                 break
             slope = (taken + held - need) / (size - chosen)
@@ -131,78 +138,70 @@ class AutoBatch(TrainerCallback):
         chosen = -largest_over_processes(-chosen)
         if not chosen:
             raise InputError(
-                f"max_length must be one at which a single row fits into memory, got a row of {lengths[0]} tokens that does "
-                f"not fit into {free / 2**30:.2f} GiB; lower max_length, or set activation_checkpointing: true"
+                f"a single row of {lengths[0]} tokens does not fit into {free / GIB:.2f} GiB; lower max_length, or set "
+                "activation_checkpointing: true"
             )
         return BatchFit(
             rows=chosen,
             rows_per_step=self._rows_per_step,
             tokens=sum(lengths[:chosen]),
             longest_tokens=lengths[0],
-            needed_gib=round(need / 2**30, 3),
-            free_gib=round(free / 2**30, 3),
+            needed_gib=round(need / GIB, 3),
+            free_gib=round(free / GIB, 3),
         )
 
     def _held_later(self) -> int:
-        """Bytes that are held during later steps and are not there in the first: gradients of the parts before, and state."""
+        """Bytes that later steps hold and the first does not: gradients of earlier parts, and optimizer state."""
         optimizer = self._trainer.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        # AdamW and its kind make two blocks in their first step.
+        # AdamW and its kind allocate two blocks in their first step.
         without_state = [p for p in parameters if not optimizer.state.get(p)]
         return 4 * sum(p.numel() for p in parameters) + 8 * sum(p.numel() for p in without_state)
 
-    def _measure(self, inputs: dict[str, Any]) -> int | None:
-        """Bytes that forward and backward of a batch take beyond what is held, or None where they do not fit."""
-        trainer = self._trainer
-        device, before = trainer.args.device, self._counters()
-        taken: int | None = None
-        # All devices by name, because torch warns when it has to choose among several.
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            try:
-                with _alone(trainer.accelerator), _counted(device, trainer.model) as count:
-                    self._take_parts(trainer.model, [inputs], None)
-                    taken = count()
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
-        # Only now, because the exception keeps the activations alive.
-        self._undo(before)
+    def _measure(self, rows: list[dict[str, Any]]) -> int | None:
+        """Bytes that forward and backward of the rows take beyond what is held; None if they do not fit."""
+        trainer, taken = self._trainer, None
+        # Metrics are not gathered: other processes may have run out of memory already.
+        trainer.accelerator.gather_for_metrics = lambda value: value
+        try:
+            taken = measure(trainer, rows, lambda inputs: self._take_parts(trainer.model, [inputs]), counted=True)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        finally:
+            del trainer.accelerator.gather_for_metrics
+        # The exception kept the activations alive until here.
         clear_device_cache()
-        return taken
+        return None if taken is None else taken.counted
 
     def _step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The trainer's training step, part by part."""
-        assert self.fit is not None
-        before = self._counters()
+        trainer, undo_counts = self._trainer, TrainerCounts(self._trainer).saved()
         while True:
+            fit = self.fit
+            assert fit is not None
             try:
-                return self._take_parts(model, _parts(inputs, self.fit), num_items_in_batch)
+                return self._take_parts(model, _parts(inputs, fit), num_items_in_batch)
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
-                # Other processes may be in the middle of a sum over all, which cannot be called off.
-                if self.fit.rows == 1 or process_count() > 1:
+                # Other processes may be in the middle of a collective operation, which cannot be aborted.
+                if fit.rows == 1 or process_count() > 1:
                     raise InputError(
-                        f"the rows that go through the model at once must fit into memory, got {self.fit.rows} that do not: "
-                        f"{str(error).splitlines()[0]}; lower max_length, or set activation_checkpointing: true"
+                        f"{fit.rows} rows at once do not fit into memory: {str(error).splitlines()[0]}; lower max_length, "
+                        "or set activation_checkpointing: true"
                     ) from error
-            self._undo(before)
+            trainer.optimizer.zero_grad(set_to_none=True)
+            undo_counts()
             clear_device_cache(garbage_collection=True)
-            fit, state = self.fit, self._trainer.state
-            logger.warning("out of memory in step %d, which is taken again with half the rows", state.global_step + 1)
-            self._keep(
-                replace(
-                    fit,
-                    rows=fit.rows // 2,
-                    tokens=max(fit.tokens // 2, fit.longest_tokens),
-                    fallbacks=fit.fallbacks + 1,
-                ),
-                state,
-            )
+            logger.warning("out of memory in step %d; repeating it with half the rows", trainer.state.global_step + 1)
+            tokens = max(fit.tokens // 2, fit.longest_tokens)
+            fit = replace(fit, rows=fit.rows // 2, tokens=tokens, fallbacks=fit.fallbacks + 1)
+            self._keep(fit, trainer.state)
 
-    def _take_parts(self, model: Any, parts: Sequence[dict[str, Any]], num_items_in_batch: Any) -> Tensor:
+    def _take_parts(self, model: Any, parts: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
         trainer = self._trainer
-        # By this the trainer divides what is not a mean over the tokens of the whole step already.
+        # The trainer divides by this whatever is not a mean over the tokens of the whole step already.
         trainer.current_gradient_accumulation_steps = len(parts)
         losses = []
         for index, part in enumerate(parts):
@@ -211,57 +210,13 @@ class AutoBatch(TrainerCallback):
                 losses.append(self._take_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
 
-    def _counters(self) -> tuple[Any, Any]:
-        """What a TRL trainer counts and averages in a step."""
-        return copy.deepcopy(getattr(self._trainer, "_metrics", None)), getattr(
-            self._trainer, "_total_train_tokens", None
-        )
-
-    def _undo(self, counters: tuple[Any, Any]) -> None:
-        self._trainer.optimizer.zero_grad(set_to_none=True)
-        self._trainer._metrics, self._trainer._total_train_tokens = counters
-
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    # What torch's allocator holds and does not use is as good as free.
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
-@contextlib.contextmanager
-def _alone(accelerator: Any) -> Iterator[None]:
-    """Within the block, the metrics of a batch are not summed over processes: others may be short of memory by now."""
-    accelerator.gather_for_metrics = lambda value: value
-    try:
-        yield
-    finally:
-        del accelerator.gather_for_metrics
-
-
-@contextlib.contextmanager
-def _counted(device: torch.device, model: Any) -> Iterator[Callable[[], int]]:
-    """Within the block, what it yields tells the peak of the bytes that were made in it."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        try:
-            yield lambda: torch.cuda.max_memory_allocated(device) - held
-        finally:
-            torch.cuda.reset_peak_memory_stats(device)
-        return
-    # Resident memory says nothing here: the C library keeps what was freed, for the next of its size.
-    with LiveBytes([*model.parameters(), *model.buffers(), *adapter_tensors(model)]) as counter:
-        yield lambda: sum(counter.peaks[counter.window].values())
-
-
 def _parts(inputs: dict[str, Any], fit: BatchFit) -> list[dict[str, Any]]:
-    """A batch cut into parts, in order: of rows, or of whole samples where they are laid end to end."""
+    """A batch cut into parts, in order: of rows, or of whole samples if they are laid end to end."""
     if "attention_mask" not in inputs:
         return _parts_of_one_row(inputs, fit.tokens)
     rows = len(inputs["input_ids"])
@@ -269,7 +224,7 @@ def _parts(inputs: dict[str, Any], fit: BatchFit) -> list[dict[str, Any]]:
     for first in range(0, rows, fit.rows):
         part = {k: v[first : first + fit.rows] if _has_length(v, 0, rows) else v for k, v in inputs.items()}
         width, used = inputs["attention_mask"].shape[1], int(part["attention_mask"].any(0).nonzero().max()) + 1
-        # The whole batch was padded to the longest row of all.
+        # The batch is padded to its longest row, which may be in another part.
         parts.append({k: v[:, :used] if _has_length(v, 1, width) else v for k, v in part.items()})
     return parts
 

@@ -1,15 +1,14 @@
-"""The longest batch, taken through the model before the first step: what will not fit or mixes samples is known at once.
+"""Takes the longest batches through the real model before the first step, to find out whether they fit.
 
-Nothing is left behind: gradients, random numbers and the trainer's counters are as they were, so that a run goes the same
-way, bit for bit, with and without it.
+Every function leaves gradients, random generators and the trainer's counters as they were, so a run gives the same bits with
+and without a dry run.
 """
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +18,16 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qriemann.adapters.loi import preserved_rng
-from qriemann.config.settings import RunConfig
 from qriemann.data.defects import Defect, refuse
 from qriemann.data.formats import TokenizedData
 from qriemann.errors import InputError
 from qriemann.folder.records import peak_gib
-from qriemann.memory.live_bytes import LiveBytes, adapter_tensors
+from qriemann.memory.live_bytes import count_peak
+from qriemann.upstream import TrainerCounts, attention_of
 
-# Tokens a sample of the packed pair: enough to see the other, cheap to compute.
+# Tokens of each of two packed samples: enough for one to see the other, cheap to compute.
 _PROBE_TOKENS = 32
-# A sample that does not see the other one has the same logits to rounding; one that does, others.
+# The logits of a sample that does not see the other differ by rounding alone.
 _PROBE_RTOL = 1e-2
 
 
@@ -40,7 +39,7 @@ class Measured:
         rows, tokens: of the batch, and of its longest row, padding included.
         seconds: wall clock.
         peak_gib: of the process so far: allocated on a GPU, resident on a CPU.
-        counted: bytes that lived at once beyond what was there before; None where they were not counted.
+        counted: most bytes allocated at once beyond what was held before; None if they were not counted.
     """
 
     rows: int
@@ -51,158 +50,154 @@ class Measured:
 
 
 class DryRun(TrainerCallback):
-    """Takes the longest batches through the model when training begins.
+    """Refuses packed samples that see each other, and batches that do not fit, when a trainer's training begins.
 
     Args:
-        config: of the run.
-        data: as it was made, before the trainer truncates and packs it.
-        defects: of the data.
-        note: takes a line for the reader.
-        instead: called with this object and the optimizer in place of the dry run.
-
-    Attributes:
-        trainer: to be set once it stands.
+        trainer: an `SFTTrainer` whose training has not begun; this callback goes before its others.
+        data: the rows before the trainer truncates and packs them.
+        allow: names of defects that do not stop the run.
+        note: called with each line for the user.
+        training_batch: take the longest training batch; not needed with `AutoBatch`, which measures by itself.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        trainer: Any,
         data: TokenizedData,
-        defects: list[Defect],
+        *,
+        allow: Collection[str],
         note: Callable[[str], None],
-        instead: Callable[[DryRun, Any], None] | None = None,
+        training_batch: bool = True,
     ) -> None:
-        self.config, self.data, self.defects, self.note, self.instead = config, data, defects, note, instead
-        self.trainer: Any = None
+        self.trainer, self.data, self.allow, self.note = trainer, data, allow, note
+        self.training_batch = training_batch
+        trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.instead is not None:
-            self.instead(self, kwargs["optimizer"])
-        if not self.config.qriemann.dry_run:
-            return
-        defects = self.mixed_samples()
-        # auto_batch measures by itself.
-        if not self.config.qriemann.auto_batch:
-            measured = self.training_batch()
+        defects = mixed_samples(self.trainer, self.data)
+        if self.training_batch:
+            measured = measure_training_batch(self.trainer)
             self.note(
                 f"dry run: the longest batch, {measured.rows} rows of up to {measured.tokens} tokens, took "
                 f"{measured.seconds:.1f} s, peak {measured.peak_gib:.2f} GiB"
             )
-        # On a CPU nothing says beforehand that memory is short, and an evaluation is slow.
+        # A CPU raises no error when memory is short, and an evaluation is slow there.
         if args.device.type == "cuda" and self.trainer.eval_dataset is not None:
-            defects += self.evaluation_batch()[1]
-        refuse(defects, self.config.qriemann.allow, self.note)
+            defects += measure_evaluation_batch(self.trainer)[1]
+        refuse(defects, self.allow, self.note)
 
-    def training_batch(self, *, counted: bool = False, keep_gradients: bool = False) -> Measured:
-        """Forward and backward of the longest rows.
 
-        Args:
-            counted: count the bytes of what is computed, which takes time.
-            keep_gradients: leave them where they are.
+def make_ready(trainer: Any) -> None:
+    """Does what `trainer.train` does before its first step: enables checkpointing, creates the optimizer, wraps the model."""
+    if trainer.args.activation_checkpointing:
+        options = dict(trainer.args.activation_checkpointing_kwargs or {})
+        own = {key: options.pop(key) for key in ("every_n_layers", "offload") if key in options}
+        trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **own)
+    trainer.create_optimizer()
+    trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
 
-        Raises:
-            InputError: they do not fit.
-        """
-        trainer = self.trainer
-        rows = longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
 
-        def run(inputs: dict[str, Any]) -> None:
-            trainer.current_gradient_accumulation_steps = 1
-            trainer.training_step(trainer.model_wrapped, inputs)
+def measure_training_batch(trainer: Any, *, counted: bool = False, keep_gradients: bool = False) -> Measured:
+    """Takes the longest training batch through forward and backward.
 
-        try:
-            return self._measure(rows, run, counted, keep_gradients)
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"per_device_train_batch_size must be one at which the longest batch fits, got {len(rows)} rows of up to "
-                f"{max(len(row['input_ids']) for row in rows)} tokens, which do not; lower it and raise "
-                "gradient_accumulation_steps, set activation_checkpointing: true, or lower max_length"
-            ) from error
+    Args:
+        trainer: ready for a step: in training, or after `make_ready`.
+        counted: count the bytes; on a CPU that takes time.
+        keep_gradients: keep them for `measure_step`.
 
-    def evaluation_batch(self, *, counted: bool = False) -> tuple[Measured | None, list[Defect]]:
-        """The longest held-out rows, and the defect that they do not fit."""
-        trainer = self.trainer
-        rows = longest_rows(trainer.eval_dataset, trainer.args.per_device_eval_batch_size)
+    Raises:
+        InputError: the batch does not fit.
+    """
+    rows = longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
 
-        def run(inputs: dict[str, Any]) -> None:
-            trainer.model.eval()
-            trainer.prediction_step(trainer.model_wrapped, inputs, prediction_loss_only=True)
+    def run(inputs: dict[str, Any]) -> None:
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.training_step(trainer.model_wrapped, inputs)
 
-        try:
-            return self._measure(rows, run, counted), []
-        except torch.OutOfMemoryError:
-            return None, [too_large_evaluation(len(rows), "it runs out of memory")]
+    try:
+        return measure(trainer, rows, run, counted=counted, keep_gradients=keep_gradients)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"the longest batch, {len(rows)} rows of up to {max(len(row['input_ids']) for row in rows)} tokens, does not "
+            "fit into memory; lower per_device_train_batch_size and raise gradient_accumulation_steps, set "
+            "activation_checkpointing: true, or lower max_length"
+        ) from error
 
-    def _measure(
-        self,
-        rows: list[dict[str, Any]],
-        run: Callable[[dict[str, Any]], None],
-        counted: bool,
-        keep_gradients: bool = False,
-    ) -> Measured:
-        trainer, model = self.trainer, self.trainer.model
-        inputs = trainer.data_collator(rows)
-        counter = LiveBytes([*model.parameters(), *model.buffers(), *adapter_tensors(model)]) if counted else None
-        with _left_as_it_was(trainer, keep_gradients=keep_gradients):
-            started = time.perf_counter()
-            if counter is None:
-                run(inputs)
-            else:
-                with counter:
-                    run(inputs)
-            if trainer.args.device.type == "cuda":
-                torch.cuda.synchronize(trainer.args.device)
-            seconds = time.perf_counter() - started
-        return Measured(
-            rows=len(rows),
-            tokens=inputs["input_ids"].shape[1],
-            seconds=seconds,
-            peak_gib=peak_gib(trainer.args.device),
-            counted=None if counter is None else sum(counter.peaks[counter.window].values()),
+
+def measure_step(trainer: Any) -> float:
+    """Takes one optimizer step with the gradients of the last batch, clears them, and returns its seconds."""
+    with _timed(trainer) as seconds:
+        trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    return seconds()
+
+
+def measure_evaluation_batch(trainer: Any, *, counted: bool = False) -> tuple[Measured | None, list[Defect]]:
+    """Takes the longest evaluation batch through the model; returns a defect if it does not fit."""
+    rows = longest_rows(trainer.eval_dataset, trainer.args.per_device_eval_batch_size)
+
+    def run(inputs: dict[str, Any]) -> None:
+        trainer.model.eval()
+        trainer.prediction_step(trainer.model_wrapped, inputs, prediction_loss_only=True)
+
+    try:
+        return measure(trainer, rows, run, counted=counted), []
+    except torch.OutOfMemoryError:
+        return None, [evaluation_too_large(len(rows), "an out-of-memory error")]
+
+
+def measure(
+    trainer: Any,
+    rows: list[dict[str, Any]],
+    run: Callable[[dict[str, Any]], Any],
+    *,
+    counted: bool,
+    keep_gradients: bool = False,
+) -> Measured:
+    """Calls `run` with the collated rows and undoes what it leaves behind; `run` may raise."""
+    inputs = trainer.data_collator(rows)
+    counting = count_peak(trainer.model, trainer.args.device) if counted else nullcontext()
+    with _left_as_it_was(trainer, keep_gradients=keep_gradients), counting as count, _timed(trainer) as seconds:
+        run(inputs)
+    return Measured(
+        rows=len(rows),
+        tokens=inputs["input_ids"].shape[1],
+        seconds=seconds(),
+        peak_gib=peak_gib(trainer.args.device),
+        counted=count() if count else None,
+    )
+
+
+def mixed_samples(trainer: Any, data: TokenizedData) -> list[Defect]:
+    """The defect that a packed sample sees the one before it, tried with two short samples of the data."""
+    if not (trainer.args.packing or trainer.padding_free):
+        return []
+    first, second = (data.train[index % len(data.train)]["input_ids"][:_PROBE_TOKENS] for index in (0, 1))
+    vocabulary = trainer.model.get_input_embeddings().weight.shape[0]
+    other = [(token + 1) % vocabulary for token in first]
+    with _left_as_it_was(trainer), torch.no_grad():
+        trainer.model.eval()
+        with trainer.compute_loss_context_manager():
+            logits = [_second_logits(trainer, sample, second) for sample in (first, other)]
+    if (logits[0] - logits[1]).norm() <= _PROBE_RTOL * logits[0].norm():
+        return []
+    attention = attention_of(trainer.model.config)
+    return [
+        Defect(
+            "packing-mixes-samples",
+            "packed samples must not see each other",
+            f"a sample whose logits depend on the one before it (attention {attention}, packing_strategy "
+            f"{trainer.args.packing_strategy})",
+            "set packing_strategy: bfd with attn_implementation: sdpa or flash_attention_2, or packing: false",
+            error=True,
         )
-
-    def mixed_samples(self) -> list[Defect]:
-        """The defect that a packed sample sees the one before it, which is tried out with two short ones."""
-        trainer = self.trainer
-        if not (trainer.args.packing or trainer.padding_free):
-            return []
-        first, second = (self.data.train[index % len(self.data.train)]["input_ids"][:_PROBE_TOKENS] for index in (0, 1))
-        vocabulary = trainer.model.get_input_embeddings().weight.shape[0]
-        other = [(token + 1) % vocabulary for token in first]
-        with _left_as_it_was(trainer), torch.no_grad():
-            trainer.model.eval()
-            with trainer.compute_loss_context_manager():
-                logits = [self._second_logits(sample, second) for sample in (first, other)]
-        if (logits[0] - logits[1]).norm() <= _PROBE_RTOL * logits[0].norm():
-            return []
-        attention = trainer.model.config._attn_implementation
-        return [
-            Defect(
-                "packing-mixes-samples",
-                "packed samples must not see each other",
-                f"a sample that another one before it changes (attention {attention}, packing_strategy "
-                f"{trainer.args.packing_strategy})",
-                "set packing_strategy: bfd with attn_implementation: sdpa or flash_attention_2, or packing: false",
-                error=True,
-            )
-        ]
-
-    def _second_logits(self, first: list[int], second: list[int]) -> Tensor:
-        """The logits at the second of two samples in one row, as the trainer's collator lays them out."""
-        trainer = self.trainer
-        row: dict[str, Any] = {"input_ids": first + second, "labels": first + second}
-        if "seq_lengths" in trainer.train_dataset.column_names:
-            row["seq_lengths"] = [len(first), len(second)]
-        rows = [row] if trainer.args.packing else [{"input_ids": ids, "labels": ids} for ids in (first, second)]
-        inputs = trainer._prepare_inputs(trainer.data_collator(rows))
-        del inputs["labels"]
-        return trainer.model(**inputs, use_cache=False).logits[0, len(first) :].float()
+    ]
 
 
-def too_large_evaluation(rows: int, found: str) -> Defect:
-    """The defect that an evaluation will not fit."""
+def evaluation_too_large(rows: int, found: str) -> Defect:
+    """The defect that the longest evaluation batch does not fit."""
     return Defect(
         "evaluation-too-large",
         f"an evaluation batch of the {rows} longest held-out rows must fit beside the training",
@@ -213,23 +208,43 @@ def too_large_evaluation(rows: int, found: str) -> Defect:
 
 
 def longest_rows(dataset: Dataset, count: int) -> list[dict[str, Any]]:
-    """The rows of most tokens, as many as there are up to `count`."""
+    """The `count` rows with the most tokens, longest first."""
     lengths = [len(ids) for batch in dataset.select_columns("input_ids").iter(1000) for ids in batch["input_ids"]]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     return [dataset[index] for index in order[:count]]
 
 
+def _second_logits(trainer: Any, first: list[int], second: list[int]) -> Tensor:
+    """The logits of the second of two samples that the trainer's collator lays into one row."""
+    row: dict[str, Any] = {"input_ids": first + second, "labels": first + second}
+    if "seq_lengths" in trainer.train_dataset.column_names:
+        row["seq_lengths"] = [len(first), len(second)]
+    rows = [row] if trainer.args.packing else [{"input_ids": ids, "labels": ids} for ids in (first, second)]
+    inputs = TrainerCounts(trainer).to_device(trainer.data_collator(rows))
+    del inputs["labels"]
+    return trainer.model(**inputs, use_cache=False).logits[0, len(first) :].float()
+
+
+@contextmanager
+def _timed(trainer: Any) -> Iterator[Callable[[], float]]:
+    times = [time.perf_counter()]
+    yield lambda: times[1] - times[0]
+    if trainer.args.device.type == "cuda":
+        torch.cuda.synchronize(trainer.args.device)
+    times.append(time.perf_counter())
+
+
 @contextmanager
 def _left_as_it_was(trainer: Any, *, keep_gradients: bool = False) -> Iterator[None]:
-    """Undoes what a batch leaves: random numbers, gradients, train mode, and what a TRL trainer counts."""
-    counts = copy.deepcopy(trainer._metrics), trainer._total_train_tokens
-    training = [(module, module.training) for module in trainer.model.modules()]
+    """Undoes what a batch leaves behind: random generators, gradients, train modes, and the trainer's counters."""
+    undo_counts = TrainerCounts(trainer).saved()
+    modes = [(module, module.training) for module in trainer.model.modules()]
     try:
         with preserved_rng():
             yield
     finally:
-        trainer._metrics, trainer._total_train_tokens = counts
-        for module, mode in training:
+        undo_counts()
+        for module, mode in modes:
             module.training = mode
         if not keep_gradients:
             trainer.model.zero_grad(set_to_none=True)

@@ -1,58 +1,61 @@
-"""What a run will need on its card, said before anything is downloaded: from the model's configuration alone.
+"""What a run needs on its card, from the model's configuration alone, before anything is downloaded.
 
-footprint.py counts; this file asks it what fits, and what to change where something does not.
+footprint.py counts bytes; this file finds what fits, and what to change if something does not.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from qriemann.config.settings import RunConfig
 from qriemann.errors import InputError
-from qriemann.memory.footprint import CONTEXT, GIB, Footprint, Load
+from qriemann.memory.footprint import CONTEXT, Footprint, Workload, read_run
+from qriemann.memory.live_bytes import GIB
+
+if TYPE_CHECKING:
+    from qriemann.config import Settings
 
 CARDS_GIB = (8, 12, 16, 24, 32)
 
-# Half the width of the band around the peak: what CPU runs were tested to keep to, and what an allocator's gaps are given.
+# Half the width of the band around the peak: tests hold CPU runs to it, and it leaves room for an allocator's gaps.
 _BAND = 0.10
 
 _LENGTH_GRID, _MOST_ROWS = 128, 1024
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """What a run needs.
 
     Attributes:
         stored: (what, bytes) of everything that stays for the whole run.
-        computed: the same for what comes and goes, at its peak.
+        computed: the same for what a step allocates, at its peak.
         phase: when that peak is: "training", "evaluation" or "optimizer step".
-        peak: stored + computed, in bytes; `low` and `high` are its error band, a share of what is not simply stored.
+        assumptions: what was assumed rather than counted.
         vram_gib: the card, or None.
-        longest: most tokens a row at this batch that fit the card; None without a card.
-        largest_batch: most rows at this length that fit the card.
-        remedy: the settings whose change makes it fit at the least cost; empty where it fits, or where nothing does.
-        assumptions: what was not counted but assumed.
+        longest: most tokens a row that fit the card at this batch; None without a card.
+        largest_batch: most rows that fit the card at this length.
+        remedy: the settings to change so that it fits, at the least cost; empty if it fits, or if nothing helps.
     """
 
     model: str
-    load: Load
-    accumulation: int
+    workload: Workload
     stored: list[tuple[str, int]]
     computed: list[tuple[str, int]]
     phase: str
+    assumptions: list[str]
     vram_gib: float | None = None
     longest: int | None = None
     largest_batch: int | None = None
     remedy: dict[str, Any] = field(default_factory=dict)
-    assumptions: list[str] = field(default_factory=list)
 
     @property
     def peak(self) -> int:
+        """Bytes; `low` and `high` are its error band, a share of what is not simply stored."""
         return sum(size for _, size in self.stored + self.computed)
 
     @property
@@ -73,145 +76,161 @@ class Plan:
         return self.vram_gib is None or self.high <= self.vram_gib * GIB
 
 
-def plan(config: RunConfig, vram_gib: float | None = None) -> Plan:
+def plan(settings: Settings, vram_gib: float | None = None, *, dense_copies: bool = True) -> Plan:
     """What the run of a configuration needs, and how it fits a card.
 
     Args:
-        config: from `load_config`; it is planned for a GPU unless it sets use_cpu, whatever machine this is.
+        settings: of the run; it is planned for a GPU unless it sets use_cpu, whatever machine this is.
         vram_gib: memory of the card.
+        dense_copies: a run on a CPU holds its 4-bit weights dequantized as well, if `vram_gib` has room for them.
 
     Raises:
         InputError: for a model that cannot be planned, or a card that does not even hold what is stored.
 
-    Cost: seconds, most of them for the search of what fits; memory for the Python objects alone.
+    Cost: seconds, most of them to find what fits; no weights are loaded.
     """
     if vram_gib is not None and not 0 < vram_gib < float("inf"):
         raise InputError(f"vram must be a size in GiB above 0, got {vram_gib:g}; write --vram 12")
-    return _Search(config).plan(vram_gib)
+    footprint, workload = read_run(settings, dense_copies=dense_copies)
+    result = _plan(footprint, workload)
+    if vram_gib is None:
+        return result
+    if workload.holds_dense_copies and result.high > vram_gib * GIB:
+        result = _plan(footprint, replace(workload, dense_copies=False))
+    return _on_card(result, footprint, vram_gib)
 
 
-def plan_cards(config: RunConfig) -> list[Plan]:
+def plan_cards(settings: Settings) -> list[Plan]:
     """The plan for each of the usual card sizes that holds what is stored.
 
     Raises:
         InputError: as `plan`; if no such card does.
     """
-    search = _Search(config)
-    stored = sum(size for _, size in search.footprint.stored())
-    cards = [card for card in CARDS_GIB if stored < card * GIB]
-    return [search.plan(card) for card in cards or CARDS_GIB[-1:]]
+    footprint, workload = read_run(settings)
+    result = _plan(footprint, workload)
+    cards = [card for card in CARDS_GIB if sum(size for _, size in result.stored) < card * GIB]
+    return [_on_card(result, footprint, card) for card in cards or CARDS_GIB[-1:]]
 
 
-class _Search:
-    """What fits, asked of one run's footprint."""
+def _plan(footprint: Footprint, workload: Workload) -> Plan:
+    phase, parts = footprint.computed(workload)
+    computed = sorted(((name, size) for name, size in parts.items() if size), key=lambda row: -row[1])
+    notes = [f"the allocator's gaps stay within the band, {_BAND:.0%} of what a step allocates"]
+    if workload.on_gpu:
+        kept = "the matrix of tokens by tokens is kept" if workload.attn_implementation == "eager" else "fused kernels"
+        notes += [
+            f"CUDA context and libraries: {CONTEXT / GIB:.1f} GiB; a desktop on the same card comes on top",
+            f"attention: {kept}",
+            "no run on a GPU has confirmed these numbers; `qriemann check` measures on the card itself",
+        ]
+    elif workload.quantized and not workload.dense_copies:
+        notes.append("the 4-bit weights are not held dequantized as well: the run needs less and takes longer")
+    if workload.offload_embeddings and (size := footprint.embedding_bytes(workload)):
+        notes.append(f"the input embeddings take {size / GIB:.2f} GiB of host memory instead of the card's")
+    if workload.activation_offloading:
+        notes.append("activation_offloading is not counted: the run needs less")
+    return Plan(footprint.name, workload, footprint.stored(workload), computed, phase, notes)
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config, self.footprint = config, Footprint(config)
-        self.load = self.footprint.load
 
-    def plan(self, vram_gib: float | None) -> Plan:
-        footprint, stored = self.footprint, self.footprint.stored()
-        total = sum(size for _, size in stored)
-        if vram_gib is not None and total >= vram_gib * GIB:
-            remedy = "take a smaller model or a larger card" if self.config.quantize else "set quantize: nf4"
-            raise InputError(
-                f"the card must hold more than what is stored, got {vram_gib:g} GiB for {footprint.name}, whose weights, "
-                f"adapter and optimizer state take {total / GIB:.1f} GiB; {remedy}"
-            )
-        phase, parts = footprint.computed(self.load)
-        computed = sorted(((name, size) for name, size in parts.items() if size), key=lambda row: -row[1])
-        result = Plan(
-            model=footprint.name,
-            load=self.load,
-            accumulation=self.config.sft.gradient_accumulation_steps,
-            stored=stored,
-            computed=computed,
-            phase=phase,
-            vram_gib=vram_gib,
-            assumptions=self._assumptions(),
+def _on_card(result: Plan, footprint: Footprint, vram_gib: float) -> Plan:
+    """The plan with what fits a card, and what to change if it does not."""
+    workload, stored = result.workload, sum(size for _, size in result.stored)
+    if stored >= vram_gib * GIB:
+        remedy = "take a smaller model or a larger card" if workload.quantized else "set quantize: nf4"
+        raise InputError(
+            f"{footprint.name} does not fit {vram_gib:g} GiB: its weights, adapter and optimizer state alone take "
+            f"{stored / GIB:.1f} GiB; {remedy}"
         )
-        if vram_gib is not None:
-            room = int((vram_gib * GIB - total - _BAND * stored[-1][1]) / (1 + _BAND))
-            result.longest = self._longest(room, self.load)
-            result.largest_batch = self._largest_batch(room, self.load)
-            if not result.fits:
-                result.remedy = self._remedy(vram_gib, room, phase, result.largest_batch)
-        return result
+    card = _Card(footprint, vram_gib)
+    result = replace(
+        result,
+        vram_gib=vram_gib,
+        longest=card.longest(workload),
+        largest_batch=card.most(_MOST_ROWS, workload, "per_device_train_batch_size"),
+    )
+    return result if result.fits else replace(result, remedy=card.remedy(workload))
 
-    def _assumptions(self) -> list[str]:
-        notes = [f"the allocator's gaps stay within the band, {_BAND:.0%} of what comes and goes"]
-        if self.footprint.on_gpu:
-            eager = self.footprint.attention == "eager"
-            notes += [
-                f"CUDA context and libraries: {CONTEXT / GIB:.1f} GiB; a desktop on the same card comes on top",
-                f"attention: {'the matrix of tokens by tokens, kept' if eager else 'fused kernels'}",
-                "no run on a GPU has confirmed these numbers; `qriemann check` measures on the card itself",
-            ]
-        if self.footprint.offloads_embeddings and (size := self.footprint.embedding_bytes):
-            notes.append(f"the input embeddings take {size / GIB:.2f} GiB of host memory in place of the card's")
-        if self.config.sft.activation_offloading:
-            notes.append("activation_offloading is not counted: the run needs less")
-        return notes
 
-    def _longest(self, room: int, load: Load) -> int:
+class _Card:
+    """Finds what fits one card."""
+
+    def __init__(self, footprint: Footprint, vram_gib: float) -> None:
+        self.footprint, self.bytes = footprint, vram_gib * GIB
+
+    def room(self, workload: Workload) -> int:
+        """Bytes that a step may allocate."""
+        stored = self.footprint.stored(workload)
+        return int((self.bytes - sum(size for _, size in stored) - _BAND * stored[-1][1]) / (1 + _BAND))
+
+    def size(self, workload: Workload) -> int:
+        return self.footprint.computed(workload)[1].total()
+
+    def most(self, limit: int, workload: Workload, key: str, unit: int = 1) -> int:
+        """The largest n of 0..limit for which the workload fits with n units of `key`."""
+
+        def size(n: int) -> int:
+            change: dict[str, Any] = {key: n * unit}
+            return self.size(replace(workload, **change))
+
+        return _largest(limit, self.room(workload), size)
+
+    def longest(self, workload: Workload) -> int:
         limit = getattr(self.footprint.shape, "max_position_embeddings", None) or 2**17
         grid = min(_LENGTH_GRID, limit)
-        return grid * _largest(limit // grid, room, lambda n: self._bytes(replace(load, length=n * grid)))
+        return grid * self.most(limit // grid, workload, "max_length", grid)
 
-    def _largest_batch(self, room: int, load: Load) -> int:
-        return _largest(_MOST_ROWS, room, lambda n: self._bytes(replace(load, batch=n)))
-
-    def _bytes(self, load: Load) -> int:
-        return self.footprint.computed(load)[1].total()
-
-    def _remedy(self, vram_gib: float, room: int, phase: str, largest_batch: int) -> dict[str, Any]:
+    def remedy(self, workload: Workload) -> dict[str, Any]:
         """The first change that fits, from those that cost nothing but time to those that change what is learned."""
-        load = self.load
-        movable = 0 if self.footprint.offloads_embeddings else self.footprint.embedding_bytes
-        if movable and self._bytes(load) <= room + int(movable / (1 + _BAND)):
-            return {"offload_embeddings": True}
-        if phase == "evaluation":
-            rows = _largest(load.eval_batch, room, lambda n: self._bytes(replace(load, eval_batch=n)))
-            if rows:
-                return {"per_device_eval_batch_size": rows}
-            load = replace(load, eval_batch=1)
-        smaller_evaluation = {} if load == self.load else {"per_device_eval_batch_size": 1}
-        if load != self.load:
-            largest_batch = self._largest_batch(room, load)
-        if largest_batch:
-            return self._same_effective_batch(largest_batch) | smaller_evaluation
-        load = replace(load, checkpointing=True)
-        if most := self._largest_batch(room, load):
-            return {"activation_checkpointing": True, **self._same_effective_batch(most), **smaller_evaluation}
-        if self.config.quantize is None:
-            quantized = replace(self.config, qriemann=replace(self.config.qriemann, quantize="nf4"))
-            return {"quantize": "nf4", **_Search(quantized).plan(vram_gib).remedy}
-        if movable:
-            offloaded = replace(self.config, qriemann=replace(self.config.qriemann, offload_embeddings=True))
-            if further := _Search(offloaded).plan(vram_gib).remedy:
-                return {"offload_embeddings": True, **further}
-        if longest := self._longest(room, replace(load, batch=1, eval_batch=1)):
-            return {
-                "activation_checkpointing": True,
-                **self._same_effective_batch(1),
-                "per_device_eval_batch_size": 1,
-                "max_length": longest,
-            }
-        return {}
+        offload: dict[str, Any] = {"offload_embeddings": True} if self.footprint.embedding_bytes(workload) else {}
+        moved = replace(workload, **offload)
+        if moved != workload and self.size(moved) <= self.room(moved):
+            return offload
+        steps: list[dict[str, Any]] = [{"quantize": "nf4"}, offload, {"activation_checkpointing": True}]
+        options: list[tuple[dict[str, Any], ...]] = [
+            ({}, step) for step in steps if any(getattr(workload, key) != value for key, value in step.items())
+        ]
+        changes: dict[str, Any] = {}
+        for chosen in itertools.product(*options):
+            changes = {key: value for step in chosen for key, value in step.items()}
+            batches = self.smaller_batches(replace(workload, **changes))
+            if batches is not None:
+                return changes | batches
+        changes |= _same_rows_a_step(workload, 1)
+        if workload.per_device_eval_batch_size:
+            changes["per_device_eval_batch_size"] = 1
+        longest = self.longest(replace(workload, **changes))
+        return {**changes, "max_length": longest} if longest else {}
 
-    def _same_effective_batch(self, most: int) -> dict[str, Any]:
-        """As many rows as fit in a batch, and the accumulation that keeps the rows of a step."""
-        effective = self.load.batch * self.config.sft.gradient_accumulation_steps
-        rows = max(n for n in range(1, min(most, self.load.batch) + 1) if effective % n == 0)
-        return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": effective // rows}
+    def smaller_batches(self, workload: Workload) -> dict[str, Any] | None:
+        """The batch sizes that fit, as far as they must change; None if not even one row does."""
+        changes: dict[str, Any] = {}
+        if wanted := workload.per_device_eval_batch_size:
+            one_row = replace(workload, per_device_train_batch_size=1)
+            rows = self.most(wanted, one_row, "per_device_eval_batch_size")
+            if not rows:
+                return None
+            if rows < wanted:
+                changes = {"per_device_eval_batch_size": rows}
+        wanted = workload.per_device_train_batch_size
+        rows = self.most(wanted, replace(workload, **changes), "per_device_train_batch_size")
+        if not rows:
+            return None
+        return changes if rows == wanted else _same_rows_a_step(workload, rows) | changes
+
+
+def _same_rows_a_step(workload: Workload, most: int) -> dict[str, Any]:
+    """The largest batch of at most `most` rows whose accumulation keeps the number of rows of a step."""
+    rows_a_step = workload.per_device_train_batch_size * workload.gradient_accumulation_steps
+    rows = max(n for n in range(1, most + 1) if rows_a_step % n == 0)
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": rows_a_step // rows}
 
 
 def describe(result: Plan) -> Table:
     """The plan as a table for a terminal."""
-    load = result.load
+    load = result.workload
     table = Table(
-        title=f"{result.model}: batch {load.batch} x {load.length} tokens, checkpointing "
-        f"{'on' if load.checkpointing else 'off'}",
+        title=f"{result.model}: batch {load.per_device_train_batch_size} x {load.max_length} tokens, checkpointing "
+        f"{'on' if load.activation_checkpointing else 'off'}",
         title_justify="left",
         caption="\n".join([*_verdict(result), *(f"assumed: {note}" for note in result.assumptions)]),
         caption_justify="left",
@@ -241,7 +260,7 @@ def describe_cards(results: list[Plan]) -> Table:
             "yes" if result.fits else "no",
             str(result.longest or "none"),
             str(result.largest_batch or "none"),
-            "" if result.fits else _settings(result.remedy) or "nothing does",
+            "" if result.fits else _settings(result.remedy) or "nothing helps",
         )
     return table
 
@@ -249,10 +268,11 @@ def describe_cards(results: list[Plan]) -> Table:
 def _verdict(result: Plan) -> list[str]:
     if result.vram_gib is None:
         return []
-    load = result.load
+    load = result.workload
     lines = [
-        f"{'fits' if result.fits else 'does not fit'} {result.vram_gib:g} GiB; at batch {load.batch} the longest row is "
-        f"{result.longest or 'none'}, at {load.length} tokens the largest batch is {result.largest_batch or 'none'}"
+        f"{'fits' if result.fits else 'does not fit'} {result.vram_gib:g} GiB; at batch {load.per_device_train_batch_size} "
+        f"the longest row is {result.longest or 'none'}, at {load.max_length} tokens the largest batch is "
+        f"{result.largest_batch or 'none'}"
     ]
     if not result.fits:
         lines.append(f"cheapest change that fits: {_settings(result.remedy) or 'none; take a smaller model'}")
@@ -270,7 +290,7 @@ def _largest(limit: int, room: int, size: Callable[[int], int]) -> int:
     while high - low > 1:
         sizes[probe] = size(probe)
         low, high = (probe, high) if sizes[probe] <= room else (low, probe)
-        # Sizes are nearly straight in n: the line through the last two that are known ends near the answer.
+        # Sizes are nearly linear in n: the line through the last two known sizes ends near the answer.
         other = high if high in sizes else max((n for n in sizes if n < low), default=0)
         slope = max((sizes[other] - sizes[low]) / (other - low), 1.0) if other != low else room
         probe = min(max(low + int((room - sizes[low]) / slope), low + 1), high - 1)

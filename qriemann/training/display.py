@@ -93,13 +93,8 @@ class LiveView(PlainView):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(None),
-            _CountAndTimeLeft(),
-        )
-        self._progress = Progress(*columns, TimeElapsedColumn(), console=console, expand=True)
+        what = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        self._progress = Progress(*what, BarColumn(None), _CountAndTimeLeft(), console=console, expand=True)
         for description in ("training", ""):
             self._progress.add_task(description, total=None, visible=False)
         self._training, self._doing = self._progress.tasks

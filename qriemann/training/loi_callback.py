@@ -29,7 +29,8 @@ from qriemann.adapters.loi import check_options, locally_optimal_, own_loss, pre
 from qriemann.config.values import nearest
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters
-from qriemann.training.seam import FixedRankCallback, rows_at_once
+from qriemann.memory.auto_batch import rows_at_once
+from qriemann.training.seam import FixedRankCallback
 
 _NAME = "locally optimal initialization"
 

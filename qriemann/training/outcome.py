@@ -18,6 +18,7 @@ from qriemann.folder.contents import curve, read_json
 from qriemann.training.display import summary_table
 from qriemann.training.monitor import Monitor
 from qriemann.training.prepare import Prepared
+from qriemann.upstream import name_of
 
 if TYPE_CHECKING:
     from qriemann.training.train import TrainResult
@@ -44,7 +45,7 @@ def describe_run(prepared: Prepared) -> dict[str, Any]:
         },
         **records.environment(prepared.args.device),
         "model": {
-            "name_or_path": model.config._name_or_path,
+            "name_or_path": name_of(model),
             "parameters": model.num_parameters(),
             **describe_base(model, prepared.fingerprints["base"]),
         },

@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from qriemann.adapters.attach import accept_offset_checkpoints, check_start
+from qriemann.base.on_cpu import warn_of_checkpointing
 from qriemann.distributed import refuse_sharding, same_seed
 from qriemann.optim.fixed_rank import FixedRankOptimizer
 from qriemann.optim.methods import find_method, resolve_options
-
-# Under this key the state of a trainer's checkpoints holds what `AutoBatch` chose.
-AUTO_BATCH_KEY = "qriemann_auto_batch"
 
 
 class OptimizerFactory:
@@ -31,6 +29,7 @@ class OptimizerFactory:
 
     def __call__(self, model: nn.Module, *, method: str, **options: Any) -> torch.optim.Optimizer:
         refuse_sharding()
+        warn_of_checkpointing(model)
         entry = find_method(method)
         if entry.on_manifold:
             # DDP makes the factors equal, and knows nothing of the cores and offsets that belong to them.
@@ -82,9 +81,3 @@ def fixed_rank_optimizer(optimizer: Any) -> FixedRankOptimizer | None:
     while optimizer is not None and not isinstance(optimizer, FixedRankOptimizer):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
-
-
-def rows_at_once(args: TrainingArguments, state: TrainerState) -> int:
-    """The rows that a device takes through the model at once: what `AutoBatch` chose, or the trainer's batch."""
-    chosen = state.stateful_callbacks.get(AUTO_BATCH_KEY)
-    return args.train_batch_size if chosen is None else min(args.train_batch_size, chosen["rows"])

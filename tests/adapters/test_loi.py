@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from qriemann import InputError, Riemannion, attach, locally_optimal_
+from qriemann.base.quantized import protect_quantized_weights
 from qriemann.geometry.parameter import orthonormality_drift
 from tests.dense import best_approximation, tangent_projection
 from tests.models import (
@@ -145,6 +146,8 @@ def test_a_zero_start_moves_along_the_best_approximation_in_its_first_step(model
 @starts
 @pytest.mark.parametrize("attached_at", [None, "offset", "zero"])
 def test_the_function_and_every_frozen_byte_stay_as_they_were(start, attached_at, model):
+    # On a CPU with AVX512-BF16 the base would be repacked by this first forward.
+    protect_quantized_weights(model)
     expected, before = logits(model.eval()), snapshot(model)
     if attached_at is not None:
         attach(model, start=attached_at, seed=5)
@@ -158,21 +161,6 @@ def test_the_function_and_every_frozen_byte_stay_as_they_were(start, attached_at
     frozen = [name for name in before if "lora_" not in name]
     assert len(frozen) > 14
     assert all(torch.equal(before[name], after[name]) for name in frozen)
-
-
-def test_no_layer_keeps_a_float32_copy_of_its_bf16_input():
-    model = with_lora(tiny_llama().bfloat16())
-    attach(model)
-    x, kept = torch.zeros(1, dtype=torch.bfloat16), []
-
-    def loss(model: nn.Module, ids: Tensor) -> Tensor:
-        layers = [module for module in model.modules() if "default" in getattr(module, "lora_variant", {})]
-        kept.extend(layer._cast_input_dtype(x, torch.float32) is x for layer in layers)
-        return next_token_loss(model, ids)
-
-    locally_optimal_(model, BATCHES[:1], loss)
-    assert len(kept) == 4 * 14
-    assert all(kept)
 
 
 def test_modes_gradients_and_random_numbers_stay_as_they_were():

@@ -16,15 +16,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from qriemann import cli
 from qriemann.checkpoints.manifest import newest_checkpoint
 from qriemann.checkpoints.signals import StoppedBySignal
-from qriemann.config.settings import config_from_values
 from qriemann.folder import records
 from qriemann.folder.contents import curve
-from qriemann.training.run import train
+from qriemann.reporting import reporting
 from tests.folder.test_lock import hold_until_killed
-from tests.recipe_fixtures import make_tokenizer, run_cli, save_model
+from tests.recipe_fixtures import make_tokenizer, run_cli, save_model, train_on
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -47,7 +45,7 @@ def whole(settings, tmp_path_factory) -> Path:
     """The folder of this run when nothing interrupts it, trained once for all tests."""
     folder = tmp_path_factory.getbasetemp() / "uninterrupted"
     if not folder.exists():
-        train(config_from_values({**settings, "output_dir": str(folder)}))
+        train_on({**settings, "output_dir": str(folder)})
     return folder
 
 
@@ -88,7 +86,7 @@ class Signal(TrainerCallback):
 def test_one_signal_finishes_the_step_saves_and_ends_with_the_shells_status(tmp_path, settings, whole, number, status):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stop = Signal(number, step=3)
-    assert cli.reporting(lambda: train(config_from_values(settings), callbacks=[stop]) and 0) == status
+    assert reporting(lambda: train_on(settings, callbacks=[stop]) and 0) == status
     assert newest_checkpoint(tmp_path / "out").path.name == "checkpoint-3"
     assert run_record(tmp_path / "out")["status"] == "interrupted"
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
@@ -98,7 +96,7 @@ def test_one_signal_finishes_the_step_saves_and_ends_with_the_shells_status(tmp_
 
 def test_two_signals_stop_at_once(tmp_path, settings):
     with pytest.raises(StoppedBySignal):
-        train(config_from_values(settings), callbacks=[Signal(signal.SIGTERM, step=4, times=2)])
+        train_on(settings, callbacks=[Signal(signal.SIGTERM, step=4, times=2)])
     assert newest_checkpoint(tmp_path / "out").path.name == "checkpoint-2"
 
 
@@ -122,7 +120,7 @@ def test_a_signal_in_an_evaluation_leaves_a_checkpoint_though_none_was_due(tmp_p
     settings = {**settings, **EVALUATED, "max_steps": last, "save_strategy": "no"}
     interrupted = {**settings, "output_dir": str(tmp_path / "interrupted")}
     stop = SignalInEvaluation(6)
-    assert cli.reporting(lambda: train(config_from_values(interrupted), callbacks=[stop]) and 0) == 143
+    assert reporting(lambda: train_on(interrupted, callbacks=[stop]) and 0) == 143
     assert newest_checkpoint(tmp_path / "interrupted").path.name == f"checkpoint-{last}"
     assert run_record(tmp_path / "interrupted")["reason"] == "SIGTERM"
     assert run_cli(tmp_path, interrupted, "--resume") == 0
@@ -135,7 +133,7 @@ def test_a_signal_is_answered_by_a_save_where_only_the_best_are_saved(tmp_path, 
     best = {"save_strategy": "best", "metric_for_best_model": "eval_loss", "greater_is_better": True, "eval_steps": 1}
     settings = {**settings, **EVALUATED, **best}
     with pytest.raises(StoppedBySignal):
-        train(config_from_values(settings), callbacks=[Signal(signal.SIGTERM, step=5)])
+        train_on(settings, callbacks=[Signal(signal.SIGTERM, step=5)])
     assert newest_checkpoint(tmp_path / "out").path.name == "checkpoint-5"
 
 
@@ -143,28 +141,16 @@ def test_a_signal_in_the_evaluation_after_the_last_epoch_leaves_the_adapter_and_
     tmp_path, settings, monkeypatch
 ):
     pushed = []
-    monkeypatch.setattr("qriemann.training.run.publish", lambda *arguments, **_: pushed.append(arguments))
+    monkeypatch.setattr("qriemann.training.train.publish", lambda *arguments, **_: pushed.append(arguments))
     settings = {**settings, **EVALUATED, "eval_strategy": "epoch", "save_strategy": "no", "max_steps": -1}
     with pytest.raises(StoppedBySignal):
-        train(config_from_values({**settings, "num_train_epochs": 1}), callbacks=[SignalInEvaluation(10)])
+        train_on({**settings, "num_train_epochs": 1}, callbacks=[SignalInEvaluation(10)])
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert run_record(tmp_path / "out")["status"] == "interrupted"
     assert pushed == []
 
 
 # A disk that is full.
-
-
-class FillDisk(TrainerCallback):
-    """What is added to `metrics.jsonl` from a step on finds no room, as the device says it."""
-
-    def __init__(self, folder):
-        self.path = Path(folder) / "metrics.jsonl"
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            self.path.unlink()
-            self.path.symlink_to("/dev/full")
 
 
 def assert_told_of_a_full_disk(folder, error):
@@ -180,14 +166,7 @@ def no_room(*arguments, **options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device is Linux's")
-def test_records_that_find_no_room_are_one_line(tmp_path, settings, capfd):
-    fill = FillDisk(tmp_path / "out")
-    assert cli.reporting(lambda: train(config_from_values(settings), callbacks=[fill]) and 0) == 2
-    assert_told_of_a_full_disk(tmp_path / "out", capfd.readouterr().err)
-
-
-@pytest.mark.parametrize("last", ["qriemann.training.run.save_adapter", "qriemann.folder.records.plot_losses"])
+@pytest.mark.parametrize("last", ["qriemann.training.train.save_adapter", "qriemann.folder.records.plot_losses"])
 def test_an_end_of_a_run_that_finds_no_room_is_one_line(tmp_path, settings, monkeypatch, capfd, last):
     with monkeypatch.context() as patched:
         patched.setattr(last, no_room)
@@ -221,16 +200,15 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, settin
 
 
 class Poison(TrainerCallback):
-    """Writes NaN into a trained tensor when the training is over."""
+    """Writes NaN into a trained tensor when the training ends."""
 
     def on_train_end(self, args, state, control, model, **kwargs):
         next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(math.nan)
 
 
-@pytest.mark.parametrize("method", ["riemannion", "adamw"])
-def test_an_adapter_with_nan_is_not_saved_as_finished(tmp_path, settings, capfd, method):
-    settings = {**settings, "method": method, "save_strategy": "no", "max_steps": 1}
-    assert cli.reporting(lambda: train(config_from_values(settings), callbacks=[Poison()]) and 0) == 2
+def test_an_adapter_with_nan_is_not_saved_as_finished(tmp_path, settings, capfd):
+    settings = {**settings, "save_strategy": "no", "max_steps": 1}
+    assert reporting(lambda: train_on(settings, callbacks=[Poison()]) and 0) == 2
     line = capfd.readouterr().err.splitlines()[-1]
     assert "not finite in" in line
     assert "lora_B" in line
@@ -256,14 +234,14 @@ class SpoilStep(TrainerCallback):
 def test_run_json_and_the_metrics_of_a_resumed_run_are_those_of_the_whole(tmp_path, settings):
     settings = {**settings, **EVALUATED, "eval_steps": 2, "logging_steps": 3, "eval_on_start": True}
     interrupted = {**settings, "output_dir": str(tmp_path / "interrupted"), "resume": None}
-    train(config_from_values(settings), callbacks=[SpoilStep(2)])
+    train_on(settings, callbacks=[SpoilStep(2)])
     with pytest.raises(StoppedBySignal):
-        train(config_from_values(interrupted), callbacks=[SpoilStep(2), Signal(signal.SIGINT, step=4)])
+        train_on(interrupted, callbacks=[SpoilStep(2), Signal(signal.SIGINT, step=4)])
     stopped = run_record(tmp_path / "interrupted")
     assert (stopped["status"], stopped["reason"], stopped["steps"]["done"]) == ("interrupted", "SIGINT", 4)
     # The second time, the run is finished already.
     for ends in (["interrupted"], ["interrupted", "finished"]):
-        train(config_from_values({**interrupted, "resume": "auto"}))
+        train_on({**interrupted, "resume": "auto"})
         assert_told_alike(tmp_path / "interrupted", tmp_path / "out")
         assert [process["status"] for process in run_record(tmp_path / "interrupted")["earlier"]] == ends
 
@@ -283,36 +261,6 @@ def assert_told_alike(left, right):
 # Another run, or not the same run.
 
 
-def train_at_once(folder, settings, start):
-    """One of several runs; its first step waits for the other's."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    torch.set_num_threads(1)
-
-    class Wait(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 0:
-                start.wait(120)
-
-    train(config_from_values({**settings, "output_dir": str(folder)}), callbacks=[Wait()])
-
-
-def test_two_runs_at_once_are_each_as_if_alone(tmp_path, settings):
-    context = multiprocessing.get_context("forkserver")
-    # One server serves the kill test, too.
-    context.set_forkserver_preload(["tests.checkpoints.test_kill", "tests.checkpoints.test_interruption"])
-    runs = {"one": {**settings, "seed": 1}, "other": {**settings, "seed": 2, "method": "adamw"}}
-    start = context.Barrier(2)
-    children = [context.Process(target=train_at_once, args=(tmp_path / name, runs[name], start)) for name in runs]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        assert child.exitcode == 0
-    for name, its_own in runs.items():
-        assert run_cli(tmp_path, {**its_own, "output_dir": str(tmp_path / f"{name} alone")}) == 0
-        assert_ends_alike(tmp_path / name, tmp_path / f"{name} alone")
-
-
 def test_a_second_run_in_the_same_folder_is_refused_and_writes_nothing(tmp_path, settings, capfd):
     spawn = multiprocessing.get_context("spawn")
     ready = spawn.Event()
@@ -323,7 +271,6 @@ def test_a_second_run_in_the_same_folder_is_refused_and_writes_nothing(tmp_path,
     assert run_cli(tmp_path, settings) == 2
     assert f"held by process {first.pid}" in capfd.readouterr().err.splitlines()[-1]
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    assert run_cli(tmp_path, {**settings, "output_dir": str(tmp_path / "beside"), "max_steps": 1}) == 0
     first.kill()
     first.join()
     assert run_cli(tmp_path, {**settings, "max_steps": 1}) == 0

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from qriemann.errors import InputError
 from qriemann.optim.methods import METHODS
 from tests.models import WORDS
-from tests.runs import assert_same, logged, outcome, protected_trainer, uneven_rows
+from tests.runs import assert_same, logged, outcome, protected_trainer
 
 POISON = "twelve"
 BATCH = 4
@@ -270,17 +270,3 @@ def test_a_gradient_far_above_the_recent_ones_is_told_unclipped_and_its_step_tak
     assert events[0].loss == pytest.approx(dict(logged(trainer))[24], rel=1e-6)
     assert (guard.spikes, guard.skipped_steps) == (1, 0)
     assert trainer.lr_scheduler.last_epoch == 26
-
-
-def test_ordinary_training_is_never_called_unusual(tmp_path):
-    events = []
-    trainer, _ = protected_trainer(
-        tmp_path,
-        rows=uneven_rows(64),
-        save_strategy="no",
-        max_steps=60,
-        gradient_accumulation_steps=1,
-        protection={"on_event": events.append},
-    )
-    trainer.train()
-    assert events == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from reasoning_gym import create_dataset
 
 from qriemann.cli import main
 from qriemann.errors import InputError
@@ -39,9 +38,14 @@ def test_an_answer_is_scored_as_a_person_would(scorer: str, said: str, right: st
     assert find_scorer(scorer).prepare(right, {})(said) == score
 
 
+@pytest.fixture
+def gym():
+    return pytest.importorskip("reasoning_gym", reason="the extra study is not installed")
+
+
 @pytest.mark.parametrize("as_text", [False, True])
-def test_reasoning_gym_scores_an_answer_as_the_data_set_that_made_it(as_text: bool):
-    data = create_dataset("countdown", size=3, seed=1)
+def test_reasoning_gym_scores_an_answer_as_the_data_set_that_made_it(as_text: bool, gym):
+    data = gym.create_dataset("countdown", size=3, seed=1)
     for entry in data:
         row = {**entry, "metadata": json.dumps(entry["metadata"]) if as_text else entry["metadata"]}
         score = find_scorer("reasoning-gym").prepare(entry["answer"], row)
@@ -55,12 +59,16 @@ def test_reasoning_gym_scores_an_answer_as_the_data_set_that_made_it(as_text: bo
         ("last-number", "many", {}, "a number"),
         ("choice", "?!", {}, "a word"),
         ("reasoning-gym", "1", {}, "source_dataset"),
-        ("reasoning-gym", "1", {"metadata": {"source_dataset": "rocket_science"}}, "rocket_science"),
     ],
 )
 def test_a_row_that_a_rule_cannot_judge_is_refused_before_anything_is_answered(scorer, right, row, named):
     with pytest.raises(InputError, match=named):
         find_scorer(scorer).prepare(right, row)
+
+
+def test_a_data_set_that_reasoning_gym_lacks_is_refused(gym):
+    with pytest.raises(InputError, match="rocket_science"):
+        find_scorer("reasoning-gym").prepare("1", {"metadata": {"source_dataset": "rocket_science"}})
 
 
 def test_an_unknown_scorer_is_one_line_that_lists_them(tmp_path, capsys):
@@ -81,9 +89,9 @@ def test_eval_scores_by_the_rule_that_was_named(tmp_path):
     assert found["score"]["value"] == wilson(2, 10).value
 
 
-def test_the_metadata_of_a_row_reaches_the_scorer(tmp_path):
+def test_the_metadata_of_a_row_reaches_the_scorer(tmp_path, gym):
     """Without it no data set is named, and the row would be refused."""
-    data = create_dataset("chain_sum", size=4, seed=0)
+    data = gym.create_dataset("chain_sum", size=4, seed=0)
     parrot = save_parrot(tmp_path / "parrot", "so 4")
     path = tmp_path / "rows.jsonl"
     rows = [

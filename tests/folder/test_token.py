@@ -1,8 +1,7 @@
 """The Hub token is handed to the push and to nothing that is written."""
 
-from qriemann.config.settings import config_from_values
 from qriemann.training import publishing
-from qriemann.training.run import train
+from tests.recipe_fixtures import train_on
 
 TOKEN = "hf_" + "Ab1" * 12
 
@@ -12,7 +11,7 @@ def test_the_push_gets_the_token_and_no_file_of_the_run(tmp_path, settings, monk
     monkeypatch.setattr(publishing, "check_push", lambda *_: None)
     monkeypatch.setattr(publishing, "push", lambda *_, **given: pushed.append(given["token"]))
     pushing = {"max_steps": 2, "save_steps": 1, "eval_size": 0, "push": "me/tiny", "hub_token": TOKEN}
-    train(config_from_values({**settings, **pushing}))
+    train_on({**settings, **pushing})
     assert pushed == [TOKEN]
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {"training_args.bin", "run.json"} <= {path.name for path in files}

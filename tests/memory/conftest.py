@@ -1,3 +1,17 @@
+from torch.profiler import ProfilerActivity, profile
+
 from tests.recipe_fixtures import model_folder, no_report, settings, tokenizer, write_rows
 
 __all__ = ["model_folder", "no_report", "settings", "tokenizer", "write_rows"]
+
+
+def allocated_peak(run):
+    """The most bytes that torch's CPU allocator had out at once while `run` ran, beyond those it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak

@@ -11,10 +11,11 @@ from transformers import TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qriemann import LocallyOptimalInit
-from qriemann.config.settings import config_from_values
+from qriemann.config import settings_from
 from qriemann.errors import InputError
 from qriemann.memory.auto_batch import AutoBatch, BatchFit, _parts
-from qriemann.training.run import train
+from qriemann.training.train import train
+from tests.memory.conftest import allocated_peak
 from tests.recipe_fixtures import chat_rows
 from tests.runs import assert_same, logged, outcome, protected_trainer, uneven_rows
 
@@ -82,23 +83,12 @@ def test_what_the_measuring_drew_is_not_missing_later(tmp_path):
     assert_same(outcome(trainer), outcome(plain))
 
 
-def allocators_peak(work) -> int:
-    """The most bytes that torch's CPU allocator had given out, beyond those at the start."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for change in sorted(changes, key=lambda event: event.start_ns()):
-        live += change.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 def test_the_measured_bytes_are_those_of_the_allocator(tmp_path):
     trainer, fit, _ = trained(tmp_path, auto=True)
-    batch = trainer.data_collator([trainer.train_dataset[4]] * 64)
-    measured = fit._measure(batch)
-    peak = allocators_peak(lambda: fit._take_parts(trainer.model, [batch], None))
+    rows = [trainer.train_dataset[4]] * 64
+    batch = trainer.data_collator(rows)
+    measured = fit._measure(rows)
+    peak = allocated_peak(lambda: fit._take_parts(trainer.model, [batch]))
     # What operations take for themselves while they run is in the allocator's number alone.
     assert measured == pytest.approx(peak, rel=0.1)
 
@@ -136,7 +126,7 @@ def test_a_resumed_run_keeps_the_choice_and_ends_in_the_bits_of_an_uninterrupted
 
 
 def test_a_row_that_does_not_fit_by_itself_is_refused_with_its_length(tmp_path):
-    with pytest.raises(InputError, match=r"max_length must be .* got a row of 8 tokens.*activation_checkpointing"):
+    with pytest.raises(InputError, match=r"single row of 8 tokens does not fit.*activation_checkpointing"):
         trained(tmp_path, auto=True, memory=ShortMemory(0))
 
 
@@ -144,9 +134,9 @@ def test_what_free_memory_does_not_hold_is_not_tried(tmp_path, monkeypatch):
     memory = ShortMemory(10**6)
     trainer, fit, _ = trained(tmp_path / "measured", auto=True)
     row = trainer.train_dataset[4]
-    one, held = fit._measure(trainer.data_collator([row])), fit._held_later()
+    one, held = fit._measure([row]), fit._held_later()
     # 90 % of this is what two rows take at most, and less than four.
-    monkeypatch.setattr("qriemann.memory.auto_batch._free_bytes", lambda device: (2 * one + held + 1) / 0.9)
+    monkeypatch.setattr("qriemann.memory.auto_batch.free_bytes", lambda device: (2 * one + held + 1) / 0.9)
     _, _, (choice,) = trained(tmp_path / "auto", auto=True, memory=memory)
     assert choice.rows == 2
     assert max(memory.seen) == 2
@@ -161,7 +151,7 @@ def test_a_stream_of_rows_is_refused(tmp_path):
         trainer.train()
 
 
-def test_another_error_is_not_taken_for_a_lack_of_memory(tmp_path):
+def test_another_error_is_not_mistaken_for_a_lack_of_memory(tmp_path):
     class Broken(ShortMemory):
         def check(self, module, inputs):
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
@@ -170,31 +160,16 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(tmp_path):
         trained(tmp_path, auto=True, memory=Broken(0))
 
 
-def test_rows_laid_end_to_end_are_cut_between_samples():
-    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_parts_are_what_the_collator_makes_of_their_rows(padding_free):
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)
     rows = [{"input_ids": list(range(10 * n, 10 * n + length))} for n, length in enumerate((5, 3, 4, 2, 6))]
     fit = BatchFit(rows=2, rows_per_step=5, tokens=8, longest_tokens=6, needed_gib=0, free_gib=0)
-    parts = _parts(collate(rows), fit)
     expected = [collate(rows[:2]), collate(rows[2:4]), collate(rows[4:])]
-    assert len(parts) == len(expected)
-    for part, wanted in zip(parts, expected, strict=True):
+    for part, wanted in zip(_parts(collate(rows), fit), expected, strict=True):
         assert part.keys() == wanted.keys()
         for key, value in wanted.items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(part[key], value), key
-            else:
-                assert part[key] == value, key
-
-
-def test_rows_side_by_side_are_cut_and_lose_the_padding_of_longer_ones():
-    collate = DataCollatorForLanguageModeling(pad_token_id=0)
-    rows = [{"input_ids": list(range(length))} for length in (5, 3, 9, 2, 6)]
-    fit = BatchFit(rows=2, rows_per_step=5, tokens=8, longest_tokens=9, needed_gib=0, free_gib=0)
-    for part, wanted in zip(
-        _parts(collate(rows), fit), [collate(rows[:2]), collate(rows[2:4]), collate(rows[4:])], strict=True
-    ):
-        for key, value in wanted.items():
-            assert torch.equal(part[key], value), key
+            assert torch.equal(torch.as_tensor(part[key]), torch.as_tensor(value)), key
 
 
 class NoRoom(TrainerCallback):
@@ -219,7 +194,7 @@ def recipe(settings, write_rows):
         "display": "plain",
         "use_cpu": True,
     }
-    return config_from_values(values)
+    return settings_from(values)
 
 
 def test_a_recipe_asks_for_it_by_one_key_and_run_json_keeps_the_choice(tmp_path, recipe, capsys):

@@ -8,13 +8,15 @@ import yaml
 from safetensors.torch import load_file
 
 from qriemann import cli
-from qriemann.config.settings import config_from_values
+from qriemann.config import settings_from
 from qriemann.errors import InputError
-from qriemann.memory.footprint import Footprint
+from qriemann.memory.dry_run import make_ready, measure_step, measure_training_batch
+from qriemann.memory.footprint import Footprint, read_run
 from qriemann.memory.plan import plan
 from qriemann.training.check import check
-from qriemann.training.run import train
-from tests.recipe_fixtures import chat_rows
+from qriemann.training.train import train
+from tests.recipe_fixtures import chat_rows, train_on
+from tests.runs import protected_trainer
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def test_a_run_is_the_same_to_the_bit_with_and_without_it(settings, tmp_path, ca
     adapters, logged = [], []
     for name in ("with", "without"):
         folder = tmp_path / name
-        config = config_from_values({**settings, "output_dir": str(folder), "dry_run": name == "with"})
+        config = settings_from({**settings, "output_dir": str(folder), "dry_run": name == "with"})
         train(config).trainer.end()
         adapters.append(load_file(folder / "adapter_model.safetensors"))
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
@@ -47,21 +49,19 @@ def test_a_run_is_the_same_to_the_bit_with_and_without_it(settings, tmp_path, ca
         assert torch.equal(tensor, adapters[1][name]), name
 
 
-def test_it_takes_the_longest_rows(settings, write_rows):
-    rows = chat_rows(6)
-    rows[4]["messages"][1]["content"] = "x" * 30
-    longest = []
-    path = str(write_rows(rows, "long.jsonl"))
-    config = config_from_values({**settings, "dataset_name": path, "max_length": 256, "eval_strategy": "no"})
-
-    def look(dry_run, optimizer):
-        measured = dry_run.training_batch()
-        longest.append((measured.rows, measured.tokens, max(map(len, dry_run.data.train["input_ids"]))))
-        raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        train(config, instead=look)
-    assert longest == [(2, longest[0][2], longest[0][2])]
+def test_it_takes_the_longest_rows_and_one_step(tmp_path):
+    trainer, _ = protected_trainer(tmp_path, per_device_train_batch_size=3, activation_checkpointing=True)
+    lengths = sorted(map(len, trainer.train_dataset["input_ids"]))
+    make_ready(trainer)
+    assert trainer.model.is_gradient_checkpointing
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    measured = measure_training_batch(trainer, counted=True)
+    assert (measured.rows, measured.tokens) == (3, lengths[-1])
+    assert measured.counted > 0
+    assert all(p.grad is None and p.equal(before[name]) for name, p in trainer.model.named_parameters())
+    measure_training_batch(trainer, keep_gradients=True)
+    assert measure_step(trainer) > 0
+    assert any(not p.equal(before[name]) for name, p in trainer.model.named_parameters())
 
 
 PACKED = {"packing": True, "eval_strategy": "no"}
@@ -70,15 +70,13 @@ PACKED = {"packing": True, "eval_strategy": "no"}
 def test_samples_that_see_each_other_stop_the_run_unless_it_is_allowed(settings, tmp_path):
     mixing = {**settings, **PACKED, "packing_strategy": "wrapped"}
     with pytest.raises(InputError, match=r"packed samples must not see each other.*--allow packing-mixes-samples"):
-        train(config_from_values(mixing))
+        train_on(mixing)
     assert not (tmp_path / "out").exists()
-    result = train(config_from_values({**mixing, "allow": ["packing-mixes-samples"]}))
+    result = train_on({**mixing, "allow": ["packing-mixes-samples"]})
     result.trainer.end()
     assert result.steps == 3
-
-
-def test_samples_that_are_kept_apart_are_let_through(settings):
-    result = train(config_from_values({**settings, **PACKED, "packing_strategy": "bfd", "max_length": 256}))
+    apart = {**settings, **PACKED, "packing_strategy": "bfd", "max_length": 256, "output_dir": str(tmp_path / "apart")}
+    result = train_on(apart)
     result.trainer.end()
     assert result.steps == 3
 
@@ -91,7 +89,7 @@ def test_the_check_measures_shows_and_touches_no_folder(settings, tmp_path, caps
     assert "longest training batch, 2 x" in printed
     assert "longest evaluation batch, 4 x" in printed
     assert not (tmp_path / "out").exists()
-    result = check(config_from_values(settings))
+    result = check(settings_from(settings))
     assert (result.rows, result.held_out_rows) == (20, 4)
     assert result.trained_tokens < result.tokens
     assert result.defects == []
@@ -101,7 +99,7 @@ def test_the_check_counts_what_the_plan_foretells(settings, write_rows):
     rows = chat_rows(8)
     for row in rows:
         row["messages"][1]["content"] = "x" * 100
-    config = config_from_values(
+    config = settings_from(
         {
             **settings,
             "dataset_name": str(write_rows(rows, "long.jsonl")),
@@ -113,21 +111,21 @@ def test_the_check_counts_what_the_plan_foretells(settings, write_rows):
     result = check(config)
     # Every row of the longest batch is cut at max_length, so the plan is about this very batch.
     assert result.training.tokens == 64
-    footprint = Footprint(config)
-    assert result.training.counted == pytest.approx(footprint.computed(footprint.load)[1].total(), rel=0.1)
+    computed = Footprint.computed(*read_run(config, dense_copies=False))[1].total()
+    assert result.training.counted == pytest.approx(computed, rel=0.1)
 
 
 def test_an_evaluation_that_will_not_fit_stops_the_check_by_name(settings):
-    config = config_from_values({**settings, "per_device_eval_batch_size": 16, "eval_size": 16})
+    config = settings_from({**settings, "per_device_eval_batch_size": 16, "eval_size": 16})
     measured = check(config)
     assert measured.evaluation.counted > measured.training.counted
     # Between what the two batches take: what is held is the same.
     between = 0.5 * (measured.evaluation.counted - measured.training.counted) / 2**30
-    held = sum(size for _, size in plan(config).stored[:-1])
+    held = sum(size for _, size in plan(config, dense_copies=False).stored[:-1])
     card = (held + measured.training.counted) / 2**30 + between
     with pytest.raises(InputError, match=r"evaluation batch of the 16 longest.*--allow evaluation-too-large"):
         check(config, card)
-    allowed = config_from_values(
+    allowed = settings_from(
         {**settings, "per_device_eval_batch_size": 16, "eval_size": 16, "allow": ["evaluation-too-large"]}
     )
     assert [defect.name for defect in check(allowed, card).defects] == ["evaluation-too-large"]

@@ -1,69 +1,52 @@
 """The plan against the bytes that torch's allocator hands out in real steps, and its answers against themselves."""
 
+import functools
 import json
 
+import bitsandbytes
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
+from bitsandbytes.functional import dequantize_4bit
 from peft import get_peft_model
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from qriemann import Riemannion, cli
 from qriemann.adapters.targets import adapter_config
-from qriemann.config.settings import config_from_values
+from qriemann.config import settings_from
 from qriemann.errors import InputError
-from qriemann.memory.footprint import GIB, Footprint
+from qriemann.memory.footprint import GIB, Footprint, read_run
 from qriemann.memory.plan import plan
+from tests.memory.conftest import allocated_peak
 from tests.models import load_nf4
 
 # The promise of the plan; what is found is within half a percent.
 PEAK_RTOL = 0.10
 
+
+def shape(kind, vocabulary, hidden, mlp, layers, heads, kv_heads, positions=1024, **options):
+    return kind(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=positions,
+        **options,
+    )
+
+
 MODELS = {
-    # Grouped heads; at this width and depth the layers outweigh the loss where nothing is recomputed.
-    "llama": LlamaConfig(
-        vocab_size=300,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-    ),
+    # Grouped heads; at this width and depth the layers outweigh the loss if nothing is recomputed.
+    "llama": shape(LlamaConfig, 300, 256, 768, 6, 8, 2, pad_token_id=0),
     # Never given weights: layers so wide that the loss is nothing beside them.
-    "wide": LlamaConfig(
-        vocab_size=300,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=5,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-    ),
+    "wide": shape(LlamaConfig, 300, 2048, 8192, 5, 16, 4),
     # Never given weights: embeddings that outweigh what a step computes.
-    "wordy": LlamaConfig(
-        vocab_size=60000,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-    ),
-    "qwen": Qwen2Config(
-        vocab_size=500,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    ),
+    "wordy": shape(LlamaConfig, 60000, 256, 256, 2, 4, 4, 512),
+    "qwen": shape(Qwen2Config, 500, 64, 160, 3, 4, 4, pad_token_id=0, tie_word_embeddings=True),
 }
 
 
@@ -86,23 +69,11 @@ def make_config(tmp_path):
         folder = tmp_path / model
         folder.mkdir(exist_ok=True)
         (MODELS[model] if isinstance(model, str) else model).save_pretrained(folder)
-        return config_from_values(
+        return settings_from(
             {"model_name_or_path": str(folder), "output_dir": str(tmp_path / "out"), "lora_r": 8, **settings}
         )
 
     return make
-
-
-def allocated_peak(run):
-    """The most bytes that torch's CPU allocator had out at once while `run` ran, beyond those it had before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def held_bytes(model, points):
@@ -117,19 +88,35 @@ def held_bytes(model, points):
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
 
+def hold_dequantized(base):
+    """Makes the 4-bit layers compute with their dequantized weights, and returns the bytes of those."""
+    held = 0
+    for module in base.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            dense = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            module.forward = functools.partial(F.linear, weight=dense, bias=module.bias)
+            held += dense.nbytes
+    return held
+
+
 CONFIGURATIONS = {
-    "a deep model, all activations kept": ("llama", "nf4", 2, 128, False, True),
-    "the same with checkpointing": ("llama", "nf4", 2, 128, True, True),
-    "one long row": ("llama", "nf4", 1, 512, False, False),
-    "many short rows, checkpointing": ("qwen", "nf4", 8, 64, True, True),
-    "an unquantized base": ("qwen", "none", 2, 256, False, True),
+    "a deep model, all activations kept": ("llama", "nf4", 2, 128, False, True, False),
+    "the same with checkpointing": ("llama", "nf4", 2, 128, True, True, False),
+    "the same with dequantized copies": ("llama", "nf4", 2, 128, True, True, True),
+    "one long row": ("llama", "nf4", 1, 512, False, False, False),
+    "many short rows, checkpointing": ("qwen", "nf4", 8, 64, True, True, False),
+    "an unquantized base": ("qwen", "none", 2, 256, False, True, True),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "quantize", "batch", "length", "checkpointing", "padded"), CONFIGURATIONS.values(), ids=CONFIGURATIONS
+    ("name", "quantize", "batch", "length", "checkpointing", "padded", "dense"),
+    CONFIGURATIONS.values(),
+    ids=CONFIGURATIONS,
 )
-def test_the_planned_peak_is_the_allocators(name, quantize, batch, length, checkpointing, padded, folders, make_config):
+def test_the_planned_peak_is_the_allocators(
+    name, quantize, batch, length, checkpointing, padded, dense, folders, make_config
+):
     config = make_config(
         name,
         quantize=quantize,
@@ -140,6 +127,7 @@ def test_the_planned_peak_is_the_allocators(name, quantize, batch, length, check
         use_cpu=True,
     )
     base = load_nf4(folders[name]) if quantize == "nf4" else AutoModelForCausalLM.from_pretrained(folders[name])
+    copies = hold_dequantized(base) if dense else 0
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     model = get_peft_model(base, adapter_config(config.model))
     optimizer = Riemannion(model, start="offset", seed=0)
@@ -155,10 +143,10 @@ def test_the_planned_peak_is_the_allocators(name, quantize, batch, length, check
     def step():
         model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).loss.backward()
 
-    result = plan(config)
+    result = plan(config, dense_copies=dense)
     stored = dict(result.stored)
     del stored["Python and libraries"], stored["optimizer state"]
-    assert sum(stored.values()) == held_bytes(model, optimizer.points)
+    assert sum(stored.values()) == held_bytes(model, optimizer.points) + copies
     assert result.phase == "training"
     assert sum(size for _, size in result.computed) == pytest.approx(allocated_peak(step), rel=PEAK_RTOL)
 
@@ -178,10 +166,9 @@ def test_two_shallow_models_tell_what_the_whole_one_needs(length, checkpointing,
     config = make_config(
         "wide", max_length=length, activation_checkpointing=checkpointing, eval_strategy="no", quantize="none"
     )
-    grown, whole = Footprint(config), Footprint(config)
-    phase, parts = grown.computed(grown.load)
-    monkeypatch.setattr(Footprint, "_depths", (None,))
-    counted_phase, counted = whole.computed(whole.load)
+    phase, parts = Footprint.computed(*read_run(config))
+    monkeypatch.setattr(Footprint, "has_like_layers", lambda *_: False)
+    counted_phase, counted = Footprint.computed(*read_run(config))
     assert phase == counted_phase
     assert parts.total() == pytest.approx(counted.total(), rel=0.01)
 
@@ -213,6 +200,7 @@ TOO_LARGE = {
         {"activation_checkpointing": True},
     ),
     "an evaluation": ("qwen", {ROWS: 1, EVALUATION: 64}, {EVALUATION: 8}),
+    "both": ("qwen", {ROWS: 16, EVALUATION: 64}, {ROWS: 2, EVALUATION: 4}),
     "rows": ("qwen", {ROWS: 1, "max_length": 1024, "eval_strategy": "no"}, {"max_length": 256}),
 }
 
@@ -225,9 +213,11 @@ def test_what_does_not_fit_does_with_the_change_that_is_named(model, settings, c
     result = plan(make_config(model, **settings), card)
     assert not result.fits
     assert change.keys() <= result.remedy.keys()
+    assert ("max_length" in result.remedy) == ("max_length" in change)
     mended = make_config(model, **{**settings, **result.remedy})
     assert plan(mended).high <= card * GIB
-    assert mended.sft.per_device_train_batch_size * mended.sft.gradient_accumulation_steps == settings[ROWS]
+    rows, times = mended.trl[ROWS], mended.trl.get("gradient_accumulation_steps", 1)
+    assert rows * times == settings[ROWS]
 
 
 def test_embeddings_in_host_memory_free_their_bytes_on_a_gpu_and_none_on_the_cpu(make_config):
@@ -255,7 +245,7 @@ def test_offloading_comes_before_shorter_rows(make_config):
     assert result.remedy["offload_embeddings"] is True
     mended = plan(make_config("wordy", **{**settings, **result.remedy}), card)
     assert mended.fits
-    assert mended.load.length >= 256
+    assert mended.workload.max_length >= 256
 
 
 def test_packed_samples_need_the_mask_that_keeps_them_apart(make_config):
@@ -275,7 +265,7 @@ def test_packed_samples_need_the_mask_that_keeps_them_apart(make_config):
 
 
 BAD = {
-    "a card below the weights": ({}, 0.01, "must hold more than what is stored"),
+    "a card below the weights": ({}, 0.01, "does not fit 0.01 GiB"),
     "a card of no size": ({}, 0.0, "vram must be"),
     "no length": ({"max_length": None}, None, "max_length"),
     "no model": ({"model_name_or_path": None}, None, "model_name_or_path"),
@@ -301,6 +291,17 @@ def test_a_model_that_is_no_causal_language_model_of_text_is_refused(kind, make_
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": kind, "vocab_size": 100}))
     with pytest.raises(InputError, match="causal language model"):
         plan(make_config(model_name_or_path=str(tmp_path / "other"), max_length=64))
+
+
+def test_dequantized_copies_that_do_not_fit_are_not_planned(make_config):
+    config, row = make_config("qwen", max_length=64, use_cpu=True), "4-bit weights, dequantized for the CPU"
+    whole = plan(config)
+    assert dict(whole.stored)[row] == 4 * 3 * (4 * 64 * 64 + 3 * 160 * 64)
+    for spare, dense in ((1024, True), (-1024, False)):
+        result = plan(config, (whole.high + spare) / GIB)
+        assert result.fits
+        assert result.workload.dense_copies is dense
+        assert (row in dict(result.stored)) is dense
 
 
 def test_the_commands_print_the_peak_and_every_card(make_config, tmp_path, capsys):

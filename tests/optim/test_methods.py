@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
 import qriemann
-from qriemann.config.settings import config_from_values
 from qriemann.optim import AdamW, Muon, rates
 from qriemann.optim.methods import METHODS, find_method, resolve_options
 from tests.models import (
@@ -29,6 +28,7 @@ from tests.models import (
     with_lora,
     word_tokenizer,
 )
+from tests.recipe_fixtures import train_on
 
 NAMES = ("riemannion", "lora-tsd", "riemannlora", "scaled-gd", "scaled-adamw", "adamw", "muon")
 ON_MANIFOLD = ("riemannion", "lora-tsd", "riemannlora")
@@ -374,7 +374,7 @@ def test_an_adapter_with_an_offset_does_not_go_on_under_plain_factors(base, tmp_
 def test_one_word_of_a_recipe_changes_the_method(settings):
     changes = {"method": "scaled-adamw", "learning_rate": 1e-3, "method_kwargs": {"damping": 1e-4}}
     short = {"max_steps": 2, "save_strategy": "no", "eval_size": 4}
-    result = qriemann.train(config_from_values({**settings, **short, **changes}))
+    result = train_on({**settings, **short, **changes})
     optimizer = result.trainer.optimizer.optimizer
     assert isinstance(optimizer, qriemann.ScaledAdamW)
     assert {optimizer.defaults[key] for key in ("lr", "damping", "weight_decay")} == {1e-3, 1e-4, 0.01}
@@ -384,7 +384,7 @@ def test_one_word_of_a_recipe_changes_the_method(settings):
 
 def test_a_start_in_a_recipe_is_refused_for_plain_factors_before_anything_is_written(tmp_path, settings):
     with pytest.raises(qriemann.InputError, match="start must be left out for adamw"):
-        qriemann.train(config_from_values({**settings, "method": "adamw", "start": "zero"}))
+        train_on({**settings, "method": "adamw", "start": "zero"})
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""The recipes for real cards: their heads say what `plan` says, and each trains a small model of its architecture."""
+"""The recipes for real cards: their heads quote `plan`, and each trains a small model of its architecture."""
 
 import re
 import shlex
@@ -9,71 +9,30 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
-from qriemann.config.settings import load_config
+from qriemann.config import load_settings
 from qriemann.memory.footprint import GIB
 from qriemann.memory.plan import plan
-from qriemann.training.run import train
+from qriemann.training.train import train
 from tests.recipe_fixtures import chat_rows, make_tokenizer
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "cards").glob("*.yaml"))
 
 # As published; what is not written here does not change the size of anything.
-_LLAMA_8B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    max_position_embeddings=131072,
-)
+_HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8}
+_LLAMA = {"vocab_size": 128256, "max_position_embeddings": 131072, "num_key_value_heads": 8}
+_QWEN = {"vocab_size": 151936, "max_position_embeddings": 40960, "num_hidden_layers": 36, "head_dim": 128, **_HEADS}
+_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, **_HEADS}
+_3B = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
 PUBLISHED: dict[str, PreTrainedConfig] = {
-    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_8B,
-    "meta-llama/Meta-Llama-3-8B": _LLAMA_8B,
-    "meta-llama/Llama-3.2-3B": (
-        _LLAMA_3B := LlamaConfig(
-            vocab_size=128256,
-            hidden_size=3072,
-            intermediate_size=8192,
-            num_hidden_layers=28,
-            num_attention_heads=24,
-            num_key_value_heads=8,
-            max_position_embeddings=131072,
-            tie_word_embeddings=True,
-        )
-    ),
-    "meta-llama/Llama-3.2-3B-Instruct": _LLAMA_3B,
+    "meta-llama/Llama-3.1-8B-Instruct": LlamaConfig(**_LLAMA | _8B),
+    "meta-llama/Meta-Llama-3-8B": LlamaConfig(**_LLAMA | _8B),
+    "meta-llama/Llama-3.2-3B": LlamaConfig(**_LLAMA | _3B, tie_word_embeddings=True),
+    "meta-llama/Llama-3.2-3B-Instruct": LlamaConfig(**_LLAMA | _3B, tie_word_embeddings=True),
     "mistralai/Mistral-7B-Instruct-v0.3": MistralConfig(
-        vocab_size=32768,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=32768,
-        sliding_window=None,
+        **_8B, vocab_size=32768, max_position_embeddings=32768, sliding_window=None
     ),
-    "Qwen/Qwen3-8B": Qwen3Config(
-        vocab_size=151936,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-    ),
-    "Qwen/Qwen3-4B": Qwen3Config(
-        vocab_size=151936,
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        tie_word_embeddings=True,
-    ),
+    "Qwen/Qwen3-8B": Qwen3Config(**_QWEN, hidden_size=4096, intermediate_size=12288),
+    "Qwen/Qwen3-4B": Qwen3Config(**_QWEN, hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True),
 }
 
 _HEAD = re.compile(r"^# (\d+) GB: qriemann train (\S+)(.*)\n#   plan: peak ([\d.]+) GiB$", re.MULTILINE)
@@ -89,8 +48,8 @@ def heads():
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "card", "arguments", "peak"), list(heads()))
 def test_the_head_of_a_recipe_says_what_the_plan_says_and_the_card_holds_it(path, card, arguments, peak, tmp_path):
-    PUBLISHED[load_config(path).model.model_name_or_path].save_pretrained(tmp_path)
-    result = plan(load_config(path, [*arguments, "--model_name_or_path", str(tmp_path)]))
+    PUBLISHED[load_settings(path).model.model_name_or_path].save_pretrained(tmp_path)
+    result = plan(load_settings(path, [*arguments, "--model_name_or_path", str(tmp_path)]))
     assert result.peak / GIB == pytest.approx(peak, abs=0.06)
     assert result.high <= card * GIB
 
@@ -125,7 +84,7 @@ def rows_like(columns: dict[str, str] | None, name: str) -> list[dict[str, str]]
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_trains_a_small_model_of_its_architecture(path, tmp_path):
-    written = load_config(path)
+    written = load_settings(path)
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     published = PUBLISHED[written.model.model_name_or_path]
@@ -149,7 +108,7 @@ def test_every_recipe_trains_a_small_model_of_its_architecture(path, tmp_path):
         "use_cpu": "true",
         "display": "none",
     }
-    config = load_config(path, [word for key, value in arguments.items() for word in (f"--{key}", str(value))])
+    config = load_settings(path, [word for key, value in arguments.items() for word in (f"--{key}", str(value))])
     result = train(config)
     result.trainer.end()
     assert result.steps == 2

@@ -1,8 +1,8 @@
-"""The recipe outside chat: images whose label no linear map of pixels gives, learned by an adapter under any method."""
+"""The recipe outside chat: images whose label is no linear function of the pixels, learned under any method."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,17 +12,12 @@ import torch
 
 from qriemann.optim.methods import METHODS
 
-SCRIPT = Path(__file__).parents[2] / "recipes" / "classify.py"
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("classify", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["classify"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["classify"]
+    return importlib.import_module("classify")
 
 
 def test_no_linear_map_of_the_pixels_tells_the_directions(script):
@@ -69,17 +64,16 @@ def test_every_method_learns_the_directions(script, method):
     assert script.classify(method).after > 0.4
 
 
-def test_the_command_prints_both_accuracies(script, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (["--method", "scaled-gd", "--steps", "1"], 0, "scaled-gd: "),
+        (["--method", "rieman"], 2, "did you mean 'riemannion'"),
+    ],
+)
+def test_the_command_prints_one_line(script, capsys, monkeypatch, options, status, said):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert script.main(["--method", "scaled-gd", "--steps", "1"]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("scaled-gd: ")
-    assert line.count("%") == 2
-
-
-def test_a_misspelt_method_is_one_line(script, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert script.main(["--method", "rieman"]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert "did you mean 'riemannion'" in lines[0]
+    assert script.main(options) == status
+    printed = capsys.readouterr()
+    (line,) = (printed.err if status else printed.out).splitlines()
+    assert said in line

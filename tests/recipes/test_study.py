@@ -1,4 +1,4 @@
-"""The study: which runs a plan asks for, what the report computes from them, and one small study from end to end."""
+"""The study: the runs that a plan asks for, the figures of the report, and one small study from end to end."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from qriemann import InputError
 from tests.recipe_fixtures import make_tokenizer, save_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path.insert(0, str(RECIPES))
-study, one, report = (importlib.import_module(name) for name in ("study", "study_run", "study_report"))
+sys.path.insert(0, str(RECIPES / "measure"))
+study, one, report = (importlib.import_module(name) for name in ("study", "study_run", "report"))
 
 
 def plan(**changes: Any) -> Any:
@@ -53,7 +53,7 @@ def test_the_best_rate_at_an_edge_asks_for_one_beyond_it_until_it_is_inside():
     assert [(job.arm, job.lr) for job in second] == [("adamw", 4e-3), ("ours", 3.33e-3)]
     done += finish(second, losses)
     third = study.next_jobs(plan(), done)
-    # Ours has its best inside now and goes on to every seed; adamw has not.
+    # The best rate of ours is inside now, so it runs on every seed; adamw's is not.
     assert [(job.arm, job.lr, job.seed, job.test) for job in third] == [
         ("adamw", 8e-3, 0, False),
         *(("ours", 1e-2, seed, True) for seed in (0, 1, 2)),
@@ -96,9 +96,8 @@ def test_several_ranks_make_an_arm_of_each_which_is_compared_with_adamw_of_its_r
         ({"arms": {"a": {"lrs": [2e-3, 1e-3]}}}, "ascending"),
         ({"arms": {"a": {"lrs": [1e-3]}, "b": {"lrs": [1e-3, 2e-3]}}}, "same number"),
         ({"arms": {"a": {"method": "adamw"}}}, "ascending"),
-        ({"tasks": None}, "tasks"),
-        ({"stepz": 3}, "stepz"),
-        ({"seeds": []}, "seeds"),
+        ({"tasks": None}, "tasks, arms and seeds need an entry each"),
+        ({"stepz": 3}, "unexpected keyword argument 'stepz'; the keys of a plan are base, tasks"),
     ],
     ids=str,
 )
@@ -127,8 +126,9 @@ def test_an_answer_is_right_as_the_last_word(said, answer, right):
 
 
 def test_validation_and_test_rows_are_not_trained_on():
+    pytest.importorskip("reasoning_gym", reason="the extra study is not installed")
     source = {"reasoning_gym": {"name": "chain_sum", "min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}}
-    parts = list(one.load_task(source, 100, 20, 30))
+    parts = one.load_task(source, 100, 20, 30)
     assert [len(part) for part in parts] == [100, 20, 30]
     questions = [row["messages"][0]["content"] for part in parts for row in part]
     assert len(set(questions)) == 150
@@ -228,37 +228,43 @@ def test_every_arm_sees_the_same_rows_and_the_report_says_what_the_runs_gave(tmp
 
 def test_the_readmes_starts_are_those_of_the_committed_runs():
     runs = report.read_runs(RECIPES / "results" / "starts")
-    lines = (RECIPES.parent / "README.md").read_text().splitlines()
+    lines = (RECIPES / "results" / "README.md").read_text().splitlines()
     tested = [run for run in runs if run["test"]]
     assert len(tested) >= 12
     for arm in {run["arm"] for run in tested}:
         group = [run for run in tested if run["arm"] == arm]
-        assert {run["seed"] for run in group} == {0, 1, 2}
         early = [statistics.mean(loss for _, loss in run["curve"][:20]) for run in group]
         after = [run["validation_loss"] for run in group]
         cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in (early, after)]
         assert f"| {arm} | {group[0]['lr']:g} | {' | '.join(cells)} |" in lines
 
 
-@pytest.mark.parametrize("study_of", ["cpu", "words"])
-def test_the_readmes_table_is_what_the_committed_runs_give(study_of):
-    runs = report.read_runs(RECIPES / "results" / study_of)
-    readme = (RECIPES.parent / "README.md").read_text(encoding="utf-8")
-    tasks = {run["task"] for run in runs}
-    assert tasks
-    for task in tasks:
-        assert report.table(runs, task) in readme
+@pytest.mark.parametrize("folder", ["cpu", "words"])
+def test_the_readmes_table_is_what_the_committed_runs_give(folder):
+    runs = report.read_runs(RECIPES / "results" / folder)
+    (task,) = {run["task"] for run in runs}
+    assert report.table(runs, task) in (RECIPES / "results" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_committed_runs_are_those_that_their_plan_asks_for():
+    # Keys hash every setting: a renamed or dropped one would run the whole study again.
+    plan_ = study.read_plan(RECIPES / "measure" / "study_starts.yaml")
+    assert study.next_jobs(plan_, report.read_runs(RECIPES / "results" / "starts")) == []
+
+
+def command(tmp_path: Path, small_plan: Path) -> list[str]:
+    words = [sys.executable, str(RECIPES / "measure"), "study", str(small_plan), "--threads", "1"]
+    return [*words, "--results", str(tmp_path / "results")]
 
 
 @pytest.mark.slow
 def test_the_script_runs_a_plan_to_its_end_and_runs_nothing_twice(tmp_path, small_plan):
     def run() -> subprocess.CompletedProcess[str]:
-        arguments = [sys.executable, str(RECIPES / "study.py"), "--plan", str(small_plan), "--threads", "1"]
-        return subprocess.run(arguments, capture_output=True, text=True, timeout=1200, check=False)
+        return subprocess.run(command(tmp_path, small_plan), capture_output=True, text=True, timeout=1200, check=False)
 
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = tmp_path / "results" / "tiny" / "runs.jsonl"
+    lines = tmp_path / "results" / "runs.jsonl"
     assert len(lines.read_text().splitlines()) == 6
     before = lines.read_bytes()
     again = run()
@@ -268,14 +274,13 @@ def test_the_script_runs_a_plan_to_its_end_and_runs_nothing_twice(tmp_path, smal
 
 
 @pytest.mark.slow(reason="starts the script and waits for its run to stop")
-def test_a_study_that_is_terminated_ends_its_runs_and_says_how_to_go_on(tmp_path, small_plan):
-    arguments = [sys.executable, str(RECIPES / "study.py"), "--plan", str(small_plan), "--threads", "1"]
-    study = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert study.stdout.readline().startswith("starts")
+def test_a_terminated_study_ends_its_runs_and_says_how_to_continue(tmp_path, small_plan):
+    running = subprocess.Popen(command(tmp_path, small_plan), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout.readline().startswith("starts")
     time.sleep(5)
-    study.terminate()
-    _, told = study.communicate(timeout=300)
-    assert study.returncode == 130
-    assert told == "study: stopped; the same command goes on\n"
+    running.terminate()
+    _, told = running.communicate(timeout=300)
+    assert running.returncode == 130
+    assert "study: the same command continues\n" in told
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(tmp_path) not in listed

@@ -18,12 +18,11 @@ import torch
 from transformers import TrainerCallback
 
 from qriemann.checkpoints.signals import StoppedBySignal
-from qriemann.config.settings import config_from_values
+from qriemann.config import settings_from
 from qriemann.errors import InputError
-from qriemann.training.run import train
 from qriemann.training.seam import OptimizerFactory
 from tests.models import tiny_llama, with_lora
-from tests.recipe_fixtures import chat_rows
+from tests.recipe_fixtures import chat_rows, train_on
 from tests.runs import outcome
 
 REPOSITORY = Path(__file__).parents[2]
@@ -91,7 +90,7 @@ def run(settings: dict[str, Any], name: str, *, processes: int, **changes: Any) 
         "use_cpu": True,
     }
     callbacks = changes.pop("callbacks", [])
-    result = train(config_from_values({**values, **changes}), callbacks=callbacks)
+    result = train_on({**values, **changes}, callbacks=callbacks)
     history = result.trainer.state.log_history
     return {
         "state": outcome(result.trainer),
@@ -229,7 +228,7 @@ def test_a_launcher_that_shards_is_refused_by_name(monkeypatch, settings, variab
 def test_arguments_that_shard_are_refused_by_name(values):
     (key,) = values
     with pytest.raises(InputError, match=f"^{key} must be None"):
-        config_from_values({"output_dir": "unused", **values})
+        settings_from({"output_dir": "unused", **values})
 
 
 if __name__ == "__main__":

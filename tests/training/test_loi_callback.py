@@ -17,9 +17,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import qriemann
 from qriemann import InputError, LocallyOptimalInit
-from qriemann.config.settings import config_from_values
 from qriemann.training.loi_callback import _lean_loss
-from qriemann.training.run import train
 from qriemann.training.seam import fixed_rank_optimizer
 from tests.dense import best_approximation, tangent_projection
 from tests.models import (
@@ -36,6 +34,7 @@ from tests.models import (
     with_lora,
     word_tokenizer,
 )
+from tests.recipe_fixtures import train_on
 
 RANK = 4
 LORA = {"r": RANK, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -390,7 +389,7 @@ def settings(settings) -> dict[str, Any]:
 
 def test_a_recipe_asks_for_it_by_one_word(settings, capsys):
     watch = Watch()
-    result = train(config_from_values({**settings, "alpha": 0.25}), callbacks=[watch])
+    result = train_on({**settings, "alpha": 0.25}, callbacks=[watch])
     assert "locally optimal initialization: 2 passes over 3 batches" in capsys.readouterr().err
     assert json.loads((result.output_dir / "run.json").read_text())["config"]["init"] == "loi"
     for name, x in watch.at_start.items():
@@ -411,5 +410,5 @@ def test_a_recipe_asks_for_it_by_one_word(settings, capsys):
 )
 def test_a_recipe_with_a_bad_value_is_refused_and_leaves_no_trace(changes, message, settings):
     with pytest.raises(InputError, match=message):
-        train(config_from_values({**settings, **changes}))
+        train_on({**settings, **changes})
     assert not Path(settings["output_dir"]).exists()

@@ -1,4 +1,4 @@
-"""The time left that the monitor predicts, against the time that the rest of a run then takes on a clock of the test's own."""
+"""The time left that the monitor predicts, against the time that the rest of a run then takes on a made-up clock."""
 
 import io
 

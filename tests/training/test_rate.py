@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from qriemann.config.settings import config_from_values
 from qriemann.optim.methods import METHODS
-from qriemann.training.run import train
+from tests.recipe_fixtures import train_on
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -36,7 +35,7 @@ def rate_of(result) -> float:
     ],
 )
 def test_the_rate_times_the_steps_that_the_trainer_takes_is_the_default(settings, tmp_path, changes, steps, rate):
-    result = train(config_from_values({**settings, **changes}))
+    result = train_on({**settings, **changes})
     assert result.steps == steps
     assert rate_of(result) == rate
     assert json.loads((tmp_path / "out" / "run.json").read_text())["config"]["learning_rate"] == rate
@@ -44,29 +43,29 @@ def test_the_rate_times_the_steps_that_the_trainer_takes_is_the_default(settings
 
 def test_packed_rows_are_counted_by_their_tokens(settings):
     packed = {"packing": True, "max_length": 128, "num_train_epochs": 8, "per_device_train_batch_size": 1}
-    result = train(config_from_values({**settings, **packed}))
+    result = train_on({**settings, **packed})
     assert rate_of(result) == pytest.approx(0.6 / result.steps, rel=0.25)
     assert result.steps < 24 * 8
 
 
 def test_gradient_bases_take_a_third(settings):
-    result = train(config_from_values({**settings, "max_steps": 40, "init": "loi", "init_kwargs": {"batches": 2}}))
+    result = train_on({**settings, "max_steps": 40, "init": "loi", "init_kwargs": {"batches": 2}})
     assert rate_of(result) == 0.005
 
 
 def test_the_line_says_what_was_chosen_and_why(settings, capsys):
-    train(config_from_values({**settings, "max_steps": 2, "display": "plain"}))
+    train_on({**settings, "max_steps": 2, "display": "plain"})
     assert "learning_rate 0.02, the default of riemannion for 2 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", [{"learning_rate": 3e-3}, {"method_kwargs": {"lr": 3e-3}}])
 def test_a_rate_that_was_given_stays(settings, given, capsys):
-    result = train(config_from_values({**settings, "max_steps": 2, "display": "plain", **given}))
+    result = train_on({**settings, "max_steps": 2, "display": "plain", **given})
     assert rate_of(result) == 3e-3
     assert "learning_rate" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["adamw", "muon", "riemannlora"])
 def test_the_default_of_another_method_is_the_tables(settings, method):
-    result = train(config_from_values({**settings, "max_steps": 2, "method": method}))
+    result = train_on({**settings, "max_steps": 2, "method": method})
     assert rate_of(result) == METHODS[method].defaults["lr"].value

@@ -16,11 +16,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from qriemann import cli
-from qriemann.config.settings import config_from_values
 from qriemann.data.formats import prepare
 from qriemann.data.sources import Source
-from qriemann.training.run import train
-from tests.recipe_fixtures import chat_rows, make_tokenizer, run_cli
+from tests.recipe_fixtures import chat_rows, make_tokenizer, run_cli, train_on
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -75,9 +73,8 @@ def test_a_run_leaves_an_adapter_whose_loss_under_plain_peft_is_the_reported_one
 
 def held_out_loss(adapter, model_folder, run):
     """Mean loss a trained token over the held-out rows, computed row by row with PEFT alone."""
-    config = config_from_values({"output_dir": "unused", "eval_size": 4})
     source = Source(Dataset.from_list(chat_rows(24)), "rows")
-    rows = prepare(source, None, make_tokenizer(), eval_size=4, seed=config.sft.seed).held_out
+    rows = prepare(source, None, make_tokenizer(), eval_size=4, seed=42).held_out
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter).eval()
     total = count = 0
     for row in rows:
@@ -105,7 +102,7 @@ def test_an_interrupted_and_resumed_run_ends_in_the_adapter_of_an_uninterrupted_
     whole = load_file(tmp_path / "out" / "adapter_model.safetensors")
     broken = {**settings, "output_dir": str(tmp_path / "broken")}
     with pytest.raises(KeyboardInterrupt):
-        train(config_from_values(broken), callbacks=[InterruptAfter(3)])
+        train_on(broken, callbacks=[InterruptAfter(3)])
     run = json.loads((tmp_path / "broken" / "run.json").read_text())
     assert run["status"] == "interrupted"
     assert run_cli(tmp_path, broken, "--resume") == 0
@@ -151,8 +148,8 @@ def test_rows_and_a_model_can_be_passed_from_python(settings, model_folder, toke
     given = {key: value for key, value in settings.items() if key not in ("model_name_or_path", "dataset_name")}
     rows = Dataset.from_list(chat_rows(8))
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    config = config_from_values({**given, "max_steps": 1, "display": "none"})
-    result = train(config, model=model, tokenizer=tokenizer, train_dataset=rows, eval_dataset=rows)
+    values = {**given, "max_steps": 1, "display": "none"}
+    result = train_on(values, model=model, tokenizer=tokenizer, train_dataset=rows, eval_dataset=rows)
     assert result.eval_loss < result.eval_loss_before
     assert (result.output_dir / "adapter_config.json").exists()
 

