@@ -154,7 +154,7 @@ def keep_input_dtype(layer: Any) -> None:
     Otherwise PEFT keeps a float32 copy of the input alive in every wrapped layer, because the factors are float32. The switch
     that it offers, `cast_input_dtype_enabled`, would reach the other adapters of the layer. tests/adapters/test_layer.py
     """
-    # Not a closure: a copied model must copy what is bound to its layers.
+    # Not a closure: deepcopy must bind the copy of the layer.
     layer._cast_input_dtype = functools.partial(_cast_input_dtype, layer)
 
 
@@ -267,6 +267,6 @@ def keep_unpacked(layer: Any) -> None:
 
 
 def set_compute_dtype(layer: Any, dtype: Any) -> None:
-    """Makes a 4-bit layer compute in `dtype`, whatever whoever quantized it computed in; tests/base/test_load.py."""
+    """Makes a 4-bit layer compute in `dtype` instead of the dtype its checkpoint names; tests/base/test_load.py."""
     layer.compute_dtype = dtype
     layer.compute_type_is_set = True
