@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from qriemann.errors import InputError
 from qriemann.reporting import reporting
+from qriemann.upstream import quiet
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,7 +113,7 @@ def run_training(path: str | None, pairs: Sequence[str]) -> int:
         InputError: for anything that the user can mend.
     """
     settings, view = _first_look(path, pairs)
-    with view.doing("loading the libraries"):
+    with quiet(), view.doing("loading the libraries"):
         from qriemann.training.prepare import prepare
         from qriemann.training.train import train
     try:
@@ -170,7 +171,7 @@ def _add_check(commands: Any) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     settings, view = _first_look(arguments.file, arguments.pairs, to_train=False)
-    with view.doing("loading the libraries"):
+    with quiet(), view.doing("loading the libraries"):
         from qriemann.training.check import check
         from qriemann.training.prepare import prepare
 

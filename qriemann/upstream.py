@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,6 +44,12 @@ _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("Careful, disabling adapter layers", UserWarning),
 )
 
+# Log lines of the same kind: the logger, and how the line begins.
+_NOTICES = (
+    # bitsandbytes 0.50, when it is imported on a CPU with AVX512-BF16: it looks on the Hub for a kernel that nothing here uses.
+    ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
+)
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
@@ -63,6 +70,8 @@ def quiet(*, bars: bool | None = None) -> Iterator[None]:
     with warnings.catch_warnings():
         for message, category in _WARNINGS:
             warnings.filterwarnings("ignore", message=message, category=category)
+        for logger, beginning in _NOTICES:
+            logging.getLogger(logger).addFilter(functools.partial(_begins_otherwise, beginning))
         if sys.stderr.isatty() if bars is None else bars:
             yield
             return
@@ -79,6 +88,10 @@ def quiet(*, bars: bool | None = None) -> Iterator[None]:
             yield
         finally:
             tqdm.__init__ = draw
+
+
+def _begins_otherwise(beginning: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginning)
 
 
 def _attribute(name: str) -> Any:

@@ -122,18 +122,17 @@ def prepare(
         adapter = None if isinstance(model, PeftModel) else adapter_config(settings)
         if adapter is not None:
             check_targets(model, adapter)
-        with view.doing("tokenizing the rows"):
+        with view.doing("tokenizing and fingerprinting the rows"):
             data = tokenize(settings, args, sources, tokenizer)
             defects = find_defects(data, tokenizer, model, args.max_length)
+            data_print = fingerprint(data.train, data.held_out)
         rate = _fitted_rate(settings, args, optimizer, data)
         if rate is not None:
             optimizer = (optimizer[0], {**optimizer[1], "lr": rate[0]})
         for notice in [*data.notices, *([] if rate is None else [rate[1]])]:
             view.note(notice)
         args = _fitted_arguments(args, optimizer[1]["lr"], data, resuming=found.path is not None)
-        with view.doing("fingerprinting rows and base"):
-            data_print = fingerprint(data.train, data.held_out)
-            prints = fingerprints(describe_settings(settings, args), model, data_print)
+        prints = fingerprints(describe_settings(settings, args), model, data_print)
     if found.path is not None:
         check_same_run(found.path, prints, settings.allow)
     return Prepared(
