@@ -97,8 +97,8 @@ class AssistantTokenizer:
             prompt, turn = self._turn_texts(messages, index, options)
             if not text.startswith(turn):
                 raise RewrittenHistoryError(
-                    "a conversation whose turns the chat template renders the same once others follow (this one rewrites the turns up "
-                    f"to {index + 1})",
+                    "turns that the chat template renders the same once others follow (it rewrites those up to turn "
+                    f"{index + 1})",
                     "split it into one row for each assistant turn",
                 )
             if not turn.startswith(prompt):
