@@ -46,7 +46,7 @@ _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
 
 # Log lines of the same kind: the logger, and how the line begins.
 _NOTICES = (
-    # bitsandbytes 0.50 on a CPU with AVX512-BF16: at its import it looks on the Hub for a kernel that nothing here uses.
+    # bitsandbytes 0.50, imported on a CPU with AVX512-BF16: it looks on the Hub for a kernel that nothing here uses.
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qriemann.checkpoints.starting_point import starting_point
+from qriemann.checkpoints.starting_point import check_folder
 from qriemann.config import Settings
 from qriemann.errors import InputError
 
@@ -29,9 +29,7 @@ def preflight(settings: Settings, *, to_train: bool = True) -> None:
             raise InputError(f"{key} is missing: name the {what}")
     refuse_missing_paths(settings)
     if to_train:
-        starting_point(
-            Path(settings.output_dir), resume=settings.resume, overwrite=settings.overwrite, allow=settings.allow
-        )
+        check_folder(Path(settings.output_dir), resume=settings.resume, overwrite=settings.overwrite)
 
 
 def refuse_missing_paths(settings: Settings, *, data: bool = True) -> None:

@@ -12,7 +12,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
@@ -39,6 +39,9 @@ from qriemann.training.publishing import push_target
 from qriemann.training.seam import for_trainer
 from qriemann.upstream import quiet
 
+if TYPE_CHECKING:
+    from qriemann.base.on_cpu import DenseWeights
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -49,6 +52,7 @@ class Prepared:
         args: the trainer's arguments, fitted to the data: the learning rate, and when to evaluate.
         model: the base in its storage format, or a model that came with an adapter.
         tokenizer: with the chat template and the end token that the run uses.
+        dense: the dequantized copies that a CPU computes with; None where there are none to hold.
         adapter: the configuration of the new adapter; None where the model came with one.
         data: tokens and labels, held-out rows split off.
         optimizer: the value of TRL's `optimizer_cls_and_kwargs`.
@@ -64,6 +68,7 @@ class Prepared:
     args: SFTConfig
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    dense: DenseWeights | None
     adapter: LoraConfig | None
     data: TokenizedData
     optimizer: tuple[type, dict[str, Any]]
@@ -129,8 +134,9 @@ def prepare(
         rate = _fitted_rate(settings, args, optimizer, data)
         if rate is not None:
             optimizer = (optimizer[0], {**optimizer[1], "lr": rate[0]})
-        for notice in [*data.notices, *([] if rate is None else [rate[1]])]:
-            view.note(notice)
+        for notice in (dense, *data.notices, rate and rate[1]):
+            if notice is not None:
+                view.note(str(notice))
         args = _fitted_arguments(args, optimizer[1]["lr"], data, resuming=found.path is not None)
         prints = fingerprints(describe_settings(settings, args), model, data_print)
     if found.path is not None:
@@ -140,6 +146,7 @@ def prepare(
         args=args,
         model=model,
         tokenizer=tokenizer,
+        dense=dense,
         adapter=adapter,
         data=data,
         optimizer=optimizer,
@@ -156,6 +163,15 @@ def _free_folder(settings: Settings) -> FoundCheckpoint:
     folder = Path(settings.output_dir)
     run_on_main(lambda: refuse_if_held(folder))
     return starting_point(folder, resume=settings.resume, overwrite=settings.overwrite, allow=settings.allow)
+
+
+def _dense_weights(model: Any) -> DenseWeights | None:
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return None
+    from qriemann.base.on_cpu import hold_dense
+
+    # `load_base` has made the copies where it could; of those that are there this only tells the size.
+    return hold_dense(model)
 
 
 def _optimizer(settings: Settings, args: SFTConfig) -> tuple[type, dict[str, Any]]:
