@@ -8,8 +8,10 @@ they alone are saved, merged and fingerprinted. The products are the same to the
 from __future__ import annotations
 
 import copyreg
+import ctypes
 import logging
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # The share of the free memory that copies may take: activations, gradients and the optimizer need the rest.
 _SHARE = 0.5
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,17 @@ def warn_of_checkpointing(model: nn.Module) -> None:
             "gradient checkpointing is on: on a CPU a step takes half as long again; where memory allows, set "
             "gradient_checkpointing=False"
         )
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep what it frees, where its allocator is glibc's: each step needs the same memory again.
+
+    Otherwise every large tensor is a mapping of its own, whose pages the kernel clears at each allocation.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        allocator = ctypes.CDLL(None)
+        allocator.mallopt(_M_MMAP_MAX, 0)
+        allocator.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def fits(needed: int) -> bool:
