@@ -266,6 +266,13 @@ def test_gradients_and_bytes_survive_an_evaluation_and_a_generation(which: str, 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_base_on_the_cpu_computes_with_its_weights_dequantized_once(folder: Path) -> None:
+    model, _ = load_base(folder, device="cpu")
+    for name, layer in quantized_layers(model):
+        expected = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert torch.equal(layer.dense_weight(), expected), name
+
+
 def test_an_unprotected_layer_does_reach_the_repacking(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once this fails, bitsandbytes has changed and the protection may have nothing left to protect from."""
 
@@ -273,7 +280,8 @@ def test_an_unprotected_layer_does_reach_the_repacking(folder: Path, monkeypatch
         raise RuntimeError("repacked")
 
     monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", refuse)
-    model, _ = load_base(folder)
+    # A copy computes with the 4-bit bytes alone.
+    model = copy.deepcopy(load_base(folder, device="cpu")[0])
     ids = torch.tensor([[1, 5, 6]])
     with torch.no_grad():
         model(ids)
