@@ -21,6 +21,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
 from qriemann.adapters.targets import adapter_config, check_targets
+from qriemann.base.on_cpu import keep_freed_memory
 from qriemann.checkpoints.fingerprints import check_same_run, fingerprints
 from qriemann.checkpoints.manifest import FoundCheckpoint
 from qriemann.checkpoints.starting_point import starting_point
@@ -40,7 +41,7 @@ from qriemann.training.seam import for_trainer
 from qriemann.upstream import quiet
 
 if TYPE_CHECKING:
-    from qriemann.base.on_cpu import DenseWeights
+    from qriemann.base.dense_weights import DenseWeights
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def prepare(
         )
         # Asking for the device is what joins the processes of a launcher.
         device = args.device
+        if device.type == "cpu":
+            keep_freed_memory()
         found = _free_folder(settings) if to_train else FoundCheckpoint(None)
         with view.doing("reading the rows"):
             sources = read_rows(settings, train_dataset, eval_dataset)
@@ -123,6 +126,7 @@ def prepare(
                 model, tokenizer = read_base(settings, model, tokenizer)
         else:
             model, tokenizer = read_base(settings, model, tokenizer)
+        dense = _dense_weights(model)
         adjust_tokenizer(tokenizer, eos_token=args.eos_token, chat_template_path=settings.trl.get("chat_template_path"))
         adapter = None if isinstance(model, PeftModel) else adapter_config(settings)
         if adapter is not None:
@@ -168,7 +172,7 @@ def _free_folder(settings: Settings) -> FoundCheckpoint:
 def _dense_weights(model: Any) -> DenseWeights | None:
     if not getattr(model, "is_loaded_in_4bit", False):
         return None
-    from qriemann.base.on_cpu import hold_dense
+    from qriemann.base.dense_weights import hold_dense
 
     # `load_base` has made the copies where it could; of those that are there this only tells the size.
     return hold_dense(model)

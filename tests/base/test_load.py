@@ -218,6 +218,13 @@ def test_embedded_model_answers_in_its_chat_template(embedded: tuple[Any, Any]) 
     assert "Paris" in tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
 
 
+def test_a_base_on_the_cpu_computes_with_its_weights_dequantized_once(folder: Path) -> None:
+    model, _ = load_base(folder, device="cpu")
+    for name, layer in quantized_layers(model):
+        expected = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert torch.equal(layer.dense_weight(), expected), name
+
+
 def test_a_float_gguf_file_loads_as_the_model_it_was_made_from(gguf_file: Path, original: LlamaForCausalLM) -> None:
     model, tokenizer = load_base(gguf_file, quantize=None)
     ids = tokenizer("the hen", return_tensors="pt")["input_ids"]
