@@ -1,11 +1,14 @@
 """The Hub token is handed to the push and to nothing that is written."""
 
+import pytest
+
 from qriemann.training import publishing
 from tests.recipe_fixtures import train_on
 
 TOKEN = "hf_" + "Ab1" * 12
 
 
+@pytest.mark.usefixtures("with_report")
 def test_the_push_gets_the_token_and_no_file_of_the_run(tmp_path, settings, monkeypatch):
     pushed = []
     monkeypatch.setattr(publishing, "check_push", lambda *_: None)

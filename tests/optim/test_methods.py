@@ -115,7 +115,7 @@ def lives(tmp_path_factory, base) -> dict[str, dict[str, Any]]:
             "logits": logits(whole.model, ids),
         }
     adapters = [(base, True, root / name / "final") for name in NAMES]
-    for name, plain in zip(NAMES, logits_under_plain_peft(adapters, ids, root / "out.pt"), strict=True):
+    for name, plain in zip(NAMES, logits_under_plain_peft(adapters, ids), strict=True):
         lives[name]["plain"] = plain
     return lives
 
@@ -427,5 +427,5 @@ def test_the_embedded_model_learns_saves_resumes_and_reloads_in_plain_peft(name,
     assert same(everything(whole), everything(resumed))
     ids = token_batch(rows=1, length=12, vocabulary=1000)
     adapter = (embedded, True, tmp_path / "whole" / "checkpoint-30")
-    (plain,) = logits_under_plain_peft([adapter], ids, tmp_path / "out.pt")
+    (plain,) = logits_under_plain_peft([adapter], ids)
     assert relative(plain, logits(whole.model, ids)) < LOGITS_RTOL

@@ -11,8 +11,7 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from qriemann.data.formats import prepare
@@ -83,34 +82,6 @@ def held_out_loss(adapter, model_folder, run):
         total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
         count += int((labels != -100).sum())
     return total / count
-
-
-class InterruptAfter(TrainerCallback):
-    """Ctrl-C in the step after the given one."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def test_an_interrupted_and_resumed_run_ends_in_the_adapter_of_an_uninterrupted_one(tmp_path, settings):
-    assert run_cli(tmp_path, settings) == 0
-    whole = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    broken = {**settings, "output_dir": str(tmp_path / "broken")}
-    with pytest.raises(KeyboardInterrupt):
-        train_on(broken, callbacks=[InterruptAfter(3)])
-    run = json.loads((tmp_path / "broken" / "run.json").read_text())
-    assert run["status"] == "interrupted"
-    assert run_cli(tmp_path, broken, "--resume") == 0
-    resumed = load_file(tmp_path / "broken" / "adapter_model.safetensors")
-    assert whole.keys() == resumed.keys()
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, resumed[name]), name
-    lines = (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()
-    assert [r["step"] for r in map(json.loads, lines) if "loss" in r] == [1, 2, 3, 4]
 
 
 def test_a_resumed_run_refuses_other_rows(tmp_path, settings, write_rows, capsys):

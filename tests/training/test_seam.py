@@ -222,8 +222,8 @@ def everything(trainer: Any) -> list[Tensor]:
 @starts
 @pytest.mark.parametrize(
     ("nf4", "lora"),
-    [(True, {}), (True, {"lora_dropout": 0.1}), (False, {"lora_dropout": 0.1, "modules_to_save": ["lm_head"]})],
-    ids=["4-bit", "4-bit, dropout", "float, dropout, modules_to_save"],
+    [(True, {"lora_dropout": 0.1}), (False, {"lora_dropout": 0.1, "modules_to_save": ["lm_head"]})],
+    ids=["4-bit, dropout", "float, dropout, modules_to_save"],
 )
 def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(start, lora, nf4, base, tmp_path):
     def trainer(folder: Path) -> SFTTrainer:
