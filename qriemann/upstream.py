@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,6 +44,12 @@ _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("Careful, disabling adapter layers", UserWarning),
 )
 
+# Log lines of the same kind: the logger, and how the line begins.
+_NOTICES = (
+    # bitsandbytes 0.50, imported on a CPU with AVX512-BF16: it looks on the Hub for a kernel that nothing here uses.
+    ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
+)
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
@@ -63,6 +70,8 @@ def quiet(*, bars: bool | None = None) -> Iterator[None]:
     with warnings.catch_warnings():
         for message, category in _WARNINGS:
             warnings.filterwarnings("ignore", message=message, category=category)
+        for logger, beginning in _NOTICES:
+            logging.getLogger(logger).addFilter(functools.partial(_begins_otherwise, beginning))
         if sys.stderr.isatty() if bars is None else bars:
             yield
             return
@@ -79,6 +88,10 @@ def quiet(*, bars: bool | None = None) -> Iterator[None]:
             yield
         finally:
             tqdm.__init__ = draw
+
+
+def _begins_otherwise(beginning: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginning)
 
 
 def _attribute(name: str) -> Any:
@@ -141,7 +154,7 @@ def keep_input_dtype(layer: Any) -> None:
     Otherwise PEFT keeps a float32 copy of the input alive in every wrapped layer, because the factors are float32. The switch
     that it offers, `cast_input_dtype_enabled`, would reach the other adapters of the layer. tests/adapters/test_layer.py
     """
-    # Not a closure: a copied model must copy what is bound to its layers.
+    # Not a closure: deepcopy must bind the copy of the layer.
     layer._cast_input_dtype = functools.partial(_cast_input_dtype, layer)
 
 
@@ -254,6 +267,6 @@ def keep_unpacked(layer: Any) -> None:
 
 
 def set_compute_dtype(layer: Any, dtype: Any) -> None:
-    """Makes a 4-bit layer compute in `dtype`, whatever whoever quantized it computed in; tests/base/test_load.py."""
+    """Makes a 4-bit layer compute in `dtype` instead of the dtype its checkpoint names; tests/base/test_load.py."""
     layer.compute_dtype = dtype
     layer.compute_type_is_set = True

@@ -235,8 +235,8 @@ def show(console: Any, report: dict[str, Any]) -> None:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line, defaults filled in."""
     parser = argparse.ArgumentParser(prog="quickstart.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=_count, help="training steps of 8 questions (default: 30)")
-    parser.add_argument("--eval-prompts", type=_count, help="held-out questions (default: 100)")
+    parser.add_argument("--steps", type=_count, help="training steps of 8 questions (default: 20)")
+    parser.add_argument("--eval-prompts", type=_count, help="held-out questions (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the lists and the training (default: %(default)s)")
     parser.add_argument("--output-dir", default="runs/quickstart", help="folder of the adapter (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
@@ -245,8 +245,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
-    options.steps = options.steps or (4 if options.short else 30)
-    options.eval_prompts = options.eval_prompts or (16 if options.short else 100)
+    options.steps = options.steps or (4 if options.short else 20)
+    options.eval_prompts = options.eval_prompts or (16 if options.short else 50)
     return options
 
 

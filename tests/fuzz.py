@@ -20,33 +20,12 @@ from qriemann.errors import InputError
 PATIENCE = 5.0
 _FEW, _MANY = 60, 10_000
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-values = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
 # Where a file is changed, as a share of its length, and into what; the beginning is where headers are.
 damages = st.tuples(
     st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 0.0001, 0.001, 0.01]),
     st.binary(max_size=64),
     st.booleans(),
 )
-
-
-def make_special(path: Path, kind: str) -> None:
-    """Puts at the path what is no regular file: opening a pipe waits for its other end, and /dev/zero has no end."""
-    make: dict[str, Callable[[Path], None]] = {
-        "pipe": os.mkfifo,
-        "folder": os.mkdir,
-        "endless": lambda path: path.symlink_to("/dev/zero"),
-        "nowhere": lambda path: path.symlink_to(path.with_name("nothing")),
-        "itself": lambda path: path.symlink_to(path),
-    }
-    make[kind](path)
-
-
-SPECIAL = ["pipe", "folder", "endless", "nowhere", "itself"]
 
 
 def damage(content: bytes, place: float, change: bytes, *, cut: bool) -> bytes:

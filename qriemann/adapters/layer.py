@@ -148,7 +148,8 @@ class FixedRankVariant(LoraVariant):
         bias = module.lora_B[active_adapter].bias
         if bias is not None:
             update = update + bias.to(dtype) * module.scaling[active_adapter]
-        return result + update.to(result.dtype)
+        # In place: a fresh tensor of every layer's output costs a CPU as much as the sum.
+        return update.to(result.dtype).add_(result)
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A LoRA adapter as PEFT saves it, whoever trained it: what it adds to each weight of its base.
+"""A saved LoRA adapter, trained by any tool: what it adds to each weight of its base.
 
 Every command that reads an adapter's folder reads it here. Refused, with the reason in one line, are pickles that were not
 named, incomplete files, numbers that are not finite, shapes and ranks that do not match, and missing or additional layers.

@@ -1,4 +1,4 @@
-"""The `adapter_config.json` of a plain LoRA adapter, whoever trained it, checked before PEFT acts on it."""
+"""The `adapter_config.json` of a plain LoRA adapter, trained by any tool, checked before PEFT acts on it."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def _resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> tor
 
 def _hold_dense(model: PreTrainedModel) -> None:
     # Late: it needs bitsandbytes.
-    from qriemann.base.on_cpu import hold_dense
+    from qriemann.base.dense_weights import hold_dense
 
     if (held := hold_dense(model)) is not None:
         logger.info("%s", held)

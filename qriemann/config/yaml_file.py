@@ -57,10 +57,11 @@ def read_config_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict
     Raises:
         InputError: the file cannot be read, is not a mapping or repeats a key; `env` is not a mapping of names to values.
     """
+    text = _read_text(Path(path))
     try:
-        content = yaml.load(_read_text(Path(path)), _Loader)
+        content = yaml.load(text, _Loader)
     # Its conversions raise whatever they like: KeyError for `!!bool foo`, ValueError for a number of 5,000 digits.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+    except Exception as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or f"{type(error).__name__}: {error}").split())

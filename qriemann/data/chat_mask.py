@@ -35,7 +35,7 @@ class RowError(ValueError):
 
 
 class RewrittenHistoryError(RowError):
-    """The template writes earlier answers differently when the conversation goes on."""
+    """The template writes earlier answers differently once later turns follow."""
 
 
 #: Token ids of a row, whether each is trained, and whether a token straddles the start of a turn.
@@ -97,8 +97,8 @@ class AssistantTokenizer:
             prompt, turn = self._turn_texts(messages, index, options)
             if not text.startswith(turn):
                 raise RewrittenHistoryError(
-                    "a conversation that the chat template renders the same when it goes on (this one rewrites the turns up "
-                    f"to {index + 1})",
+                    "turns that the chat template renders the same once others follow (it rewrites those up to turn "
+                    f"{index + 1})",
                     "split it into one row for each assistant turn",
                 )
             if not turn.startswith(prompt):

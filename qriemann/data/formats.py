@@ -110,9 +110,6 @@ def prepare(
 
 def _recognize(source: Source, text_field: str) -> RowFormat:
     """The format of the rows; raises InputError, naming the columns found and those accepted, if there is none."""
-    # datasets mangles such a name in Arrow and then fails on the rows.
-    if "\\x00" in repr(source.rows.features):
-        raise InputError(f"{source.name} must have keys without NUL characters, got one that has; rename it")
     row_format = find_format(source.rows.column_names, text_field)
     if row_format is None:
         raise InputError(

@@ -143,28 +143,23 @@ def wilson(right: int, count: int) -> Interval:
 
 def table(found: list[Evaluation]) -> Table:
     """The figures of each model and, for two, their difference row by row."""
-    drawn = Table(
-        title=f"{len(found[0].tokens)} rows, {sum(found[0].tokens)} tokens; 95 % intervals", title_justify="left"
-    )
+    title = f"{len(found[0].tokens)} rows, {sum(found[0].tokens)} tokens; 95 % intervals"
+    drawn = Table(title=title, title_justify="left")
     for name in ("", *(evaluation.name for evaluation in found)):
         drawn.add_column(name, overflow="fold")
     paired = difference(*found) if len(found) == 2 else {}
     if paired:
         drawn.add_column("second - first")
-    rows: list[tuple[str, list[str], str]] = [
-        (
-            "loss, nats a token",
-            [e.loss.text(".4f") for e in found],
-            paired["loss"].text("+.4f") if "loss" in paired else "",
-        ),
-        ("perplexity", [e.perplexity.text(".3f") for e in found], ""),
-    ]
+
+    def add_row(name: str, cells: list[str], key: str = "", form: str = "") -> None:
+        last = [paired[key].text(form) if key in paired else ""] if paired else []
+        drawn.add_row(name, *cells, *last)
+
+    add_row("loss, nats a token", [e.loss.text(".4f") for e in found], "loss", "+.4f")
+    add_row("perplexity", [e.perplexity.text(".3f") for e in found])
     if all(e.scores for e in found):
-        shares = [e.score.text(".1%") for e in found if e.score]
         name = "exact match" if found[0].scorer == "exact" else f"right, by {found[0].scorer}"
-        rows.append((name, shares, paired["score"].text("+.1%") if paired else ""))
-    for name, cells, last in rows:
-        drawn.add_row(name, *cells, *([last] if paired else []))
+        add_row(name, [e.score.text(".1%") for e in found if e.score], "score", "+.1%")
     return drawn
 
 

@@ -1,4 +1,4 @@
-"""`eval --tasks`: the tasks of lm-evaluation-harness, which is asked only to run them on a model that is loaded here."""
+"""`eval --tasks`: the tasks of lm-evaluation-harness, run on a model that is loaded here."""
 
 from __future__ import annotations
 
@@ -54,8 +54,9 @@ def run_tasks(
     unknown = [task for task in tasks if not Path(task).is_file() and not manager.match_tasks([task])]
     if unknown or not tasks:
         raise InputError(
-            f"tasks must be among those of lm-evaluation-harness, got {unknown[0] if unknown else 'none'!r}; lm-eval ls "
-            "tasks lists them"
+            f"lm-evaluation-harness has no task {unknown[0]!r}; lm-eval ls tasks lists them"
+            if unknown
+            else "--tasks names no task; lm-eval ls tasks lists them"
         )
     found = []
     with quiet():

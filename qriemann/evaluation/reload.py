@@ -1,6 +1,6 @@
 """How far a model is from recorded logits; run as a script, it loads the model in a process of its own.
 
-The script must not import this project: what it loads is what somebody else would load.
+The script must not import this project, so that it loads what anybody else would load.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rows that two models are compared or one is scored on: tokens, and which of them count."""
+"""Held-out rows to score a model on or to compare two: tokens, and which of them count."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 from qriemann.errors import InputError, MissingExtraError
 
 _NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-# What leads to the option in a sentence; an answer without such words begins with it.
+# Words that introduce the option in a sentence; an answer without them begins with the option.
 _LEAD = re.compile(r"\banswer(?:\s+is\b|\s*:)\s*:?", re.IGNORECASE)
 
 
@@ -79,14 +79,14 @@ def _read_by(read: Callable[[str], Any], what: str) -> Callable[[str, Mapping[st
 
 
 def _reasoning_gym(right: str, row: Mapping[str, Any]) -> Score:
-    """By the data set that made the row, which the row's `metadata`, a mapping or its JSON, names under `source_dataset`."""
+    """By the dataset that made the row, which the row's `metadata`, a mapping or its JSON, names under `source_dataset`."""
     metadata = row.get("metadata")
     metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
     name = metadata.get("source_dataset") if isinstance(metadata, Mapping) else None
     if name is None:
         raise InputError(
-            "a row for the scorer reasoning-gym must have the metadata that the package gave it, with source_dataset, got "
-            "none; write it into the rows, or choose another --scorer"
+            "the scorer reasoning-gym needs the metadata that the package gave each row, with source_dataset; write it into "
+            "the rows, or choose another --scorer"
         )
     try:
         from reasoning_gym import get_score_answer_fn
@@ -97,7 +97,9 @@ def _reasoning_gym(right: str, row: Mapping[str, Any]) -> Score:
     try:
         score = get_score_answer_fn(name)
     except ValueError as error:
-        raise InputError(f"source_dataset must be one that reasoning-gym has, got {name!r}; check the rows") from error
+        raise InputError(
+            f"reasoning-gym has no dataset {name!r}, which source_dataset names; check the rows"
+        ) from error
     return lambda said: float(score(said, {**row, "answer": right, "metadata": metadata}))
 
 

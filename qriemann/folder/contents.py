@@ -19,31 +19,6 @@ PROOF = "merge_report.json"
 # The recipe's demo writes its answers here.
 _SAMPLES = "quickstart.json"
 
-# What a person asks for first; the full list is in `run.json`.
-_MAIN_SETTINGS = (
-    "method",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_length",
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "start",
-    "alpha",
-    "init",
-    "momentum",
-    "weight_decay",
-    "quantize",
-    "loss_on",
-    "seed",
-)
-
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -80,14 +55,9 @@ class ModelFolder:
 
     @property
     def written_settings(self) -> dict[str, Any]:
-        """The settings that the user wrote; of a run that does not say which, the main ones."""
-        keys = self.run.get("written") or [key for key in _MAIN_SETTINGS if self.settings.get(key) is not None]
-        return {key: self.settings[key] for key in keys if key in self.settings}
-
-    @property
-    def main_settings(self) -> dict[str, Any]:
-        """The settings that a person asks for first."""
-        return {key: self.settings[key] for key in _MAIN_SETTINGS if self.settings.get(key) is not None}
+        """The settings that the user wrote; every one that is set if the run does not say which."""
+        written = self.run.get("written", self.settings)
+        return {key: value for key, value in self.settings.items() if key in written and value is not None}
 
     @property
     def result(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -28,14 +27,6 @@ _WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _LOCAL_PATH = re.compile(r"(/[^/\s]+){2,}/?|~/\S+|file://.+|([A-Za-z]:[\\/]|\\\\).+")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something that must not go up: where it is and what, never what it says."""
-
-    line: int
-    what: str
-
-
 def hide_credentials(text: str) -> str:
     """The text with everything that looks like, or is, a credential of this process replaced."""
     for _, value in _own_secrets():
@@ -43,24 +34,22 @@ def hide_credentials(text: str) -> str:
     return _CREDENTIAL.sub(REDACTED, text)
 
 
-def find_private(text: str, *, paths: Iterable[Path] = ()) -> list[Finding]:
-    """Credentials and local paths in a text.
+def find_private(text: str, *, paths: Iterable[Path] = ()) -> list[tuple[int, str]]:
+    """Credentials and local paths in a text, each as its line and what it is, never what it says.
 
     Args:
         text: of one file.
         paths: further places on this machine whose name must not appear, beside the home and the working folder.
     """
-    found = [Finding(_line(text, match.start()), "a credential") for match in _CREDENTIAL.finditer(text)]
-    for name, value in _own_secrets():
-        if value in text:
-            found.append(Finding(_line(text, text.index(value)), f"the value of {name}"))
+    found = [(match.start(), "a credential") for match in _CREDENTIAL.finditer(text)]
+    found += [(text.index(value), f"the value of {name}") for name, value in _own_secrets() if value in text]
     places = {str(place) for path in (Path.home(), Path.cwd(), *paths) for place in (path, path.resolve())}
     for place in places:
         # "/" or "/root" alone is a word of many vocabularies; a path is followed by more of it.
         match = re.search(re.escape(place.rstrip("/\\")) + r"[/\\]\w", text)
         if match and len(Path(place).parts) > 1:
-            found.append(Finding(_line(text, match.start()), "a local path"))
-    return sorted(set(found), key=lambda finding: (finding.line, finding.what))
+            found.append((match.start(), "a local path"))
+    return sorted({(text.count("\n", 0, position) + 1, what) for position, what in found})
 
 
 def without_paths(value: Any, names: dict[str, str]) -> Any:
@@ -85,8 +74,7 @@ def is_local_path(text: str) -> bool:
 
 
 def _last_part(path: str) -> str:
-    windows = _WINDOWS_PATH.match(path) is not None
-    return (PureWindowsPath(path) if windows else PurePosixPath(path)).name or REDACTED
+    return (PureWindowsPath(path) if _WINDOWS_PATH.match(path) else PurePosixPath(path)).name or REDACTED
 
 
 def _own_secrets() -> list[tuple[str, str]]:
@@ -104,7 +92,3 @@ def _own_secrets() -> list[tuple[str, str]]:
     except OSError:  # The file that it would be in cannot be read.
         token = None
     return [*found, ("the Hub token", token)] if token else found
-
-
-def _line(text: str, position: int) -> int:
-    return text.count("\n", 0, position) + 1

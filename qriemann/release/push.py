@@ -201,10 +201,10 @@ def _uploads(found: ModelFolder, card: str, base: str | None) -> list[Upload]:
     base_path = Path(found.base or "").expanduser()
     places = [found.path, *([base_path] if base_path.is_absolute() else [])]
     for upload in uploads:
-        for finding in find_private(_text(upload), paths=places):
+        for line, what in find_private(_text(upload), paths=places):
             raise InputError(
-                f"{upload.name}, line {finding.line}, holds {finding.what}, which must not go up; remove it there, and if it "
-                "was a credential, revoke it"
+                f"{upload.name}, line {line}, holds {what}, which must not go up; remove it there, and if it was a "
+                "credential, revoke it"
             )
     return uploads
 

@@ -52,7 +52,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         proof=proof_rows(found.proof),
         spectrum=Markup(as_svg(spectrum_figure(spectra))) if spectra else "",
         kinds=[_kind(kind, layers) for kind, layers in group_by_kind(spectra).items()],
-        settings=[(key, _plain(value)) for key, value in found.main_settings.items()],
+        settings=[(key, _plain(value)) for key, value in found.written_settings.items()],
         every_setting=yaml.safe_dump(found.settings, sort_keys=True, allow_unicode=True),
         provenance=list(_provenance(found)),
     )

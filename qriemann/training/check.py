@@ -63,7 +63,7 @@ def check(prepared: Prepared, vram_gib: float | None = None, console: Console | 
         InputError: for anything that stops the run, and for errors in the data that `allow` does not name.
     """
     console = console or Console()
-    planned = plan(prepared.settings)
+    planned = plan(prepared.settings, dense_copies=prepared.dense is not None and prepared.dense.held)
     with quiet(bars=console.is_terminal):
         result = _measure(prepared, planned, vram_gib)
     for number, text in enumerate(preview(prepared.data.train, prepared.tokenizer), 1):

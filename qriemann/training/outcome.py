@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ def describe_run(prepared: Prepared) -> dict[str, Any]:
             "name_or_path": name_of(model),
             "parameters": model.num_parameters(),
             **describe_base(model, prepared.fingerprints["base"]),
+            "dequantized": prepared.dense and asdict(prepared.dense),
         },
         "config": describe_settings(settings, prepared.args),
     }

@@ -12,7 +12,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
@@ -21,6 +21,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
 from qriemann.adapters.targets import adapter_config, check_targets
+from qriemann.base.on_cpu import keep_freed_memory
 from qriemann.checkpoints.fingerprints import check_same_run, fingerprints
 from qriemann.checkpoints.manifest import FoundCheckpoint
 from qriemann.checkpoints.starting_point import starting_point
@@ -39,6 +40,9 @@ from qriemann.training.publishing import push_target
 from qriemann.training.seam import for_trainer
 from qriemann.upstream import quiet
 
+if TYPE_CHECKING:
+    from qriemann.base.dense_weights import DenseWeights
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -49,6 +53,7 @@ class Prepared:
         args: the trainer's arguments, fitted to the data: the learning rate, and when to evaluate.
         model: the base in its storage format, or a model that came with an adapter.
         tokenizer: with the chat template and the end token that the run uses.
+        dense: the dequantized copies that a CPU computes with; None where there are none to hold.
         adapter: the configuration of the new adapter; None where the model came with one.
         data: tokens and labels, held-out rows split off.
         optimizer: the value of TRL's `optimizer_cls_and_kwargs`.
@@ -64,6 +69,7 @@ class Prepared:
     args: SFTConfig
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    dense: DenseWeights | None
     adapter: LoraConfig | None
     data: TokenizedData
     optimizer: tuple[type, dict[str, Any]]
@@ -110,6 +116,8 @@ def prepare(
         )
         # Asking for the device is what joins the processes of a launcher.
         device = args.device
+        if device.type == "cpu":
+            keep_freed_memory()
         found = _free_folder(settings) if to_train else FoundCheckpoint(None)
         with view.doing("reading the rows"):
             sources = read_rows(settings, train_dataset, eval_dataset)
@@ -118,22 +126,23 @@ def prepare(
                 model, tokenizer = read_base(settings, model, tokenizer)
         else:
             model, tokenizer = read_base(settings, model, tokenizer)
+        dense = _dense_weights(model)
         adjust_tokenizer(tokenizer, eos_token=args.eos_token, chat_template_path=settings.trl.get("chat_template_path"))
         adapter = None if isinstance(model, PeftModel) else adapter_config(settings)
         if adapter is not None:
             check_targets(model, adapter)
-        with view.doing("tokenizing the rows"):
+        with view.doing("tokenizing and fingerprinting the rows"):
             data = tokenize(settings, args, sources, tokenizer)
             defects = find_defects(data, tokenizer, model, args.max_length)
+            data_print = fingerprint(data.train, data.held_out)
         rate = _fitted_rate(settings, args, optimizer, data)
         if rate is not None:
             optimizer = (optimizer[0], {**optimizer[1], "lr": rate[0]})
-        for notice in [*data.notices, *([] if rate is None else [rate[1]])]:
-            view.note(notice)
+        for notice in (dense, *data.notices, rate and rate[1]):
+            if notice is not None:
+                view.note(str(notice))
         args = _fitted_arguments(args, optimizer[1]["lr"], data, resuming=found.path is not None)
-        with view.doing("fingerprinting rows and base"):
-            data_print = fingerprint(data.train, data.held_out)
-            prints = fingerprints(describe_settings(settings, args), model, data_print)
+        prints = fingerprints(describe_settings(settings, args), model, data_print)
     if found.path is not None:
         check_same_run(found.path, prints, settings.allow)
     return Prepared(
@@ -141,6 +150,7 @@ def prepare(
         args=args,
         model=model,
         tokenizer=tokenizer,
+        dense=dense,
         adapter=adapter,
         data=data,
         optimizer=optimizer,
@@ -157,6 +167,15 @@ def _free_folder(settings: Settings) -> FoundCheckpoint:
     folder = Path(settings.output_dir)
     run_on_main(lambda: refuse_if_held(folder))
     return starting_point(folder, resume=settings.resume, overwrite=settings.overwrite, allow=settings.allow)
+
+
+def _dense_weights(model: Any) -> DenseWeights | None:
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return None
+    from qriemann.base.dense_weights import hold_dense
+
+    # `load_base` has made the copies where it could; of those that are there this only tells the size.
+    return hold_dense(model)
 
 
 def _optimizer(settings: Settings, args: SFTConfig) -> tuple[type, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""An adapter's folder from anybody: what PEFT would compute, or one line that says what is wrong with it."""
+"""A downloaded adapter computes what it does in PEFT, or is refused in one line that says what is wrong with it."""
 
 from __future__ import annotations
 

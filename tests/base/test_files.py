@@ -1,4 +1,4 @@
-"""A base model from anybody: loaded as it is, or one line that says what is wrong with it."""
+"""A downloaded base model is loaded as it is, or refused in one line that says what is wrong with it."""
 
 from __future__ import annotations
 

@@ -218,21 +218,11 @@ def test_embedded_model_answers_in_its_chat_template(embedded: tuple[Any, Any]) 
     assert "Paris" in tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
 
 
-def test_an_unprotected_layer_does_reach_the_repacking(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once this fails, bitsandbytes has changed and the protection may have nothing left to protect from."""
-
-    def refuse(*arguments: Any) -> None:
-        raise RuntimeError("repacked")
-
-    monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", refuse)
-    model, _ = load_base(folder)
-    ids = torch.tensor([[1, 5, 6]])
-    with torch.no_grad():
-        model(ids)
-        for _, layer in quantized_layers(model):
-            layer.support_avx512bf16_for_cpu = True
-        with pytest.raises(RuntimeError, match="repacked"):
-            model(ids)
+def test_a_base_on_the_cpu_computes_with_its_weights_dequantized_once(folder: Path) -> None:
+    model, _ = load_base(folder, device="cpu")
+    for name, layer in quantized_layers(model):
+        expected = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert torch.equal(layer.dense_weight(), expected), name
 
 
 def test_a_float_gguf_file_loads_as_the_model_it_was_made_from(gguf_file: Path, original: LlamaForCausalLM) -> None:

@@ -17,6 +17,7 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from torch import Tensor, nn
 
 from qriemann import InputError, Riemannion, attach
+from qriemann.base.quantized import protect_quantized_weights
 from qriemann.geometry import FixedRankParameter
 from tests.models import (
     assert_blocks_match,
@@ -183,3 +184,18 @@ def test_a_base_that_was_repacked_already_is_refused_by_name_and_left_as_it_was(
         attach(model)
     assert all(torch.equal(model.get_parameter(name).data, value) for name, value in factors.items())
     assert not any(getattr(module, "lora_variant", {}) for module in model.modules())
+
+
+def test_an_unprotected_layer_does_reach_the_repacking(base, monkeypatch):
+    """Once this fails, bitsandbytes has changed and the protection may have nothing left to protect from."""
+
+    def refuse(*arguments):
+        raise RuntimeError("repacked")
+
+    monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", refuse)
+    base.eval()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="repacked"):
+        base(token_batch())
+    assert protect_quantized_weights(base) == 14
+    with torch.no_grad():
+        base(token_batch())

@@ -86,7 +86,7 @@ def test_a_token_that_straddles_the_start_of_a_turn_is_trained_and_reported(toke
 
 def test_a_template_that_rewrites_its_history_is_refused_with_a_remedy():
     encoder = AssistantTokenizer(make_tokenizer(REWRITING))
-    with pytest.raises(RowError, match="rewrites the turns") as caught:
+    with pytest.raises(RowError, match="rewrites those up to turn 2") as caught:
         encoder.conversation(as_messages([("user", "a"), ("assistant", "why|b"), ("user", "c"), ("assistant", "d")]))
     assert "one row for each assistant turn" in caught.value.remedy
     _, mask, _ = encoder.conversation(as_messages([("user", "a"), ("assistant", "why|b")]))

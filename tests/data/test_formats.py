@@ -148,9 +148,3 @@ def test_conversations_need_a_chat_template():
     source = Source(Dataset.from_list(chat_rows(1)), "rows")
     with pytest.raises(InputError, match="chat_template_path"):
         prepare(source, None, make_tokenizer(None))
-
-
-def test_a_key_with_a_nul_character_is_refused(tokenizer, write_rows):
-    path = write_rows([{"messages": [{"role": "user", "content": [{"\x00": None}]}]}])
-    with pytest.raises(InputError, match="keys without NUL characters"):
-        prepare(*load_sources(str(path)), tokenizer)

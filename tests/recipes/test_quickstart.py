@@ -74,6 +74,13 @@ def test_every_right_answer_is_the_list_reversed() -> None:
         assert question.answer.split(", ") == question.words.split(", ")[::-1]
 
 
+def test_every_word_is_one_token_of_the_model_wherever_it_stands(base: tuple[Any, Any]) -> None:
+    words = script._WORDS.split()
+    assert len(set(words)) == len(words)
+    for word in words:
+        assert [len(base[1](text)["input_ids"]) for text in (word, f", {word}")] == [1, 2], word
+
+
 def test_no_held_out_question_is_trained_on_and_none_comes_twice() -> None:
     training, held_out = script.make_questions(500, 200)
     words = [question.words for question in [*training, *held_out]]
@@ -167,17 +174,6 @@ def test_a_folder_with_a_run_is_refused_and_left_as_it_is(
     [line] = capsys.readouterr().err.splitlines()
     assert "--overwrite" in line
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
-def test_a_missing_demo_package_is_named_with_its_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    keep_environment(monkeypatch)
-    # What the import system keeps for a module that cannot be imported.
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    assert script.main(["--output-dir", str(tmp_path / "run")]) == 2
-    assert "pip install reasoning-gym" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--eval-prompts", "-3"], ["--step-count", "4"]])

@@ -13,7 +13,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from qriemann import cli
 from qriemann.data.formats import prepare
 from qriemann.data.sources import Source
 from tests.recipe_fixtures import chat_rows, make_tokenizer, run_cli, train_on
@@ -165,7 +164,7 @@ def test_bad_input_is_one_line_with_status_2_and_writes_nothing(tmp_path, settin
         ([{"a": "b"}], "usable columns"),
         ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}], "row 1"),
         ([{"messages": [{"role": "user", "content": "a"}]}], "every token masked"),
-        ([], "at least one row"),
+        ([], "is empty"),
     ],
 )
 def test_bad_rows_are_one_line_with_status_2_and_write_nothing(tmp_path, settings, rows, part, write_rows, capsys):
@@ -174,10 +173,10 @@ def test_bad_rows_are_one_line_with_status_2_and_write_nothing(tmp_path, setting
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_package_is_named_with_its_pip_install(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "qriemann.config.settings")
+def test_a_missing_package_is_named_with_its_pip_install(tmp_path, settings, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "qriemann.training.prepare")
     monkeypatch.setitem(sys.modules, "trl", None)
-    assert cli.main(["train", "run.yaml"]) == 2
+    assert run_cli(tmp_path, settings) == 2
     assert "pip install trl" in capsys.readouterr().err
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qriemann import Riemannion
-from qriemann.base import on_cpu
-from qriemann.base.on_cpu import DenseLinear4bit, hold_dense
+from qriemann.base import dense_weights
+from qriemann.base.dense_weights import DenseLinear4bit, hold_dense
 from qriemann.base.quantized import protect_quantized_weights
 from qriemann.optim.methods import METHODS
 from qriemann.training.seam import for_trainer
@@ -117,15 +117,15 @@ def test_training_saves_the_same_adapter(stock, held, tmp_path):
 
 def test_nothing_is_made_where_memory_is_short(stock, monkeypatch):
     needed = sum(4 * layer.in_features * layer.out_features for layer in quantized_layers(stock))
-    monkeypatch.setattr(on_cpu, "_free_bytes", lambda: 2 * needed - 1)
+    monkeypatch.setattr(dense_weights, "_free_bytes", lambda: 2 * needed - 1)
     described = hold_dense(stock)
     assert (described.held, described.layers, described.bytes) == (False, 14, needed)
     assert copied(stock) == 0
-    monkeypatch.setattr(on_cpu, "_free_bytes", lambda: 2 * needed)
+    monkeypatch.setattr(dense_weights, "_free_bytes", lambda: 2 * needed)
     assert hold_dense(stock).held
     # Processes that load beside each other share what is free.
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert not on_cpu.fits(needed)
+    assert not dense_weights.fits(needed)
 
 
 @pytest.mark.filterwarnings("ignore:(M|Unm)erge lora module to 4-bit linear may get different generations:UserWarning")
