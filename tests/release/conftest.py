@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,6 +102,18 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_folder(finished_run: Path, tmp_path: Path) -> Path:
     """A copy of it."""
     return Path(shutil.copytree(finished_run, tmp_path / "adapter"))
+
+
+@pytest.fixture(autouse=True)
+def _proof_in_the_shared_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fresh process of a proof is the shared one, but for session fixtures, which start their own."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        source = 'import runpy\nresult = runpy.run_path(script)["main"](request)'
+        run_elsewhere(source, script=command[-2], request=command[-1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("qriemann.evaluation.proof.subprocess", SimpleNamespace(run=run))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from qriemann.checkpoints.signals import StoppedBySignal
 from qriemann.config import settings_from
 from qriemann.errors import InputError
+from qriemann.training import train
 from qriemann.training.seam import OptimizerFactory
 from tests.models import tiny_llama, with_lora
 from tests.recipe_fixtures import chat_rows, train_on
@@ -141,7 +142,7 @@ CASES = {
 
 
 def worker(folder: Path) -> None:
-    torch.set_num_threads(1)
+    train.publish = lambda *_, **__: None
     settings = json.loads((folder / "settings.json").read_text())
     ended = {name: case(settings, PROCESSES) for name, case in CASES.items()}
     rank = torch.distributed.get_rank()
@@ -172,6 +173,7 @@ def ranks(settings):
     return [torch.load(Path(settings["root"]) / f"rank{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_factors_and_momentum_are_equal_to_the_bit_in_all_processes(ranks, case):
     first, second = (rank[case]["state"] for rank in ranks)
@@ -182,6 +184,7 @@ def test_factors_and_momentum_are_equal_to_the_bit_in_all_processes(ranks, case)
         assert torch.equal(tensor, second[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["plain", "poisoned", "cut to fit"])
 def test_two_processes_have_the_losses_of_one_with_the_same_effective_batch(ranks, settings, case):
     one = CASES[case](settings, 1)
@@ -191,6 +194,7 @@ def test_two_processes_have_the_losses_of_one_with_the_same_effective_batch(rank
     assert ranks[0][case]["held_out"] == pytest.approx(one["held_out"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_step_whose_loss_is_infinite_in_one_process_is_skipped_by_all_and_its_rows_are_named(ranks, settings):
     (event,) = ranks[0]["poisoned"]["skipped"]
     (alone,) = [record for record in metrics(Path(settings["root"]) / "poisoned-of-1") if "skipped" in record]
@@ -198,6 +202,7 @@ def test_a_step_whose_loss_is_infinite_in_one_process_is_skipped_by_all_and_its_
     assert len(set(alone["skipped"]["rows"])) == 8
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_resumed_run_is_the_whole_one(ranks, settings):
     assert (Path(settings["root"]) / "stopped-of-2" / "checkpoint-2" / "manifest.json").exists()
     for rank in ranks:
@@ -205,6 +210,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_resumed_r
             assert torch.equal(tensor, rank["resumed"]["state"][name]), name
 
 
+@pytest.mark.slow
 def test_processes_that_were_seeded_apart_start_from_one_point(ranks):
     first, second = (rank["start"] for rank in ranks)
     for name, tensor in first.items():
