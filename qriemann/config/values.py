@@ -67,6 +67,8 @@ def members(hint: Any) -> list[Any]:
 
 def accepts_none(hint: Any) -> bool:
     """Whether null is a value of this type rather than a key left out."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
     return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
 
 

