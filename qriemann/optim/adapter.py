@@ -133,6 +133,20 @@ class AdapterOptimizer(torch.optim.Optimizer):
         }
         return packed
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores options and state; subclasses move the adapter to the saved one.
+
+        Raises:
+            InputError: the state of another method.
+        """
+        missing = {*self.defaults, ON_ADAPTER}.difference(*(group.keys() for group in state_dict["param_groups"]))
+        if missing:
+            raise InputError(
+                f"optimizer state must be that of {type(self).__name__}, got one without {', '.join(sorted(missing))}; "
+                "resume with the method that saved it"
+            )
+        super().load_state_dict(state_dict)
+
 
 def adapter_and_rest(
     members: list[Any], on_adapter: list[bool], options: dict[str, Any], defaults: dict[str, Any]

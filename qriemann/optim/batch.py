@@ -23,7 +23,7 @@ from qriemann.ops import POLAR_RTOL
 from qriemann.ops.core import MomentumForm
 
 if TYPE_CHECKING:
-    from qriemann.ops.triton import TritonStep
+    from qriemann.ops.triton.step import TritonStep
 
 logger = logging.getLogger(__name__)
 
@@ -159,13 +159,15 @@ class FactorBatch:
         """The Triton path, or None where the batched PyTorch path runs."""
         if not self._use_triton:
             return None
-        from qriemann.ops import triton
+        from qriemann.ops.triton import supported
 
-        reason = triton.supported(self.s.device, self.s.shape[-1])
+        reason = supported(self.s.device, self.s.shape[-1])
         if reason is not None:
             logger.warning("the batched PyTorch path runs because %s", reason)
             return None
-        return triton.TritonStep(self._tall(), self.momentum, self.s, self.skipped)
+        from qriemann.ops.triton.step import TritonStep
+
+        return TritonStep(self._tall(), self.momentum, self.s, self.skipped)
 
     def _current_addresses(self) -> list[int]:
         return [p.data_ptr() for p in self.parameters] + [point.s.data_ptr() for point in self.points]

@@ -30,11 +30,9 @@ class FactorOptimizer(AdapterOptimizer):
         defaults: the options of a param group.
 
     Attributes:
-        state_keys: what the state of a parameter may hold.
         needs_pairs: whether both factors of an adapter must be trained, of one adapter at least.
     """
 
-    state_keys: ClassVar[frozenset[str]]
     needs_pairs: ClassVar[bool] = True
 
     def make_groups(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
@@ -82,12 +80,6 @@ class FactorOptimizer(AdapterOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores options and state, and moves the adapter to the saved one."""
-        found = {key for entry in state_dict["state"].values() for key in entry}
-        if not found <= self.state_keys | {"factor"}:
-            raise InputError(
-                f"optimizer state must be that of {type(self).__name__}, got one with {', '.join(sorted(found))}; "
-                "resume with the method that saved it"
-            )
         super().load_state_dict(state_dict)
         for name, parameter in self.adapter_parameters():
             saved = self.state[parameter].pop("factor", None)

@@ -32,7 +32,6 @@ class AdamW(FactorOptimizer):
     """
 
     lr_scale = "the change of a factor's entry in one step"
-    state_keys = frozenset({"step", "exp_avg", "exp_avg_sq"})
     needs_pairs = False
 
     def __init__(
@@ -79,7 +78,6 @@ class Muon(FactorOptimizer):
     """
 
     lr_scale = "the spectral norm of one step of a factor"
-    state_keys = frozenset({"step", "exp_avg", "exp_avg_sq", "momentum_buffer"})
 
     def __init__(
         self,

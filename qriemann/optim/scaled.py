@@ -178,7 +178,6 @@ class ScaledGD(_Scaled):
     """
 
     lr_scale = "the share of a preconditioned gradient, which has the scale of the loss"
-    state_keys = frozenset({"step", "momentum", "exp_avg", "exp_avg_sq"})
 
     def __init__(
         self,
@@ -256,7 +255,6 @@ class ScaledAdamW(_Scaled):
     """
 
     lr_scale = "the change of a factor's entry in one step"
-    state_keys = frozenset({"step", "exp_avg", "exp_avg_sq"})
 
     def __init__(
         self,
