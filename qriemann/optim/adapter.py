@@ -139,7 +139,9 @@ class AdapterOptimizer(torch.optim.Optimizer):
         Raises:
             InputError: the state of another method.
         """
-        missing = {*self.defaults, ON_ADAPTER}.difference(*(group.keys() for group in state_dict["param_groups"]))
+        # torch adds the first of these to the defaults when it loads a state, and to no group.
+        options = {*self.defaults, ON_ADAPTER} - {"differentiable"}
+        missing = options.difference(*(group.keys() for group in state_dict["param_groups"]))
         if missing:
             raise InputError(
                 f"optimizer state must be that of {type(self).__name__}, got one without {', '.join(sorted(missing))}; "
