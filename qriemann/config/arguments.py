@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from qriemann.config.settings import Settings
+from qriemann.config.settings import FIXED, Settings
 from qriemann.config.values import PUBLIC_TOKEN_KEYS, redact
 from qriemann.distributed import refuse_sharding
 from qriemann.errors import InputError
@@ -40,13 +40,14 @@ def training_arguments(settings: Settings) -> SFTConfig:
 
 
 def describe_settings(settings: Settings, args: SFTConfig) -> dict[str, Any]:
-    """Every setting of a run as one flat JSON-ready mapping, credentials redacted."""
+    """Every setting of a run as one flat JSON-ready mapping, credentials redacted; without TRL's keys that decide nothing."""
     own = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
     del own["trl"], own["written"]
     # transformers masks every key that ends in "_token", vocabulary entries included.
     public = {key: getattr(args, key) for key in PUBLIC_TOKEN_KEYS if hasattr(args, key)}
+    merged = {key: value for key, value in {**args.to_dict(), **public, **own}.items() if key not in FIXED}
     # A credential may be part of any other value: a name, say.
-    return json.loads(hide_credentials(json.dumps(redact({**args.to_dict(), **public, **own}))))
+    return json.loads(hide_credentials(json.dumps(redact(merged))))
 
 
 def _defaults(written: Collection[str], *, use_cpu: bool) -> dict[str, Any]:

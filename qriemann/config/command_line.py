@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_origin
 
 from qriemann.config.values import accepts_none, members, nearest, shown
-from qriemann.config.yaml_file import read_scalar
+from qriemann.config.yaml_file import read_value
 from qriemann.errors import InputError
 
 
@@ -51,5 +51,4 @@ def _value(key: str, values: list[str], hint: Any) -> Any:
     (value,) = values
     if value.lower() in ("none", "null") and accepts_none(hint) and str not in kinds:
         return None
-    # Where a word may be meant as well, only what reads as a number or a truth value is one.
-    return read_scalar(value) if str in kinds and {bool, int, float} & {*kinds} else value
+    return read_value(value, (bool, int, float)) if {bool, int, float} & {*kinds} else value

@@ -26,7 +26,7 @@ from qriemann.errors import InputError
 Positive = Annotated[int, Field(ge=1)]
 
 # Keys of TRL that this project decides: the value that is accepted, and what to do instead.
-_FIXED: dict[str, tuple[Any, str]] = {
+FIXED: dict[str, tuple[Any, str]] = {
     "use_peft": (True, "only the adapter is trained; there is no full fine-tuning here"),
     "use_dora": (False, "DoRA's magnitude vector leaves the fixed-rank manifold; remove the key"),
     "load_in_8bit": (False, "the base is NF4 or unquantized; use quantize: nf4 or quantize: none"),
@@ -165,7 +165,7 @@ def hints() -> dict[str, Any]:
     """The type of every key that may be written, ranges included."""
     own = get_type_hints(Settings, include_extras=True)
     theirs = {key: Annotated[hint, _RANGES[key]] if key in _RANGES else hint for key, hint in trl_hints().items()}
-    fixed = dict.fromkeys(_FIXED, Any)
+    fixed = {key: bool if isinstance(accepted, bool) else Any for key, (accepted, _) in FIXED.items()}
     # A null for it is left out, as any other null: transformers would answer with a warning about its old name.
     return {
         **fixed,
@@ -206,7 +206,7 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
         InputError: a key or value is wrong, or two of them disagree.
     """
     checked = _check(values, "in the settings")
-    for key, (accepted, remedy) in _FIXED.items():
+    for key, (accepted, remedy) in FIXED.items():
         if checked.get(key, accepted) != accepted:
             raise InputError(f"{key} must be {accepted!r} or left out, got {shown(checked[key], key)}; {remedy}")
         checked.pop(key, None)

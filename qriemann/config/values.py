@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import types
 from collections.abc import Iterable
@@ -44,7 +43,10 @@ def coerce(hint: Any, value: Any) -> Any:
     """
     kinds = [get_origin(member) or member for member in members(hint)]
     if isinstance(value, str) and dict in kinds and value.lstrip().startswith("{"):
-        value = _mapping(value)
+        # yaml_file.py imports this file.
+        from qriemann.config.yaml_file import read_value
+
+        value = read_value(value, (dict,))
     if isinstance(value, str) and {list, tuple} & {*kinds} and str not in kinds:
         value = [value]
     try:
@@ -98,16 +100,6 @@ def shown(value: Any, key: str = "") -> str:
     except ValueError:  # Python writes no integer of more than 4,300 digits.
         return f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def _mapping(text: str) -> Any:
-    import yaml
-
-    try:
-        loaded = json.loads(text) if '"' in text else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, RecursionError):
-        return text
-    return loaded if isinstance(loaded, dict) else text
 
 
 def _rule(error: ValidationError, hint: Any) -> str:

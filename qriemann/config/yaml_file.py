@@ -42,13 +42,13 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_scalar(text: str) -> Any:
-    """One word of a command line as the file would read it; the word itself where YAML finds more than a scalar in it."""
+def read_value(text: str, kinds: tuple[type, ...]) -> Any:
+    """The text as the file would read it, if that gives one of the kinds; otherwise the text itself."""
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except Exception:  # as in `read_config_file`
         return text
-    return value if isinstance(value, bool | int | float) else text
+    return value if isinstance(value, kinds) else text
 
 
 def read_config_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from trl import SFTConfig
 
 from qriemann.config import load_settings, settings_from
 from qriemann.config.arguments import describe_settings, training_arguments
-from qriemann.config.settings import _FIXED, hints
+from qriemann.config.settings import FIXED, hints
 from qriemann.config.trl_keys import trl_hints
 from qriemann.config.values import coerce
 from qriemann.errors import InputError
@@ -59,6 +60,32 @@ def test_a_value_means_what_a_person_would_read(write_yaml, text, key, value):
     assert type(found) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["--max_length", "none"], "max_length", None),
+        (["--max_steps", "1e3"], "max_steps", 1000),
+        (["--report_to", "none"], "report_to", "none"),
+        (["--packing", "yes"], "packing", True),
+        (["--method_kwargs", "{eps: 1e-7, nesterov: false}"], "method_kwargs", {"eps": 1e-7, "nesterov": False}),
+    ],
+)
+def test_a_word_of_the_command_line_means_what_it_means_in_the_file(write_yaml, words, key, value):
+    settings = load_settings(write_yaml(""), words)
+    assert (settings.trl[key] if key in settings.trl else getattr(settings, key)) == value
+
+
+def test_a_null_max_length_cuts_no_row(write_yaml):
+    assert training_arguments(load_settings(write_yaml("max_length: null\n"))).max_length is None
+
+
+def test_a_key_that_this_project_decides_may_say_what_it_decides(write_yaml):
+    settings = load_settings(write_yaml("use_bnb_nested_quant: yes\n"), ["--use_peft", "--use_dora", "false"])
+    assert settings.written == {"output_dir"}
+    # The trainer's own values for such keys decide nothing, so no record and no checkpoint says them.
+    assert not FIXED.keys() & describe_settings(settings, training_arguments(settings)).keys()
+
+
 def test_a_null_learning_rate_leaves_the_choice_to_the_method(write_yaml):
     assert "learning_rate" not in load_settings(write_yaml("learning_rate: null\n")).written
 
@@ -95,13 +122,12 @@ def test_the_keys_read_from_trls_source_are_those_of_the_imported_class():
 def test_every_default_of_trl_passes_through_unchanged():
     for item in dataclasses.fields(SFTConfig):
         default = getattr(item.default, "value", item.default)
-        if item.name not in _FIXED and item.default is not dataclasses.MISSING and default is not None:
+        if item.name not in FIXED and item.default is not dataclasses.MISSING and default is not None:
             assert coerce(hints()[item.name], default) == default, item.name
 
 
-def test_every_method_can_be_named():
-    for method in METHODS:
-        assert settings_from({"output_dir": "out", "method": method}).method == method
+def test_the_methods_that_can_be_named_are_those_of_the_table():
+    assert set(get_args(hints()["method"])) == METHODS.keys()
 
 
 @pytest.mark.parametrize(

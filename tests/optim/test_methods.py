@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
 import qriemann
-from qriemann.optim import AdamW, Muon, rates
+from qriemann.optim import AdamW, options
 from qriemann.optim.methods import METHODS, find_method, resolve_options
 from tests.models import (
     counting_rows,
@@ -147,8 +147,8 @@ def test_the_saved_adapter_gives_the_same_logits_in_plain_peft(name, lives):
 @every_method
 def test_parameters_outside_the_adapter_are_trained_too(name):
     model = with_lora(tiny_llama(), modules_to_save=["lm_head"], target_modules=["q_proj"])
-    factory, options = qriemann.for_trainer(name, lr=RATES[name])
-    optimizer = factory()(model, **options)
+    factory, keywords = qriemann.for_trainer(name, lr=RATES[name])
+    optimizer = factory()(model, **keywords)
     head = model.base_model.model.lm_head.modules_to_save["default"].weight
     before = head.detach().clone()
     next_token_loss(model, token_batch()).backward()
@@ -231,8 +231,8 @@ def test_the_classes_own_defaults_are_those_of_the_table(name):
 @pytest.fixture
 def warned(caplog):
     """The lines on learning rates so far; what another test has caused before is said again."""
-    rates._warn_if_far.cache_clear()
-    with caplog.at_level(logging.WARNING, logger=rates.__name__):
+    options._warn_if_far.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=options.__name__):
         yield lambda: [record.getMessage() for record in caplog.records]
 
 
@@ -338,11 +338,6 @@ def test_an_option_may_be_written_as_a_recipe_writes_it(name, written, meant):
     resolved = resolve_options(name, written)
     assert {key: resolved[key] for key in meant} == meant
     assert all(type(resolved[key]) is type(value) for key, value in meant.items())
-
-
-def test_muon_itself_refuses_a_step_size_rule_that_torch_does_not_have():
-    with pytest.raises(qriemann.InputError, match="adjust_lr_fn must be one of None, 'original', 'match_rms_adamw'"):
-        Muon(with_lora(tiny_llama(layers=1)), adjust_lr_fn="foo")
 
 
 @every_method
