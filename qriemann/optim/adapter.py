@@ -39,6 +39,8 @@ class AdapterOptimizer(torch.optim.Optimizer):
     def __init__(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any]) -> None:
         check_options(defaults)
         warn_of_another_scale(type(self), defaults, self.lr_scale)
+        # torch adds keys of its own to `self.defaults` later.
+        self._saved_keys = {*defaults, ON_ADAPTER}
         super().__init__(self.make_groups(params, defaults), defaults)
         self._made = True
 
@@ -139,9 +141,7 @@ class AdapterOptimizer(torch.optim.Optimizer):
         Raises:
             InputError: the state of another method.
         """
-        # torch adds the first of these to the defaults when it loads a state, and to no group.
-        options = {*self.defaults, ON_ADAPTER} - {"differentiable"}
-        missing = options.difference(*(group.keys() for group in state_dict["param_groups"]))
+        missing = self._saved_keys.difference(*(group.keys() for group in state_dict["param_groups"]))
         if missing:
             raise InputError(
                 f"optimizer state must be that of {type(self).__name__}, got one without {', '.join(sorted(missing))}; "

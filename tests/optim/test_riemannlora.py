@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from qriemann.errors import InputError
-from qriemann.geometry import FixedRankPoint
 from qriemann.ops import POLAR_RTOL
 from qriemann.optim import RiemannLoRA
 from tests.dense import DenseRiemannLoRA, best_approximation, low_rank_factors, tangent_projection
-from tests.optim.test_riemannion_state import saved_and_loaded
 from tests.optim.test_riemannion_step import STEP_RTOL, Adapter, noisy_quadratic, relative
 
 
@@ -91,83 +87,3 @@ def test_without_momentum_it_is_riemannian_gradient_descent():
 def test_with_simulated_adam_the_step_does_not_depend_on_the_gradients_scale(scale):
     adapter = Adapter(30, 20, 4)
     assert follow(adapter, noisy_quadratic(scale), simulate_adam=True) < STEP_RTOL
-
-
-@pytest.mark.parametrize("simulate_adam", [False, True])
-def test_two_factorizations_of_one_point_follow_the_same_trajectory(simulate_adam):
-    first, second = Adapter(40, 28, 6), Adapter(40, 28, 6)
-    s = first.randn(6, 6).float() + 2 * torch.eye(6)
-    q, p = (torch.linalg.qr(first.randn(6, 6))[0] for _ in range(2))
-    point = first.record.point()
-    first.start_at(s)
-    second.record.assign(FixedRankPoint(point.u.double() @ q, q.mT @ s.double() @ p, point.v.double() @ p))
-    optimizers = [RiemannLoRA(a.parameters, lr=0.02, simulate_adam=simulate_adam) for a in (first, second)]
-    for _ in range(30):
-        g = first.randn(40, 28)
-        for adapter, optimizer in zip((first, second), optimizers, strict=True):
-            adapter.set_gradient(adapter.x + g)
-            optimizer.step()
-    assert relative(first.x, second.x) < 1e-4
-
-
-def test_a_nonfinite_gradient_leaves_point_momentum_and_norms_alone():
-    good, bad = Adapter(30, 20, 4, seed=1), Adapter(30, 20, 4, seed=2)
-    optimizer = RiemannLoRA([*good.parameters, *bad.parameters], lr=0.02)
-    for adapter in (good, bad):
-        adapter.set_gradient(adapter.randn(30, 20))
-    optimizer.step()
-
-    def numbers() -> list[Tensor]:
-        return [t.clone() for p in bad.parameters for t in (p.data, *optimizer.state[p].values())]
-
-    before, good_before = numbers(), good.x
-    bad.record.u.grad[3, 1] = float("nan")
-    optimizer.step()
-    assert len(before) == 5
-    assert all(torch.equal(a, b) for a, b in zip(before, numbers(), strict=True))
-    assert optimizer.skipped_updates == 1
-    assert good.x.isfinite().all()
-    assert relative(good.x, good_before) > 1e-3
-
-
-@pytest.mark.parametrize("simulate_adam", [False, True])
-def test_a_state_saved_and_loaded_goes_on_bit_for_bit(simulate_adam, tmp_path):
-    def fresh() -> tuple[Adapter, RiemannLoRA]:
-        adapter = Adapter(30, 20, 4)
-        return adapter, RiemannLoRA(adapter.parameters, lr=0.02, simulate_adam=simulate_adam)
-
-    def go_on(adapter: Adapter, optimizer: RiemannLoRA, seeds: range) -> None:
-        for seed in seeds:
-            adapter.generator.manual_seed(seed)
-            adapter.set_gradient(adapter.randn(30, 20))
-            optimizer.step()
-
-    adapter, optimizer = fresh()
-    go_on(adapter, optimizer, range(4))
-    state = saved_and_loaded(optimizer.state_dict(), tmp_path)
-    go_on(adapter, optimizer, range(4, 8))
-    other, resumed = fresh()
-    resumed.load_state_dict(state)
-    go_on(other, resumed, range(4, 8))
-    assert all(torch.equal(a, b) for a, b in zip(adapter.parameters, other.parameters, strict=True))
-    assert torch.equal(adapter.record.s, other.record.s)
-
-
-def test_training_a_model_with_it_lowers_the_loss():
-    from tests.models import next_token_loss, tiny_llama, token_batch, with_lora
-
-    model = with_lora(tiny_llama())
-    optimizer = RiemannLoRA(model, lr=0.1)
-    ids = token_batch()
-    before = next_token_loss(model, ids).item()
-    for _ in range(30):
-        optimizer.zero_grad()
-        next_token_loss(model, ids).backward()
-        optimizer.step()
-    assert next_token_loss(model, ids).item() < 0.8 * before
-
-
-@pytest.mark.parametrize(("key", "value"), [("lr", -1.0), ("momentum", 1.0), ("beta2", 1.0), ("norm_eps", -1e-8)])
-def test_values_out_of_range_are_refused_by_name(key, value):
-    with pytest.raises(InputError, match=key):
-        RiemannLoRA(Adapter(30, 20, 4).parameters, **{key: value})

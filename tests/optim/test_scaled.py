@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -79,34 +80,30 @@ class Dense:
             moved.append((1 - lr * weight_decay) * factor - lr * moments[0])
         self.a, self.b = moved
 
-    def adamw(self, g: Tensor, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    def adamw_moved(
+        self, side: int, direction: Tensor, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    ) -> Tensor:
+        factor, moments = (self.a, self.b)[side], self.moments[side]
+        moments[0] = betas[0] * moments[0] + (1 - betas[0]) * direction
+        moments[1] = betas[1] * moments[1] + (1 - betas[1]) * direction**2
+        first, second = (m / (1 - beta**self.steps) for m, beta in zip(moments, betas, strict=True))
+        return (1 - lr * weight_decay) * factor - lr * first / (second.sqrt() + eps)
+
+    def adamw(self, g: Tensor, **rates: Any) -> None:
         self.steps += 1
-        moved = []
-        for factor, direction, moments in zip((self.a, self.b), self.preconditioned(g), self.moments, strict=True):
-            moments[0] = betas[0] * moments[0] + (1 - betas[0]) * direction
-            moments[1] = betas[1] * moments[1] + (1 - betas[1]) * direction**2
-            first, second = (m / (1 - beta**self.steps) for m, beta in zip(moments, betas, strict=True))
-            moved.append((1 - lr * weight_decay) * factor - lr * first / (second.sqrt() + eps))
-        self.a, self.b = moved
+        directions = self.preconditioned(g)
+        self.a, self.b = (self.adamw_moved(side, directions[side], **rates) for side in range(2))
 
 
 class DenseInTurn(Dense):
     """As the reference code does it: the preconditioner of B is read from the A that has just been moved."""
 
-    def adamw(self, g: Tensor, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    def adamw(self, g: Tensor, **rates: Any) -> None:
         self.steps += 1
-        eye, grad_b = torch.eye(len(self.a), dtype=torch.float64), g @ self.a.mT
-
-        def moved(factor: Tensor, direction: Tensor, moments: list[Tensor]) -> Tensor:
-            moments[0] = betas[0] * moments[0] + (1 - betas[0]) * direction
-            moments[1] = betas[1] * moments[1] + (1 - betas[1]) * direction**2
-            first, second = (m / (1 - beta**self.steps) for m, beta in zip(moments, betas, strict=True))
-            return (1 - lr * weight_decay) * factor - lr * first / (second.sqrt() + eps)
-
-        gram_b = self.b.mT @ self.b + self.damping * eye
-        self.a = moved(self.a, torch.linalg.inv(gram_b) @ (self.b.mT @ g), self.moments[0])
-        gram_a = self.a @ self.a.mT + self.damping * eye
-        self.b = moved(self.b, grad_b @ torch.linalg.inv(gram_a), self.moments[1])
+        grad_b = g @ self.a.mT
+        self.a = self.adamw_moved(0, self.preconditioned(g)[0], **rates)
+        gram_a = self.a @ self.a.mT + self.damping * torch.eye(len(self.a), dtype=torch.float64)
+        self.b = self.adamw_moved(1, grad_b @ torch.linalg.inv(gram_a), **rates)
 
 
 def assert_follows(adapters: list[Adapter], dense: list[Dense]) -> None:
@@ -115,46 +112,31 @@ def assert_follows(adapters: list[Adapter], dense: list[Dense]) -> None:
         assert relative(adapter.b.data, truth.b) < STEP_RTOL
 
 
-dampings = pytest.mark.parametrize("damping", [(1e-6, "absolute"), (0.1, "absolute"), (0.1, "relative")], ids=str)
+RULES = [
+    (ScaledGD, {"lr": 0.02, "weight_decay": 0.0}),
+    (ScaledGD, {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.0}),
+    (ScaledGD, {"lr": 0.02, "momentum": 0.5, "weight_decay": 0.1}),
+    (ScaledAdamW, {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.0}),
+    (ScaledAdamW, {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}),
+]
 
 
-@dampings
-@pytest.mark.parametrize(
-    "options",
-    [{"weight_decay": 0.0}, {"momentum": 0.9, "weight_decay": 0.0}, {"momentum": 0.5, "weight_decay": 0.1}],
-    ids=str,
-)
-def test_fifty_steps_of_scaled_gd_follow_the_dense_computation(damping, options):
+@pytest.mark.parametrize("damping", [(1e-6, "absolute"), (0.1, "absolute"), (0.1, "relative")], ids=str)
+@pytest.mark.parametrize(("method", "options"), RULES, ids=str)
+def test_fifty_steps_follow_the_dense_computation(damping, method, options):
     adapters = [Adapter(*shape, seed=i) for i, shape in enumerate(SHAPES)]
     dense = [Dense(adapter, *damping) for adapter in adapters]
     named = [pair for i, adapter in enumerate(adapters) for pair in adapter.named(f"layer{i}")]
-    optimizer = ScaledGD(named, lr=0.02, damping=damping[0], damping_form=damping[1], **options)
+    optimizer = method(named, damping=damping[0], damping_form=damping[1], **options)
     before = [adapter.x for adapter in adapters]
     for _ in range(50):
         for adapter, truth in zip(adapters, dense, strict=True):
             g = adapter.gradient()
             adapter.set_gradient(g)
-            truth.gd(g, 0.02, **options)
+            (truth.gd if method is ScaledGD else truth.adamw)(g, **options)
         optimizer.step()
         assert_follows(adapters, dense)
     assert all(relative(adapter.x, x) > 0.1 for adapter, x in zip(adapters, before, strict=True))
-
-
-@dampings
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_fifty_steps_of_scaled_adamw_follow_the_dense_computation(damping, weight_decay):
-    rates = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
-    adapters = [Adapter(*shape, seed=i) for i, shape in enumerate(SHAPES)]
-    dense = [Dense(adapter, *damping) for adapter in adapters]
-    named = [pair for i, adapter in enumerate(adapters) for pair in adapter.named(f"layer{i}")]
-    optimizer = ScaledAdamW(named, damping=damping[0], damping_form=damping[1], **rates)
-    for _ in range(50):
-        for adapter, truth in zip(adapters, dense, strict=True):
-            g = adapter.gradient()
-            adapter.set_gradient(g)
-            truth.adamw(g, **rates)
-        optimizer.step()
-        assert_follows(adapters, dense)
 
 
 def test_scaled_adamw_reads_both_preconditioners_before_either_factor_moves():
@@ -301,7 +283,7 @@ def test_a_pair_without_gradient_rests_and_counts_its_own_steps(method, options)
         elif method is ScaledGD:
             dense.gd(g, 0.02, 0.9, weight_decay=0.01)
         else:
-            dense.adamw(g, 0.02, (0.9, 0.999), 1e-8, 0.01)
+            dense.adamw(g, lr=0.02, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
         optimizer.step()
         if turn == 2:
             assert same(everything(optimizer, resting), before)
