@@ -129,13 +129,13 @@ def run_training(path: str | None, pairs: Sequence[str]) -> int:
 def _first_look(path: str | None, pairs: Sequence[str], *, to_train: bool = True) -> tuple[Any, Any]:
     """The settings, checked as far as they go without torch, and the view that shows the run."""
     from qriemann.config import load_settings
-    from qriemann.training.display import make_view
+    from qriemann.training.display import make_view, no_view
     from qriemann.training.preflight import preflight
 
     settings = load_settings(path, pairs)
     preflight(settings, to_train=to_train)
     # Several processes of a launcher would each draw the same.
-    return settings, make_view(settings.display if os.environ.get("RANK", "0") == "0" else "none")
+    return settings, make_view(settings.display) if os.environ.get("RANK", "0") == "0" else no_view()
 
 
 def _add_plan(commands: Any) -> None:

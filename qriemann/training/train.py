@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
@@ -28,7 +27,7 @@ from qriemann.folder import records
 from qriemann.folder.lock import hold
 from qriemann.memory.auto_batch import AutoBatch, BatchFit
 from qriemann.memory.dry_run import DryRun
-from qriemann.training.display import PlainView, make_view
+from qriemann.training.display import PlainView, make_view, no_view
 from qriemann.training.monitor import Monitor
 from qriemann.training.outcome import describe_run, since, summarize
 from qriemann.training.prepare import Prepared
@@ -84,7 +83,7 @@ def train(
         InputError: for anything that the user can mend; before the first step, nothing has been written or overwritten.
     """
     settings, folder = prepared.settings, Path(prepared.settings.output_dir)
-    view = (view or make_view(settings.display)) if is_main_process() else make_view("none", Console(quiet=True))
+    view = (view or make_view(settings.display)) if is_main_process() else no_view()
     with quiet(bars=view.console.is_terminal), ExitStack() as held:
         refuse(prepared.defects, settings.allow, view.note)
         # Nothing is written before this, and the lock takes with it what an error leaves empty.
@@ -96,8 +95,8 @@ def train(
             beginning = f"the beginning: {folder} holds no checkpoint"
             view.note(f"resuming from {prepared.found.path or beginning}")
         result = _Recorder(prepared, folder, view).train(held.enter_context(GracefulStop()), callbacks)
-    if result.trainer.is_world_process_zero():
-        publish(settings, prepared.push_to, view)
+        if result.trainer.is_world_process_zero():
+            publish(settings, prepared.push_to, view)
     return result
 
 
