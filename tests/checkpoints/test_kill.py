@@ -14,7 +14,7 @@ import yaml
 
 from qriemann import cli
 from qriemann.checkpoints.manifest import newest_checkpoint
-from qriemann.training import run
+from qriemann.training import train as training
 from tests.checkpoints.test_interruption import assert_ends_alike
 
 # Children of one server that has imported everything: a new process costs no import, and inherits no thread.
@@ -46,7 +46,7 @@ def train_to_the_end(path):
     torch.set_num_threads(1)
     # As in a process of its own: a worker from another server would load everything once more, and outlive its run.
     multiprocessing.set_start_method("fork", force=True)
-    run.publish = lambda *_, **__: None
+    training.publish = lambda *_, **__: None
     sys.exit(cli.main(["train", str(path), "--resume", "auto"]))
 
 

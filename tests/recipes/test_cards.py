@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 from qriemann.config import load_settings
 from qriemann.memory.footprint import GIB
 from qriemann.memory.plan import plan
+from qriemann.training.prepare import prepare
 from qriemann.training.train import train
 from tests.recipe_fixtures import chat_rows, make_tokenizer
 
@@ -48,7 +49,7 @@ def heads():
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "card", "arguments", "peak"), list(heads()))
 def test_the_head_of_a_recipe_says_what_the_plan_says_and_the_card_holds_it(path, card, arguments, peak, tmp_path):
-    PUBLISHED[load_settings(path).model.model_name_or_path].save_pretrained(tmp_path)
+    PUBLISHED[load_settings(path).model_name_or_path].save_pretrained(tmp_path)
     result = plan(load_settings(path, [*arguments, "--model_name_or_path", str(tmp_path)]))
     assert result.peak / GIB == pytest.approx(peak, abs=0.06)
     assert result.high <= card * GIB
@@ -87,11 +88,11 @@ def test_every_recipe_trains_a_small_model_of_its_architecture(path, tmp_path):
     written = load_settings(path)
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
-    published = PUBLISHED[written.model.model_name_or_path]
+    published = PUBLISHED[written.model_name_or_path]
     AutoModelForCausalLM.from_config(small(published, len(tokenizer))).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    name = written.data.dataset_name
-    rows = rows_like(written.data.dataset_columns, "messages" if "ultrachat" in name else name)
+    name = written.dataset_name
+    rows = rows_like(written.dataset_columns, "messages" if "ultrachat" in name else name)
     Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
     arguments = {
         "model_name_or_path": tmp_path / "model",
@@ -109,7 +110,7 @@ def test_every_recipe_trains_a_small_model_of_its_architecture(path, tmp_path):
         "display": "none",
     }
     config = load_settings(path, [word for key, value in arguments.items() for word in (f"--{key}", str(value))])
-    result = train(config)
+    result = train(prepare(config))
     result.trainer.end()
     assert result.steps == 2
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
