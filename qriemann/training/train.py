@@ -187,12 +187,6 @@ class _Recorder:
                 records.write_run(self.folder, {**self._told(), **ended})
         if is_failed_save(error) or (isinstance(error, OSError) and error.errno in _DISK_FAILURES):
             raise save_failed(self.folder, error) from error
-        misfit = isinstance(error, RuntimeError | ValueError | LookupError | TypeError)
-        resumed = self.prepared.found.path
-        if resumed is not None and not self.monitor.begun and misfit and not isinstance(error, InputError):
-            raise InputError(
-                f"{resumed} does not fit this model and method: {error}; name another checkpoint"
-            ) from error
 
     def _tell(self, event: StepEvent) -> None:
         if is_main_process():

@@ -59,7 +59,7 @@ def test_a_folder_made_for_nothing_goes_again_and_one_with_something_stays(tmp_p
 
 def test_a_folder_is_held_where_the_note_about_its_holder_cannot_be_written(tmp_path):
     (tmp_path / HOLDER).mkdir()
-    with hold(tmp_path), pytest.raises(InputError, match="process ?"):
+    with hold(tmp_path), pytest.raises(InputError, match=r"process \?"):
         refuse_if_held(tmp_path)
 
 
