@@ -6,12 +6,15 @@ that the command line and the settings alone show to be wrong has been said.
 """
 
 import argparse
-import os
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from qriemann.errors import InputError
+from qriemann.folder.files import check_exists, check_output
 from qriemann.reporting import reporting
 from qriemann.upstream import quiet
 
@@ -99,43 +102,9 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.file is None:
         raise InputError("train needs a YAML file; see qriemann train --help")
+    from qriemann.training.commands import run_training
+
     return run_training(arguments.file, arguments.pairs)
-
-
-def run_training(path: str | None, pairs: Sequence[str]) -> int:
-    """Trains as the YAML file and the `--key value` pairs say.
-
-    Args:
-        path: the YAML file; None for the command line alone.
-        pairs: `--key value` pairs.
-
-    Raises:
-        InputError: for anything that the user can mend.
-    """
-    settings, view = _first_look(path, pairs)
-    with quiet(), view.doing("loading the libraries"):
-        from qriemann.training.prepare import prepare
-        from qriemann.training.train import train
-    try:
-        result = train(prepare(settings, view=view), view=view)
-    except KeyboardInterrupt:
-        print("qriemann: the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        raise
-    # Closes the loggers and the process group, which nothing after this needs.
-    result.trainer.end()
-    return 0
-
-
-def _first_look(path: str | None, pairs: Sequence[str], *, to_train: bool = True) -> tuple[Any, Any]:
-    """The settings, checked as far as they go without torch, and the view that shows the run."""
-    from qriemann.config import load_settings
-    from qriemann.training.display import make_view, no_view
-    from qriemann.training.preflight import preflight
-
-    settings = load_settings(path, pairs)
-    preflight(settings, to_train=to_train)
-    # Several processes of a launcher would each draw the same.
-    return settings, make_view(settings.display) if os.environ.get("RANK", "0") == "0" else no_view()
 
 
 def _add_plan(commands: Any) -> None:
@@ -149,17 +118,9 @@ def _add_plan(commands: Any) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from qriemann.config import load_settings
-    from qriemann.training.preflight import refuse_missing_paths
+    from qriemann.training.commands import run_plan
 
-    settings = load_settings(arguments.file, arguments.pairs)
-    refuse_missing_paths(settings, data=False)
-    from rich.console import Console
-
-    from qriemann.memory.plan import describe, describe_cards, plan, plan_cards
-
-    shown = describe_cards(plan_cards(settings)) if arguments.all_cards else describe(plan(settings, arguments.vram))
-    Console().print(shown)
+    run_plan(arguments.file, arguments.pairs, arguments.vram, all_cards=arguments.all_cards)
 
 
 def _add_check(commands: Any) -> None:
@@ -170,12 +131,9 @@ def _add_check(commands: Any) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    settings, view = _first_look(arguments.file, arguments.pairs, to_train=False)
-    with quiet(), view.doing("loading the libraries"):
-        from qriemann.training.check import check
-        from qriemann.training.prepare import prepare
+    from qriemann.training.commands import run_check
 
-    check(prepare(settings, view=view, to_train=False), arguments.vram, view.console)
+    run_check(arguments.file, arguments.pairs, arguments.vram)
 
 
 def _add_merge(commands: Any) -> None:
@@ -197,12 +155,11 @@ def _add_merge(commands: Any) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    console = _console()
-    from qriemann.release.merge import merge
+    given = _adapter_arguments(arguments)
+    with _loading() as console:
+        from qriemann.release.merge import merge
 
-    return _released(
-        merge(into=arguments.into, dtype=arguments.dtype, console=console, **_adapter_arguments(arguments))
-    )
+    return _released(merge(into=arguments.into, dtype=arguments.dtype, console=console, **given))
 
 
 def _add_export(commands: Any) -> None:
@@ -212,10 +169,11 @@ def _add_export(commands: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    console = _console()
-    from qriemann.release.export import export
+    given = _adapter_arguments(arguments)
+    with _loading() as console:
+        from qriemann.release.export import export
 
-    return _released(export(rank=arguments.rank, console=console, **_adapter_arguments(arguments)))
+    return _released(export(rank=arguments.rank, console=console, **given))
 
 
 def _add_adapter_arguments(parser: argparse.ArgumentParser, out: str) -> None:
@@ -228,16 +186,21 @@ def _add_adapter_arguments(parser: argparse.ArgumentParser, out: str) -> None:
 
 
 def _adapter_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    check_exists(arguments.adapter, "the adapter")
+    if arguments.data is not None:
+        check_exists(arguments.data, "--data")
+    check_output(Path(arguments.out))
     return {name: getattr(arguments, name) for name in ("adapter", "out", "base", "revision", "data", "max_kl")}
 
 
-def _console() -> Any:
-    # transformers draws a bar while it reads a GGUF file, and only the environment, read at import, switches that one off.
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    from rich.console import Console
+@contextmanager
+def _loading() -> Iterator[Any]:
+    """Says that torch is being loaded while the block imports it; gives the console for what comes then."""
+    from qriemann.training.display import make_view
 
-    return Console()
+    view = make_view("auto")
+    with quiet(), view.doing("loading torch and transformers"):
+        yield view.console
 
 
 def _released(result: Any) -> int:
@@ -274,24 +237,23 @@ def _add_eval(commands: Any) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    import json
-
-    console = _console()
     paths, tasks, scorer = arguments.paths, arguments.tasks, arguments.scorer
-    options = {"base": arguments.base, "max_rows": arguments.max_rows, "console": console}
     wanted = (1, 2) if tasks else (2, 3)
     if len(paths) not in wanted or (tasks and scorer):
         raise InputError(
             "eval must be given one or two models and then rows, or --tasks and neither rows nor a scorer, got "
             f"{' '.join(paths)}{' --tasks' if tasks else ''}{' --scorer' if scorer else ''}; see qriemann eval --help"
         )
-    if tasks:
+    if not tasks:
+        check_exists(paths[-1], "the rows")
+    with _loading() as console:
+        from qriemann.evaluation.evaluate import as_dict, evaluate
         from qriemann.evaluation.harness import run_tasks
 
+    options = {"base": arguments.base, "max_rows": arguments.max_rows, "console": console}
+    if tasks:
         figures = run_tasks(paths, tasks.split(","), **options)
     else:
-        from qriemann.evaluation.evaluate import as_dict, evaluate
-
         *models, data = paths
         other = models[1] if len(models) == 2 else None
         found = evaluate(models[0], data, other=other, scorer=scorer or "exact", **options)
@@ -313,11 +275,13 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    console = _console()
+    check_exists(arguments.adapter, "the adapter")
+    from rich.console import Console
+
     from qriemann.release.inspect import inspect
 
     given = {name: getattr(arguments, name) for name in ("adapter", "base", "plot", "every_layer")}
-    inspect(console=console, **given)
+    inspect(console=Console(), **given)
     return 0
 
 
@@ -332,10 +296,12 @@ def _add_chat(commands: Any) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
+    check_exists(arguments.folder, "the adapter or the model")
     if sys.stdin.isatty():
         print(f"loading {arguments.folder} ...", flush=True)
-    from qriemann.chat.session import load_session
-    from qriemann.chat.terminal import chat
+    with quiet():
+        from qriemann.chat.session import load_session
+        from qriemann.chat.terminal import chat
 
     chat(load_session(arguments.folder, base=arguments.base, quantize=arguments.quantize, system=arguments.system))
     return 0
@@ -347,6 +313,7 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    check_exists(arguments.folder, "the run's folder")
     from qriemann.release.report import write_report
 
     print(write_report(arguments.folder))
@@ -366,6 +333,7 @@ def _add_push(commands: Any) -> None:
 
 
 def _push(arguments: argparse.Namespace) -> int:
+    check_exists(arguments.folder, "the adapter or the model")
     from rich.console import Console
 
     from qriemann.release.push import push

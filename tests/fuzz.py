@@ -35,7 +35,7 @@ def damage(content: bytes, place: float, change: bytes, *, cut: bool) -> bytes:
 
 
 def at_length(property_test: Callable, strategies: dict[str, Any]) -> tuple[Callable, Callable]:
-    """The property on a few cases for every run, and on 10,000 for a slow one."""
+    """The property on a few cases for every run, and on 10,000 by hand."""
 
     def made(cases: int) -> Callable:
         quiet: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -43,7 +43,7 @@ def at_length(property_test: Callable, strategies: dict[str, Any]) -> tuple[Call
         few = cases == _FEW
         return settings(max_examples=cases, derandomize=few, **quiet)(given(**strategies)(property_test))
 
-    return made(_FEW), pytest.mark.slow(made(_MANY))
+    return made(_FEW), pytest.mark.soak(made(_MANY))
 
 
 @contextmanager

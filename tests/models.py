@@ -6,9 +6,6 @@ Shared by the tests of adapters, optimizers and the trainer seam.
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from transformers import (
 
 from qriemann.adapters.layer import FixedRankVariant
 from qriemann.geometry import FixedRankParameter
+from tests.elsewhere import run_elsewhere
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
@@ -151,63 +149,21 @@ def trainer_settings(folder: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def logits_under_plain_peft(adapters: list[tuple[Path, bool, Path]], ids: Tensor, out: Path) -> list[Tensor]:
+def logits_under_plain_peft(adapters: list[tuple[Path, bool, Path]], ids: Tensor) -> list[Tensor]:
     """Logits of base + adapter for each saved adapter, from a process in which `import qriemann` raises.
 
     Args:
         adapters: for each the base model's folder, whether to quantize it as `load_nf4` does, and the folder PEFT saved.
         ids: (rows, length) tokens.
-        out: a file to write to.
     """
-    script = _PLAIN_PEFT.format(adapters=[(str(b), q, str(a)) for b, q, a in adapters], ids=ids.tolist(), out=str(out))
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, cwd=out.parent, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.load(out)
-
-
-_PLAIN_PEFT = """
-import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "qriemann":
-            raise ImportError("qriemann is not installed in this process")
-
-sys.meta_path.insert(0, Refuse())
-try:
-    import qriemann
-except ImportError:
-    pass
-else:
-    raise SystemExit("qriemann could be imported")
-
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-torch.set_num_threads(1)
-quantization = BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
-)
-results = []
-for folder, nf4, adapter in {adapters!r}:
-    base = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=quantization if nf4 else None
-    )
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    model = PeftModel.from_pretrained(base, adapter).eval()
+    source = """
+result = []
+for folder, nf4, adapter in adapters:
+    model = PeftModel.from_pretrained(load_base(folder, nf4), adapter).eval()
     with torch.no_grad():
-        results.append(model(torch.tensor({ids!r})).logits)
-torch.save(results, {out!r})
+        result.append(model(torch.tensor(ids)).logits)
 """
+    return run_elsewhere(source, adapters=[(str(b), q, str(a)) for b, q, a in adapters], ids=ids.tolist())
 
 
 def next_token_loss(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:

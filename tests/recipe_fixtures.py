@@ -1,11 +1,9 @@
 """A byte-level tokenizer with a ChatML template and a random Llama of a few thousand weights, both saved where asked."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -44,19 +42,8 @@ def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A local model folder: hidden size 32, two layers."""
-    return save_model(tmp_path_factory.mktemp("model"), tokenizer)
-
-
 def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Path:
-    """The same, with weights of any seed."""
+    """A local model folder: hidden size 32, two layers, weights by the seed."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -74,25 +61,6 @@ def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) 
     return folder
 
 
-@pytest.fixture
-def settings(tmp_path: Path, model_folder: Path, write_rows: Callable[..., Path]) -> dict[str, Any]:
-    """A recipe of that model on 24 rows; files extend it by a fixture of the same name."""
-    return {
-        "model_name_or_path": str(model_folder),
-        "quantize": "none",
-        "dataset_name": str(write_rows(chat_rows(24))),
-        "output_dir": str(tmp_path / "out"),
-        "lora_r": 4,
-        "display": "none",
-    }
-
-
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report at the end of a run is seconds of drawing."""
-    monkeypatch.setattr("qriemann.training.train.publish", lambda *_, **__: None)
-
-
 def train_on(values: dict[str, Any], *, callbacks: Sequence[TrainerCallback] = (), **given: Any) -> TrainResult:
     """The whole way from settings to a result, as `qriemann train` goes it; `given` goes to `prepare`."""
     return train(prepare(settings_from(values), **given), callbacks=callbacks)
@@ -103,18 +71,6 @@ def run_cli(tmp_path: Path, settings: dict[str, Any], *arguments: str) -> int:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings))
     return cli.main(["train", str(path), *arguments])
-
-
-@pytest.fixture
-def write_rows(tmp_path: Path) -> Callable[..., Path]:
-    """Writes rows as JSON lines and returns the file."""
-
-    def write(rows: list[dict[str, Any]], name: str = "rows.jsonl") -> Path:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    return write
 
 
 def chat_rows(count: int = 12) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ BY_FORM, BY_NAME = "hf_" + "Ab1" * 12, "sesame-open-sesame"
 START = f"""
 import logging, sys, warnings
 from qriemann import cli
+from qriemann.reporting import reporting
 from qriemann.errors import InputError
 TOKENS = {[BY_FORM, BY_NAME]}
 

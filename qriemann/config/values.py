@@ -70,7 +70,7 @@ def members(hint: Any) -> list[Any]:
 def accepts_none(hint: Any) -> bool:
     """Whether null is a value of this type rather than a key left out."""
     if get_origin(hint) is Annotated:
-        return accepts_none(get_args(hint)[0])
+        hint = get_args(hint)[0]
     return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
 
 

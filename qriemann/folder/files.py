@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from qriemann.errors import InputError
+
 
 def sha256(path: Path) -> str:
     """SHA-256 of the file's bytes, in hexadecimal."""
@@ -35,6 +37,23 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def check_exists(path: str, what: str) -> None:
+    """Raises InputError unless there is something at the path; `what` says what for."""
+    if not Path(path).expanduser().exists():
+        raise InputError(f"{path}: no such file or folder ({what})")
+
+
+def check_output(out: Path) -> None:
+    """Raises InputError unless the folder can be made or is empty, and nothing of an earlier try is beside it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "is not empty" if out.is_dir() else "is a file"
+        raise InputError(f"{out} {what}; the output must be an empty or new folder")
+    for suffix in ("partial", "rejected"):
+        left = out.with_name(f"{out.name}.{suffix}")
+        if left.exists():
+            raise InputError(f"{left} is left of an earlier try; remove it")
 
 
 def open_like_its_folder(path: Path) -> None:

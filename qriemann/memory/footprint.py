@@ -38,9 +38,8 @@ CONTEXT = int(0.5 * GIB)
 # Python with torch, transformers, TRL and bitsandbytes loaded, resident on Linux before any model.
 _PROCESS = int(0.55 * GIB)
 
-# Blocks of a factor's size that an optimizer keeps, and that a step of it allocates.
-_STATE_BLOCKS = {"scaled-adamw": 2, "adamw": 2}
-_ONE_BLOCK, _STEP_BLOCKS = 1, 2
+# Blocks of a factor's size that an optimizer's step allocates.
+_STEP_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def read_run(settings: Settings, *, dense_copies: bool = True) -> tuple[Footprin
     dtype = getattr(torch, settings.dtype or ("bfloat16" if on_gpu else "float32"), None)
     if not isinstance(dtype, torch.dtype):
         raise InputError(f"dtype must be bfloat16, float16 or float32 for a plan, got {settings.dtype!r}")
-    without_state = settings.method == "scaled-gd" and not settings.momentum
+    method = find_method(settings.method)
     # On a machine without a GPU the default is that of a CPU run.
     checkpointing = args.activation_checkpointing if "activation_checkpointing" in settings.written else on_gpu
     workload = Workload(
@@ -103,8 +102,8 @@ def read_run(settings: Settings, *, dense_copies: bool = True) -> tuple[Footprin
         dtype=dtype,
         quantize=settings.quantize,
         attn_implementation=settings.attn_implementation or "sdpa",
-        state_blocks=0 if without_state else _STATE_BLOCKS.get(settings.method, _ONE_BLOCK),
-        start=settings.start if find_method(settings.method).on_manifold else None,
+        state_blocks=method.kept_blocks(settings.momentum),
+        start=settings.start if method.on_manifold else None,
         offload_embeddings=settings.offload_embeddings,
         per_device_train_batch_size=args.per_device_train_batch_size,
         per_device_eval_batch_size=args.per_device_eval_batch_size if args.eval_strategy != "no" else 0,

@@ -9,8 +9,6 @@ from torch import Tensor
 # Singular values under this fraction of the largest are noise: the core matrix comes from float32 Gram matrices, which
 # resolve about sqrt(2^-24) = 2.4e-4 of the largest direction. They are left at zero, never blown up to one.
 POLAR_RTOL = 1e-3
-
-
 # Matrices with no larger entry are zero: a momentum that only decays ends on float32's least numbers, which 0.9 rounds
 # back to themselves.
 _ZERO = torch.finfo(torch.float32).tiny
@@ -45,17 +43,14 @@ _COEFFICIENTS = _newton_schulz_coefficients(lower=POLAR_RTOL, tol=1e-7)
 _SHORT = _COEFFICIENTS[3:]
 
 
-def polar(k: Float[Tensor, "b p p"], *, rtol: float = POLAR_RTOL, exact: bool = True) -> Float[Tensor, "b p p"]:
+def polar(k: Float[Tensor, "b p p"]) -> Float[Tensor, "b p p"]:
     """The orthogonal polar factor of each matrix: its singular values set to one, those under the cut-off to zero.
 
-    Newton-Schulz with minimax coefficients settles every matrix whose non-zero singular values lie above the cut-off. The
-    others keep a singular value strictly between 0 and 1; with `exact` they are recomputed by an SVD, without it they stay
-    as they are (the band that the polynomial leaves: monotone, at most 1).
+    Newton-Schulz with minimax coefficients settles every matrix whose non-zero singular values lie above the cut-off. An
+    SVD recomputes the others, which keep a singular value strictly between 0 and 1. Reads a flag on the host.
 
     Args:
         k: square matrices; zero gives zero, and so does a matrix of float32 subnormals.
-        rtol: singular values below rtol times the largest count as zero.
-        exact: finish unsettled matrices by LAPACK. Reads a flag on the host, so it must be False under CUDA graphs.
     """
     dtype = k.dtype
     # Scaled, so that no power of an entry leaves float32's range.
@@ -64,15 +59,15 @@ def polar(k: Float[Tensor, "b p p"], *, rtol: float = POLAR_RTOL, exact: bool = 
     # (trace (K^T K)^2)^(1/4) bounds the largest singular value from above, within a factor rank^(1/4).
     norm = (k.mT @ k).square().sum((-2, -1), keepdim=True).sqrt().sqrt()
     x = k / torch.where(norm > 0, norm, 1)
-    if not exact:
-        return _iterate(x, _COEFFICIENTS).to(dtype)
     o = _iterate(x, _SHORT)
     unsettled = _is_unsettled(o)
     if unsettled.any():
         o[unsettled] = _iterate(x[unsettled], _COEFFICIENTS)
         unsettled = _is_unsettled(o)
         if unsettled.any():
-            o[unsettled] = _polar_by_svd(k[unsettled], rtol).to(o.dtype)
+            left, sigma, right = torch.linalg.svd(k[unsettled])
+            keep = (sigma > POLAR_RTOL * sigma[..., :1]).to(k.dtype)
+            o[unsettled] = ((left * keep[..., None, :]) @ right).to(o.dtype)
     return o.to(dtype)
 
 
@@ -87,9 +82,3 @@ def _iterate(x: Float[Tensor, "b p p"], coefficients: list[tuple[float, float, f
 def _is_unsettled(o: Float[Tensor, "b p p"]) -> Bool[Tensor, " b"]:
     """Whether a singular value lies strictly between 0 and 1."""
     return torch.baddbmm(o, o, o.mT @ o, alpha=-1).square().sum((-2, -1)) > _SETTLED
-
-
-def _polar_by_svd(k: Float[Tensor, "b p p"], rtol: float) -> Float[Tensor, "b p p"]:
-    left, sigma, right = torch.linalg.svd(k)
-    keep = (sigma > rtol * sigma[..., :1]).to(k.dtype)
-    return (left * keep[..., None, :]) @ right

@@ -7,10 +7,11 @@ height share a buffer, whichever layer they belong to. The momentum's blocks lie
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +23,7 @@ from qriemann.ops import POLAR_RTOL
 from qriemann.ops.core import MomentumForm
 
 if TYPE_CHECKING:
-    from qriemann.ops.triton import TritonStep
+    from qriemann.ops.triton.step import TritonStep
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,24 @@ def full_float32() -> Iterator[None]:
     finally:
         for backend, chosen in reduced:
             backend.fp32_precision = chosen
+
+
+class Workspace:
+    """Room for the tall blocks that a step overwrites."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Tensor] = {}
+
+    def take(self, use: Any, shape: Sequence[int], device: torch.device) -> Tensor:
+        """An uninitialized float32 tensor; the next call for the same use overwrites it."""
+        # On the CPU fresh pages cost more than the arithmetic (43 ms against 10 ms a step on the 210 adapters of a 135M
+        # Llama), so the room is kept. CUDA's allocator caches: there it is transient.
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=torch.float32, device=device)
+        size = math.prod(shape)
+        if use not in self._kept or self._kept[use].numel() < size:
+            self._kept[use] = torch.empty(size, dtype=torch.float32)
+        return self._kept[use][:size].view(*shape)
 
 
 @dataclass(frozen=True)
@@ -74,7 +93,6 @@ class _Height:
     sides: list[int]
     factors: Float[Tensor, "k t r"]
     momentum: Float[Tensor, "k t r"]
-    workspace: dict[str, Float[Tensor, "k t r"]] = field(default_factory=dict)
 
 
 class FactorBatch:
@@ -95,7 +113,7 @@ class FactorBatch:
     """
 
     def __init__(self, points: Sequence[FixedRankParameter], *, use_triton: bool = False) -> None:
-        self.points, self._use_triton = list(points), use_triton
+        self.points, self._use_triton, self._workspace = list(points), use_triton, Workspace()
         self.parameters: list[nn.Parameter] = [p.u for p in points] + [p.v_transposed for p in points]
         self.momentum: list[Tensor] = [torch.zeros_like(factor, dtype=torch.float32) for factor in self._tall()]
         self.norms = torch.zeros(len(points), 3, dtype=torch.float32, device=points[0].u.device)
@@ -141,13 +159,15 @@ class FactorBatch:
         """The Triton path, or None where the batched PyTorch path runs."""
         if not self._use_triton:
             return None
-        from qriemann.ops import triton
+        from qriemann.ops.triton import supported
 
-        reason = triton.supported(self.s.device, self.s.shape[-1])
+        reason = supported(self.s.device, self.s.shape[-1])
         if reason is not None:
             logger.warning("the batched PyTorch path runs because %s", reason)
             return None
-        return triton.TritonStep(self._tall(), self.momentum, self.s, self.skipped)
+        from qriemann.ops.triton.step import TritonStep
+
+        return TritonStep(self._tall(), self.momentum, self.s, self.skipped)
 
     def _current_addresses(self) -> list[int]:
         return [p.data_ptr() for p in self.parameters] + [point.s.data_ptr() for point in self.points]
@@ -202,11 +222,11 @@ class FactorBatch:
         blocks, first = [], 0
         for height in self._heights:
             last = first + len(height.sides)
-            raw = torch.mul(height.momentum, decay[first:last], out=self._workspace(height, "raw"))
+            raw = torch.mul(height.momentum, decay[first:last], out=self._room(height, "raw"))
             self._add_gradients(raw, height.sides, with_grad)
             blocks.append([height.factors, raw])
             if rule.nesterov or rule.simulate_adam:
-                third = self._workspace(height, "third")
+                third = self._room(height, "third")
                 if rule.nesterov:
                     torch.mul(raw, decay[first:last], out=third)
                 else:
@@ -242,7 +262,7 @@ class FactorBatch:
         coefficients = result.coefficients.flatten(0, 1)[self._order].split([len(h.sides) for h in self._heights])
         compensation = torch.cat(
             [
-                ops.apply(height_blocks, t, height.momentum, self._workspace(height, "new"))
+                ops.apply(height_blocks, t, height.momentum, self._room(height, "new"))
                 for height_blocks, t, height in zip(blocks, coefficients, self._heights, strict=True)
             ]
         )[self._position]
@@ -275,15 +295,8 @@ class FactorBatch:
         # A block that has always been zero is zero still.
         return torch.where(averages > 0, ratio, 0).mT
 
-    def _workspace(self, height: _Height, use: str) -> Float[Tensor, "k t r"]:
-        """Room for one tall block."""
-        # On the CPU fresh pages cost more than the arithmetic (43 ms against 10 ms a step on the 210 adapters of a 135M
-        # Llama), so the room is kept. CUDA's allocator caches: there it is transient.
-        if height.factors.device.type != "cpu":
-            return torch.empty_like(height.factors)
-        if use not in height.workspace:
-            height.workspace[use] = torch.empty_like(height.factors)
-        return height.workspace[use]
+    def _room(self, height: _Height, use: str) -> Float[Tensor, "k t r"]:
+        return self._workspace.take((use, height.factors.shape), height.factors.shape, height.factors.device)
 
     def _add_gradients(self, target: Float[Tensor, "k t r"], sides: list[int], with_grad: list[bool]) -> None:
         layers = len(self.points)

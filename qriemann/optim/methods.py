@@ -1,7 +1,7 @@
 """The methods by name: what each does, its defaults with their sources, and the scale that its learning rate lives on.
 
-A new method is a `FixedRankOptimizer` or `FactorOptimizer` with `check_options` and `lr_scale`, an entry in METHODS and, if
-it keeps other than one block of state for a factor, one in `footprint._STATE_BLOCKS`.
+A new method is a `FixedRankOptimizer` or a `FactorOptimizer` with its `lr_scale`, the ranges of its options in
+`optim.options`, and an entry in METHODS.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qriemann.errors import InputError
 from qriemann.optim import AdamW, Muon, Riemannion, RiemannLoRA, ScaledAdamW, ScaledGD
 from qriemann.optim.factors import FactorOptimizer
 from qriemann.optim.fixed_rank import FixedRankOptimizer
-from qriemann.optim.rates import warn_of_another_scale
+from qriemann.optim.options import check_options, warn_of_another_scale
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,23 @@ class Method:
     Attributes:
         optimizer: the class; called with the PEFT model and options.
         does: one line on the step.
-        state: what the optimizer keeps of each factor.
+        state_blocks: blocks of a factor's size that the optimizer keeps of each factor.
         take_when: one line on when to choose it.
-        defaults: by option; what is not named here has the class's default.
+        defaults: by option; an option that is not named here has the class's default.
+        momentum_is_optional: whether a run with momentum 0 keeps no state at all.
     """
 
     optimizer: type[FixedRankOptimizer] | type[FactorOptimizer]
     does: str
-    state: str
+    state_blocks: int
     take_when: str
     defaults: Mapping[str, Default]
+    momentum_is_optional: bool = False
+
+    def kept_blocks(self, momentum: float | None) -> int:
+        """`state_blocks` of a run with that momentum; None takes the default."""
+        chosen = self.defaults["momentum"].value if momentum is None and self.momentum_is_optional else momentum
+        return 0 if self.momentum_is_optional and not chosen else self.state_blocks
 
     @property
     def on_manifold(self) -> bool:
@@ -60,7 +67,7 @@ class Method:
         return own | {key: default.value for key, default in self.defaults.items()}
 
 
-# How a point starts; no options of the step.
+# These say how a point starts; they are not options of the step.
 _START = ("start", "alpha", "seed")
 
 _PAPER = "arXiv 2507.12142 v2, Llama-3-8B"
@@ -71,7 +78,7 @@ METHODS: dict[str, Method] = {
     "riemannion": Method(
         Riemannion,
         does="Muon's orthogonalized momentum on the manifold of rank-r matrices",
-        state="1 block",
+        state_blocks=1,
         take_when="the default; one rate for all layers and ranks, no dependence on how X is factored",
         defaults={
             "lr": Default(5e-3, "about 120 steps by `rate_for_steps`, which recipes take"),
@@ -82,7 +89,7 @@ METHODS: dict[str, Method] = {
     "lora-tsd": Method(
         Riemannion,
         does="riemannion with three rounds of polar and tangent projection a step",
-        state="1 block",
+        state_blocks=1,
         take_when="its paper is to be compared with; at the default start it trains as riemannion does, loss for loss",
         defaults={
             "lr": Default(5e-3, "as riemannion: recipes/results/cpu, the same losses at the same rates"),
@@ -94,7 +101,7 @@ METHODS: dict[str, Method] = {
     "riemannlora": Method(
         RiemannLoRA,
         does="averaged Riemannian gradient, each block divided by its root mean square norm",
-        state="1 block",
+        state_blocks=1,
         take_when="the first version of the paper is to be reproduced",
         defaults={
             "lr": Default(
@@ -107,7 +114,8 @@ METHODS: dict[str, Method] = {
     "scaled-gd": Method(
         ScaledGD,
         does="gradient descent on the factors, preconditioned by r x r Gram matrices",
-        state="none, 1 block with momentum",
+        state_blocks=1,
+        momentum_is_optional=True,
         take_when="memory for any state is short, or the plainest step independent of the factors is wanted",
         defaults={
             "lr": Default(1e-2, f"{_SCALED}: the largest of the three that its training-loss figure compares"),
@@ -118,7 +126,7 @@ METHODS: dict[str, Method] = {
     "scaled-adamw": Method(
         ScaledAdamW,
         does="AdamW on the factors, its gradients preconditioned by r x r Gram matrices",
-        state="2 blocks",
+        state_blocks=2,
         take_when="AdamW is wanted with less dependence on the scales of the two factors",
         defaults={
             "lr": Default(5e-5, f"{_SCALED}: Mistral-7B in NF4"),
@@ -129,7 +137,7 @@ METHODS: dict[str, Method] = {
     "adamw": Method(
         AdamW,
         does="torch's fused AdamW on the factors; lora_plus_ratio=16 is LoRA+",
-        state="2 blocks",
+        state_blocks=2,
         take_when="a baseline is wanted, or the settings of a LoRA run are to be kept",
         defaults={
             "lr": Default(2e-4, "QLoRA, arXiv 2305.14314: NF4 models up to 13B"),
@@ -141,7 +149,7 @@ METHODS: dict[str, Method] = {
     "muon": Method(
         Muon,
         does="torch's Muon on each factor by itself",
-        state="1 block",
+        state_blocks=1,
         take_when="a baseline is wanted for what the manifold adds to orthogonalization",
         defaults={
             "lr": Default(1e-3, "torch.optim.Muon"),
@@ -208,9 +216,7 @@ def resolve_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     hints = get_type_hints(method.optimizer.__init__)
     given = {key: value if key == "start" else _as_declared(key, value, hints[key]) for key, value in given.items()}
     merged = {**known, **{key: value for key, value in given.items() if key not in _START}}
-    # A class that has AdamW for some parameters only names its rates so, and its param groups have the plain names.
-    plain_names = {"adamw_betas": "betas", "adamw_eps": "eps"}
-    method.optimizer.check_options({plain_names.get(key, key): value for key, value in merged.items()})
+    check_options(merged)
     warn_of_another_scale(method.optimizer, merged, method.optimizer.lr_scale)
     return {key: default.value for key, default in method.defaults.items()} | given
 

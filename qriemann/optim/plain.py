@@ -6,26 +6,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
-from qriemann.errors import InputError
-from qriemann.optim.factors import ON_FACTORS, FactorOptimizer, adamw_step, split_factors
-
-LearningRateAdjustment = Literal["original", "match_rms_adamw"]
+from qriemann.optim.adapter import ON_ADAPTER
+from qriemann.optim.factors import FactorOptimizer
+from qriemann.optim.options import LearningRateAdjustment
 
 
 class AdamW(FactorOptimizer):
     """torch's fused AdamW, with a larger learning rate for B where asked [HGY24].
 
-    PEFT's `create_loraplus_optimizer` is not this one at ratio 1: it gives biases and norms the rate of B too, and LoRA
-    embeddings a rate of their own.
+    Unlike PEFT's `create_loraplus_optimizer`, it gives B's rate to the lora_B alone, not to biases, norms or embeddings.
 
     Args:
         params: a PEFT model, or its `named_parameters()` or param groups of such. Factors of a model become float32.
-        lr: of every parameter but the lora_B, >= 0.
+        lr: of every parameter except the lora_B, >= 0.
         betas, eps, weight_decay: as in torch.optim.AdamW.
         lora_plus_ratio: learning rate of the lora_B over `lr`, >= 0.
 
@@ -34,7 +32,6 @@ class AdamW(FactorOptimizer):
     """
 
     lr_scale = "the change of a factor's entry in one step"
-    state_keys = frozenset({"step", "exp_avg", "exp_avg_sq"})
     needs_pairs = False
 
     def __init__(
@@ -47,29 +44,22 @@ class AdamW(FactorOptimizer):
         *,
         lora_plus_ratio: float = 1.0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "lora_plus_ratio": lora_plus_ratio,
-        }
-        super().__init__(params, defaults)
+        rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**rates, "lora_plus_ratio": lora_plus_ratio})
 
     def split(self, group: dict[str, Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
-        merged = {**defaults, **group}
+        # AdamW trains both groups.
+        merged = {**defaults, **group, ON_ADAPTER: False}
         fast = [(name, parameter) for name, parameter in group["params"] if ".lora_B." in name]
         rest = [(name, parameter) for name, parameter in group["params"] if ".lora_B." not in name]
         groups = [
-            {**merged, "params": rest, ON_FACTORS: False},
-            {**merged, "params": fast, ON_FACTORS: True, "lr": merged["lr"] * merged["lora_plus_ratio"]},
+            {**merged, "params": rest},
+            {**merged, "params": fast, "lr": merged["lr"] * merged["lora_plus_ratio"]},
         ]
         return [group for group in groups if group["params"]]
 
-    def step_factors(self) -> None:
-        for group in self.param_groups:
-            if group[ON_FACTORS]:
-                adamw_step(self, group)
+    def step_adapter(self) -> None:
+        pass
 
 
 class Muon(FactorOptimizer):
@@ -88,8 +78,6 @@ class Muon(FactorOptimizer):
     """
 
     lr_scale = "the spectral norm of one step of a factor"
-    _renamed: ClassVar[dict[str, str]] = {"adamw_betas": "betas"}
-    state_keys = frozenset({"step", "exp_avg", "exp_avg_sq", "momentum_buffer"})
 
     def __init__(
         self,
@@ -112,30 +100,15 @@ class Muon(FactorOptimizer):
             "nesterov": nesterov,
             "adjust_lr_fn": adjust_lr_fn,
             "adamw_lr": adamw_lr,
-            "betas": adamw_betas,
+            "adamw_betas": adamw_betas,
             "adamw_eps": adamw_eps,
             "adamw_weight_decay": adamw_weight_decay,
         }
         super().__init__(params, defaults)
-        self._muon = torch.optim.Muon([{**group} for group in self.param_groups if group[ON_FACTORS]])
+        self._muon = torch.optim.Muon([{**group} for group in self.param_groups if group[ON_ADAPTER]])
 
-    @classmethod
-    def check_options(cls, options: dict[str, Any]) -> None:
-        """Raises InputError for an option out of range."""
-        super().check_options(options)
-        choices = (None, *get_args(LearningRateAdjustment))
-        if options["adjust_lr_fn"] not in choices:
-            raise InputError(
-                f"adjust_lr_fn must be one of {', '.join(map(repr, choices))}, got {options['adjust_lr_fn']!r}"
-            )
-
-    def split(self, group: dict[str, Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
-        merged = {**defaults, **group}
-        rates = {"lr": merged["adamw_lr"], "weight_decay": merged["adamw_weight_decay"], "eps": merged["adamw_eps"]}
-        return split_factors(group, others=rates)
-
-    def step_factors(self) -> None:
-        # Its groups and state are ours, which loading a state_dict replaces.
-        self._muon.param_groups = [self._muon.defaults | group for group in self.param_groups if group[ON_FACTORS]]
+    def step_adapter(self) -> None:
+        # Loading a state_dict replaces our groups and state, so torch's Muon gets them anew before each step.
+        self._muon.param_groups = [self._muon.defaults | group for group in self.param_groups if group[ON_ADAPTER]]
         self._muon.state = self.state
         self._muon.step()

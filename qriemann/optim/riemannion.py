@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from qriemann.errors import InputError
 from qriemann.ops.core import MomentumForm
 from qriemann.optim.batch import StepRule
 from qriemann.optim.fixed_rank import FixedRankOptimizer
@@ -82,8 +81,8 @@ class Riemannion(FixedRankOptimizer):
             "momentum_form": momentum_form,
             "tangent_iterations": tangent_iterations,
             "adamw_lr": adamw_lr,
-            "betas": adamw_betas,
-            "eps": adamw_eps,
+            "adamw_betas": adamw_betas,
+            "adamw_eps": adamw_eps,
             "adamw_weight_decay": adamw_weight_decay,
         }
         super().__init__(
@@ -93,15 +92,6 @@ class Riemannion(FixedRankOptimizer):
             use_triton=use_triton,
             capturable=capturable,
         )
-
-    @classmethod
-    def check_options(cls, options: dict[str, Any]) -> None:
-        """Raises InputError for an option out of range."""
-        super().check_options(options)
-        if not isinstance(options["tangent_iterations"], int) or options["tangent_iterations"] < 1:
-            raise InputError(f"tangent_iterations must be an integer >= 1, got {options['tangent_iterations']!r}")
-        if options["momentum_form"] not in ("raw", "orthogonalized"):
-            raise InputError(f"momentum_form must be 'raw' or 'orthogonalized', got {options['momentum_form']!r}")
 
     def rule(self, group: dict[str, Any]) -> StepRule:
         """How the points of a param group move."""

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from qriemann.errors import InputError
 from qriemann.optim.batch import StepRule
 from qriemann.optim.fixed_rank import FixedRankOptimizer
 
@@ -73,20 +72,11 @@ class RiemannLoRA(FixedRankOptimizer):
             "beta2": beta2,
             "norm_eps": norm_eps,
             "adamw_lr": adamw_lr,
-            "betas": adamw_betas,
-            "eps": adamw_eps,
+            "adamw_betas": adamw_betas,
+            "adamw_eps": adamw_eps,
             "adamw_weight_decay": adamw_weight_decay,
         }
         super().__init__(params, defaults, attach_options={"start": start, "alpha": alpha, "seed": seed})
-
-    @classmethod
-    def check_options(cls, options: dict[str, Any]) -> None:
-        """Raises InputError for an option out of range."""
-        super().check_options(options)
-        if not 0 <= options["beta2"] < 1:
-            raise InputError(f"beta2 must be in [0, 1), got {options['beta2']!r}")
-        if not 0 <= options["norm_eps"] < float("inf"):
-            raise InputError(f"norm_eps must be a finite number >= 0, got {options['norm_eps']!r}")
 
     def rule(self, group: dict[str, Any]) -> StepRule:
         """How the points of a param group move."""

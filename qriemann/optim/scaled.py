@@ -8,29 +8,21 @@ A and B are replaced by A - lr (B^T B + d I)^-1 grad_A and B - lr grad_B (A A^T 
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from qriemann.errors import InputError
-from qriemann.optim.batch import full_float32
-from qriemann.optim.factors import (
-    ADAMW_OPTIONS,
-    ON_FACTORS,
-    FactorOptimizer,
-    NamedParameter,
-    factor_pairs,
-    fused_adamw,
-    split_factors,
-)
-
-DampingForm = Literal["absolute", "relative"]
+from qriemann.optim.adapter import ON_ADAPTER
+from qriemann.optim.batch import Workspace, full_float32
+from qriemann.optim.factors import FactorOptimizer, factor_pairs
+from qriemann.optim.options import DampingForm
 
 # Rounding of a float32 Gram matrix of up to 1e5 rows, relative to its trace: what it takes to make one definite that lost it.
 _GRAM_ROUNDING = 1e-6
@@ -38,219 +30,127 @@ _GRAM_ROUNDING = 1e-6
 
 @dataclass
 class _Stack:
-    """Every A, or every B, of one shape and param group, as one tensor.
+    """Every A, or every B, of one shape and param group, to be computed on as one tensor.
 
     Attributes:
         side: "A" or "B".
-        group: index of the param group.
-        parameters: k of them, in the order of the rows; their data are views of the rows.
-        data: the factors.
-        state: tensors of the same shape, by their name in the optimizer's state.
-        gradient, direction: room for the gradients and what they become; None where it is allocated in each step.
+        group: the param group.
+        parameters: k of them.
+        pairs: the number of each one's pair.
+        room: for what the step computes.
     """
 
     side: str
-    group: int
-    parameters: list[nn.Parameter]
-    data: Float[Tensor, "k p q"]
-    state: dict[str, Float[Tensor, "k p q"]]
-    gradient: Float[Tensor, "k p q"] | None = None
-    direction: Float[Tensor, "k p q"] | None = None
+    group: dict[str, Any]
+    room: Workspace
+    parameters: list[Tensor] = field(default_factory=list)
+    pairs: list[int] = field(default_factory=list)
 
-    def gram(self, damping: float, form: DampingForm) -> Float[Tensor, "k r r"]:
+    def _gather(self, tensors: list[Tensor]) -> Float[Tensor, "k p q"]:
+        # One room for all stacks, which are needed one after the other.
+        shape = (len(tensors), *tensors[0].shape)
+        return torch.stack(tensors, out=self.room.take("gathered", shape, tensors[0].device))
+
+    def gram(self) -> Float[Tensor, "k r r"]:
         """A A^T + d I, or B^T B + d I."""
-        gram = self.data @ self.data.mT if self.side == "A" else self.data.mT @ self.data
-        diagonal = gram.diagonal(dim1=-2, dim2=-1)
-        if form == "relative":
+        factors = self._gather([parameter.data for parameter in self.parameters])
+        gram = factors @ factors.mT if self.side == "A" else factors.mT @ factors
+        diagonal, damping = gram.diagonal(dim1=-2, dim2=-1), self.group["damping"]
+        if self.group["damping_form"] == "relative":
             # A factor that is zero has no scale; its partner's gradient is zero too.
             mean = diagonal.mean(-1, keepdim=True)
-            diagonal += damping * torch.where(mean > 0, mean, 1)
-        else:
-            diagonal += damping
+            damping = damping * torch.where(mean > 0, mean, 1)
+        diagonal += damping
         return gram
 
     def precondition(self, inverse: Float[Tensor, "k r r"]) -> Float[Tensor, "k p q"]:
-        """The gradients times the inverse of the partner's Gram matrix; zero for a factor without gradient."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        stacked = torch.stack(grads, out=self.gradient)
-        left, right = (inverse, stacked) if self.side == "A" else (stacked, inverse)
-        return torch.bmm(left, right, out=self.direction)
+        """The gradients times the inverse of the partner's Gram matrix."""
+        grads = self._gather([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        left, right = (inverse, grads) if self.side == "A" else (grads, inverse)
+        use = self.side, self.pairs[0], grads.shape
+        return torch.bmm(left, right, out=self.room.take(use, grads.shape, grads.device))
 
 
-@dataclass
-class _Batch:
-    """All pairs of one rank on one device: Gram matrices stack by stack, one Cholesky factorization of all.
+def _directions(stacks: list[_Stack]) -> tuple[list[Tensor], list[bool] | None]:
+    """The preconditioned gradients of each stack, and whether each row's pair is finite; None where all are.
 
-    Attributes:
-        stacks: in the order of which the rows of all stacks are numbered.
-        partner: number of the row that holds the other factor of the pair.
-        partner_index: the same on the device.
+    All stacks hold pairs of one rank on one device, so one Cholesky factorization serves them all. Reads one flag on the
+    host, and the rows' flags only where something is not finite.
     """
+    rows = [(pair, stack.side) for stack in stacks for pair in stack.pairs]
+    row_of = {pair_and_side: row for row, pair_and_side in enumerate(rows)}
+    partner = torch.tensor([row_of[pair, "B" if side == "A" else "A"] for pair, side in rows])
+    partner = partner.to(stacks[0].parameters[0].device)
 
-    stacks: list[_Stack]
-    partner: list[int]
-    partner_index: Tensor
-
-    def with_gradient(self) -> list[bool]:
-        """Of each row, whether its pair has gradients."""
-        present = [p.grad is not None for stack in self.stacks for p in stack.parameters]
-        return [present[row] and present[other] for row, other in enumerate(self.partner)]
-
-    def directions(self, groups: list[dict[str, Any]]) -> tuple[list[Tensor], list[bool] | None]:
-        """The preconditioned gradients of each stack, and which rows' pairs are finite; None if all are.
-
-        Reads one flag on the host, and the rows' flags only where something is not finite.
-        """
-        options = [groups[stack.group] for stack in self.stacks]
-        with full_float32():
-            grams = torch.cat(
-                [s.gram(o["damping"], o["damping_form"]) for s, o in zip(self.stacks, options, strict=True)]
-            )
-            # The r x r matrices are few enough for float64 (1 ms of 20 for 420 of them), which leaves the rounding of the
-            # Gram matrices as the only one that their condition number enlarges.
-            damped = grams.double()
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            directions, finite = self._apply(factor, failed != 0)
-            if bool(finite.all()):
-                return directions, None
-            lift = _GRAM_ROUNDING * damped.diagonal(dim1=-2, dim2=-1).sum(-1)
-            lift = torch.where(lift > 0, lift, 1).where(failed != 0, 0)
-            factor, failed = torch.linalg.cholesky_ex(damped + lift[:, None, None] * _identity(damped))
-            directions, finite = self._apply(factor, failed != 0)
-        return directions, finite.tolist()
-
-    def _apply(
-        self, factor: Float[Tensor, "rows r r"], failed: Bool[Tensor, " rows"]
-    ) -> tuple[list[Tensor], Bool[Tensor, " rows"]]:
+    def apply(factor: Float[Tensor, "rows r r"], failed: Bool[Tensor, " rows"]) -> tuple[list[Tensor], Tensor]:
         # A triangular solve on the tall gradients takes five times as long as this and a product (25 ms against 5).
-        inverse = torch.cholesky_solve(_identity(factor).expand_as(factor), factor).to(torch.float32)
-        inverse = inverse.masked_fill(failed[:, None, None], torch.nan)[self.partner_index]
-        sizes = [len(stack.parameters) for stack in self.stacks]
-        directions = [s.precondition(i) for s, i in zip(self.stacks, inverse.split(sizes), strict=True)]
+        inverse = torch.cholesky_solve(identity.expand_as(factor), factor).to(torch.float32)
+        inverse = inverse.masked_fill(failed[:, None, None], torch.nan)[partner]
+        parts = inverse.split([len(stack.parameters) for stack in stacks])
+        directions = [stack.precondition(part) for stack, part in zip(stacks, parts, strict=True)]
         finite = torch.cat([direction.flatten(1).sum(1) for direction in directions]).isfinite()
-        return directions, finite & finite[self.partner_index]
+        return directions, finite & finite[partner]
+
+    with full_float32():
+        # The r x r matrices are few enough for float64 (1 ms of 20 for 420 of them), which leaves the rounding of the Gram
+        # matrices as the only one that their condition number enlarges.
+        damped = torch.cat([stack.gram() for stack in stacks]).double()
+        identity = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        directions, finite = apply(factor, failed != 0)
+        if bool(finite.all()):
+            return directions, None
+        lift = _GRAM_ROUNDING * damped.diagonal(dim1=-2, dim2=-1).sum(-1)
+        lift = torch.where(lift > 0, lift, 1).where(failed != 0, 0)
+        factor, failed = torch.linalg.cholesky_ex(damped + lift[:, None, None] * identity)
+        directions, finite = apply(factor, failed != 0)
+    return directions, finite.tolist()
 
 
 class _Scaled(FactorOptimizer):
-    """Preconditions all pairs at once and lets a subclass step along the result.
-
-    The factors become views of a few large tensors, on which the elementwise part of the step runs at once too.
-    """
+    """Preconditions all pairs at once and lets a subclass step along the result."""
 
     def __init__(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
-        #: Updates of single pairs that were not taken because their gradient was not finite.
+        #: How many updates of single pairs were skipped for a non-finite gradient.
         self.skipped_updates = 0
-        self._bind()
+        self._room = Workspace()
+        self._group_of = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
+        on_adapter = {id(p) for group in self.param_groups if group[ON_ADAPTER] for p in group["params"]}
+        self._pairs = factor_pairs((name, p) for name, p in self.adapter_parameters() if id(p) in on_adapter)
 
-    @classmethod
-    def check_options(cls, options: dict[str, Any]) -> None:
-        """Raises InputError for an option out of range."""
-        super().check_options(options)
-        if options["damping_form"] not in get_args(DampingForm):
-            raise InputError(f"damping_form must be 'absolute' or 'relative', got {options['damping_form']!r}")
-
-    def buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Names of the state that has a factor's shape."""
+    def move(self, group: dict[str, Any], parameters: list[Tensor], directions: list[Tensor]) -> None:
+        """Steps along the preconditioned gradients."""
         raise NotImplementedError
 
-    def move(
-        self, group: dict[str, Any], parameters: list[Tensor], directions: list[Tensor], state: list[dict[str, Tensor]]
-    ) -> None:
-        """Steps along the preconditioned gradients; every tensor is one factor or a stack of them.
-
-        Args:
-            state: of each tensor, by name; "step" counts the steps before this one.
-        """
-        raise NotImplementedError
-
-    def _factors(self) -> list[NamedParameter]:
-        names = {id(parameter) for group in self.param_groups if group[ON_FACTORS] for parameter in group["params"]}
-        return [(name, parameter) for name, parameter in self.adapter_parameters() if id(parameter) in names]
-
-    def _bind(self) -> None:
-        """Gathers factors and their state into stacks, and makes the parameters and the state views of them."""
-        group_of = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
-        by_batch: dict[Any, list[tuple[nn.Parameter, nn.Parameter]]] = defaultdict(list)
-        for a, b in factor_pairs(self._factors()):
-            by_batch[a.device, a.shape[0]].append((a, b))
-        self._batches = []
-        for pairs in by_batch.values():
-            by_stack: dict[Any, list[tuple[int, nn.Parameter]]] = defaultdict(list)
-            for number, pair in enumerate(pairs):
-                for side, parameter in zip("AB", pair, strict=True):
-                    by_stack[side, group_of[id(parameter)], parameter.shape].append((number, parameter))
-            stacks = [
-                self._stack(side, group, [parameter for _, parameter in members])
-                for (side, group, _), members in by_stack.items()
-            ]
-            _share_gradient_room(stacks)
-            rows = [(number, key[0]) for key, members in by_stack.items() for number, _ in members]
-            row_of = {pair_and_side: row for row, pair_and_side in enumerate(rows)}
-            partner = [row_of[number, "B" if side == "A" else "A"] for number, side in rows]
-            self._batches.append(_Batch(stacks, partner, torch.tensor(partner, device=stacks[0].data.device)))
-        self._addresses = self._current_addresses()
-
-    def _stack(self, side: str, group: int, parameters: list[nn.Parameter]) -> _Stack:
-        data = torch.stack([parameter.data for parameter in parameters])
-        states = [self.state[parameter] for parameter in parameters]
-        state = {
-            key: torch.stack([s[key].to(data.device) if key in s else torch.zeros_like(data[0]) for s in states])
-            for key in self.buffers(self.param_groups[group])
-        }
-        for index, (parameter, entry) in enumerate(zip(parameters, states, strict=True)):
-            parameter.data = data[index]
-            entry |= {key: rows[index] for key, rows in state.items()}
-            # Not a tensor: which factors have made the same number of steps must be known on the host.
-            entry["step"] = int(entry.get("step", 0))
-        # On the CPU fresh pages cost more than the arithmetic; CUDA's allocator caches, so there the room is transient.
-        return _Stack(side, group, parameters, data, state, direction=_room(data))
-
-    def _current_addresses(self) -> list[int]:
-        return [p.data_ptr() for batch in self._batches for stack in batch.stacks for p in stack.parameters]
-
-    def step_factors(self) -> None:
-        # Parameters that were moved or replaced since are no longer views of the stacks.
-        if self._current_addresses() != self._addresses:
-            self._bind()
-        for batch in self._batches:
-            active = batch.with_gradient()
-            if not any(active):
+    def step_adapter(self) -> None:
+        batches: dict[Any, dict[Any, _Stack]] = defaultdict(dict)
+        for number, pair in enumerate(self._pairs):
+            if any(parameter.grad is None for parameter in pair):
                 continue
-            directions, finite = batch.directions(self.param_groups)
+            stacks = batches[pair[0].device, pair[0].shape[0]]
+            for side, parameter in zip("AB", pair, strict=True):
+                index = self._group_of[id(parameter)]
+                key = side, index, parameter.shape
+                stack = stacks.setdefault(key, _Stack(side, self.param_groups[index], self._room))
+                stack.parameters.append(parameter)
+                stack.pairs.append(number)
+        for stacks in batches.values():
+            self._step_batch(list(stacks.values()))
+
+    def _step_batch(self, stacks: list[_Stack]) -> None:
+        directions, finite = _directions(stacks)
+        if finite is not None:
+            self.skipped_updates += finite.count(False) // 2
+        first = 0
+        for stack, direction in zip(stacks, directions, strict=True):
+            moved, along = stack.parameters, list(direction.unbind())
             if finite is not None:
-                self.skipped_updates += sum(a and not f for a, f in zip(active, finite, strict=True)) // 2
-                active = [a and f for a, f in zip(active, finite, strict=True)]
-            start = 0
-            for stack, direction in zip(batch.stacks, directions, strict=True):
-                end = start + len(stack.parameters)
-                self._move_rows(stack, direction, [row for row, a in enumerate(active[start:end]) if a])
-                start = end
-
-    def _move_rows(self, stack: _Stack, direction: Float[Tensor, "k p q"], rows: list[int]) -> None:
-        if not rows:
-            return
-        entries = [self.state[stack.parameters[row]] for row in rows]
-        parts: list[Any] = list(rows)
-        steps = [entry["step"] for entry in entries]
-        if len(rows) == len(stack.parameters) and len(set(steps)) == 1:
-            parts, steps = [slice(None)], steps[:1]
-        state = [
-            {
-                "step": torch.full((), step, dtype=torch.float32, device=direction.device),
-                **{key: buffer[part] for key, buffer in stack.state.items()},
-            }
-            for part, step in zip(parts, steps, strict=True)
-        ]
-        group = self.param_groups[stack.group]
-        self.move(group, [stack.data[part] for part in parts], [direction[part] for part in parts], state)
-        for entry in entries:
-            entry["step"] += 1
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores options and state, and moves the adapter to the saved one."""
-        super().load_state_dict(state_dict)
-        self._bind()
+                kept = finite[first : first + len(moved)]
+                moved, along = list(itertools.compress(moved, kept)), list(itertools.compress(along, kept))
+                first += len(kept)
+            if moved:
+                self.move(stack.group, moved, along)
 
 
 class ScaledGD(_Scaled):
@@ -278,8 +178,6 @@ class ScaledGD(_Scaled):
     """
 
     lr_scale = "the share of a preconditioned gradient, which has the scale of the loss"
-    _renamed = ADAMW_OPTIONS
-    state_keys = frozenset({"step", "momentum", "exp_avg", "exp_avg_sq"})
 
     def __init__(
         self,
@@ -302,29 +200,24 @@ class ScaledGD(_Scaled):
             "damping": damping,
             "damping_form": damping_form,
             "adamw_lr": adamw_lr,
-            "betas": adamw_betas,
-            "eps": adamw_eps,
+            "adamw_betas": adamw_betas,
+            "adamw_eps": adamw_eps,
             "adamw_weight_decay": adamw_weight_decay,
         }
         super().__init__(params, defaults)
 
-    def split(self, group: dict[str, Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
-        merged = {**defaults, **group}
-        rates = {"lr": merged["adamw_lr"], "weight_decay": merged["adamw_weight_decay"]}
-        return split_factors(group, others=rates)
-
-    def buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum",) if group["momentum"] else ()
-
-    def move(
-        self, group: dict[str, Any], parameters: list[Tensor], directions: list[Tensor], state: list[dict[str, Tensor]]
-    ) -> None:
+    def move(self, group: dict[str, Any], parameters: list[Tensor], directions: list[Tensor]) -> None:
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        buffers: list[Tensor | None] = [None] * len(parameters)
+        if group["momentum"]:
+            for parameter in parameters:
+                self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+            buffers = [self.state[parameter]["momentum"] for parameter in parameters]
         sgd(
             parameters,
             directions,
-            [entry.get("momentum") for entry in state],
+            buffers,
             has_sparse_grad=False,
             fused=True,
             weight_decay=0.0,
@@ -362,7 +255,6 @@ class ScaledAdamW(_Scaled):
     """
 
     lr_scale = "the change of a factor's entry in one step"
-    state_keys = frozenset({"step", "exp_avg", "exp_avg_sq"})
 
     def __init__(
         self,
@@ -375,41 +267,8 @@ class ScaledAdamW(_Scaled):
         damping: float = 1e-6,
         damping_form: DampingForm = "absolute",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "damping": damping,
-            "damping_form": damping_form,
-        }
-        super().__init__(params, defaults)
+        rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**rates, "damping": damping, "damping_form": damping_form})
 
-    def split(self, group: dict[str, Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
-        return split_factors(group, others={})
-
-    def buffers(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
-
-    def move(
-        self, group: dict[str, Any], parameters: list[Tensor], directions: list[Tensor], state: list[dict[str, Tensor]]
-    ) -> None:
-        moments = ([entry[key] for entry in state] for key in ("exp_avg", "exp_avg_sq", "step"))
-        fused_adamw(group, parameters, directions, *moments)
-
-
-def _identity(like: Tensor) -> Tensor:
-    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-
-
-def _room(like: Tensor) -> Tensor | None:
-    return torch.empty_like(like) if like.device.type == "cpu" else None
-
-
-def _share_gradient_room(stacks: list[_Stack]) -> None:
-    """One room for the gathered gradients of all stacks, which are needed one after the other."""
-    largest = max(stacks, key=lambda stack: stack.data.numel())
-    room = _room(largest.data)
-    for stack in stacks:
-        if room is not None:
-            stack.gradient = room.flatten()[: stack.data.numel()].view(stack.data.shape)
+    def move(self, group: dict[str, Any], parameters: list[Tensor], directions: list[Tensor]) -> None:
+        self.adamw_step(group, parameters, directions)

@@ -33,17 +33,6 @@ class Released:
     report: dict[str, Any]
 
 
-def check_output(out: Path) -> None:
-    """Raises InputError unless the folder can be made or is empty, and nothing of an earlier try is beside it."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        what = "is not empty" if out.is_dir() else "is a file"
-        raise InputError(f"{out} {what}; the output must be an empty or new folder")
-    for suffix in ("partial", "rejected"):
-        left = out.with_name(f"{out.name}.{suffix}")
-        if left.exists():
-            raise InputError(f"{left} is left of an earlier try; remove it")
-
-
 @contextlib.contextmanager
 def written_or_nothing(out: Path) -> Iterator[Path]:
     """Makes the folder OUT.partial, and removes it again if the block does not end well; a full disk becomes a sentence."""

@@ -19,8 +19,9 @@ from qriemann.adapters.spectrum import factored_svd
 from qriemann.errors import InputError
 from qriemann.evaluation import proof, reload
 from qriemann.evaluation.trained import load_trained
+from qriemann.folder.files import check_output
 from qriemann.folder.records import write_json
-from qriemann.release.atomic_folder import Released, check_output, move_into_place, written_or_nothing
+from qriemann.release.atomic_folder import Released, move_into_place, written_or_nothing
 from qriemann.upstream import quiet
 
 REPORT = "export_report.json"

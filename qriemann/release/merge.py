@@ -20,8 +20,9 @@ from qriemann.evaluation import proof
 from qriemann.evaluation.proof import Written
 from qriemann.evaluation.trained import Trained, load_trained
 from qriemann.folder.contents import PROOF, read_folder
+from qriemann.folder.files import check_output
 from qriemann.folder.records import write_json
-from qriemann.release.atomic_folder import Released, check_output, move_into_place, written_or_nothing
+from qriemann.release.atomic_folder import Released, move_into_place, written_or_nothing
 from qriemann.release.card import write_card
 from qriemann.release.weights import (
     Checkpoint,

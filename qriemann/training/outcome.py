@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from qriemann.checkpoints.fingerprints import describe_base
@@ -21,8 +22,35 @@ from qriemann.training.monitor import Monitor
 from qriemann.training.prepare import Prepared
 from qriemann.upstream import name_of
 
-if TYPE_CHECKING:
-    from qriemann.training.train import TrainResult
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out of a run.
+
+    Attributes:
+        output_dir: holds the adapter, its tokenizer, `metrics.jsonl`, `run.json`, `loss.png` and `report.html`.
+        steps: optimizer steps in all.
+        train_loss: last logged loss, in nats a token; None if nothing was logged.
+        eval_loss_before, eval_loss: held-out loss before the first step and at the end; None without held-out rows.
+        tokens_per_s: tokens through the model per second of training, without padding and evaluations.
+        peak_gib: peak memory, allocated on the GPU or resident on the CPU.
+        orthonormality_drift: max |U^T U - I| over the factors when it was last logged.
+        wall_clock_s: from the start of the preparation.
+        trainer: still usable, for an evaluation of one's own.
+    """
+
+    output_dir: Path
+    steps: int
+    train_loss: float | None
+    eval_loss_before: float | None
+    eval_loss: float | None
+    tokens_per_s: float
+    peak_gib: float
+    orthonormality_drift: float | None
+    wall_clock_s: float
+    trainer: SFTTrainer
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
 
 
 def describe_run(prepared: Prepared) -> dict[str, Any]:
@@ -63,20 +91,24 @@ def _earlier(folder: Path) -> list[dict[str, Any]]:
     return [*(told if isinstance(told, list) else []), last] if before else []
 
 
-def summarize(prepared: Prepared, trainer: SFTTrainer, monitor: Monitor) -> dict[str, Any]:
-    """The figures of a `TrainResult`; evaluates once more where the last held-out loss is not the end's."""
+def summarize(prepared: Prepared, trainer: SFTTrainer, monitor: Monitor) -> TrainResult:
+    """The result of a training that has ended; evaluates once more where the last held-out loss is not the end's."""
     eval_loss = None if prepared.data.held_out is None else _final_eval_loss(trainer)
     losses, drifts = curve(monitor.records, "loss"), curve(monitor.records, "orthonormality_drift")
-    return {
-        "steps": trainer.state.global_step,
-        "train_loss": losses[-1][1] if losses else None,
-        "eval_loss_before": next((value for step, value in curve(monitor.records, "eval_loss") if step == 0), None),
-        "eval_loss": eval_loss,
-        "tokens_per_s": monitor.tokens_per_s,
-        "peak_gib": records.peak_gib(trainer.args.device),
-        "orthonormality_drift": drifts[-1][1] if drifts else None,
-        "wall_clock_s": since(prepared.started),
-    }
+    return TrainResult(
+        output_dir=Path(prepared.settings.output_dir),
+        steps=trainer.state.global_step,
+        train_loss=losses[-1][1] if losses else None,
+        eval_loss_before=next((value for step, value in curve(monitor.records, "eval_loss") if step == 0), None),
+        eval_loss=eval_loss,
+        tokens_per_s=monitor.tokens_per_s,
+        peak_gib=records.peak_gib(trainer.args.device),
+        orthonormality_drift=drifts[-1][1] if drifts else None,
+        wall_clock_s=since(prepared.started),
+        trainer=trainer,
+        model=trainer.model,
+        tokenizer=prepared.tokenizer,
+    )
 
 
 def _final_eval_loss(trainer: SFTTrainer) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from qriemann.checkpoints.starting_point import check_folder
 from qriemann.config import Settings
 from qriemann.errors import InputError
+from qriemann.folder.files import check_exists
 
 # Keys that may name a local file, with the endings that only a file has.
 _PATHS = {
@@ -38,6 +39,5 @@ def refuse_missing_paths(settings: Settings, *, data: bool = True) -> None:
         value = settings.trl.get(key) or getattr(settings, key, None)
         if not value or (key.startswith("dataset") and not data):
             continue
-        path = Path(value).expanduser()
-        if (path.suffix.lower() in endings or value.startswith(("/", "./", "../", "~"))) and not path.exists():
-            raise InputError(f"{value}: no such file or folder ({key})")
+        if Path(value).suffix.lower() in endings or value.startswith(("/", "./", "../", "~")):
+            check_exists(value, key)

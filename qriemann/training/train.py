@@ -8,12 +8,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTTrainer
+from transformers import TrainerCallback
 
 from qriemann.checkpoints.protect import protect
 from qriemann.checkpoints.saving import find_numeric_defect, is_failed_save, save_adapter, save_failed
@@ -29,7 +28,7 @@ from qriemann.memory.auto_batch import AutoBatch, BatchFit
 from qriemann.memory.dry_run import DryRun
 from qriemann.training.display import PlainView, make_view, no_view
 from qriemann.training.monitor import Monitor
-from qriemann.training.outcome import describe_run, since, summarize
+from qriemann.training.outcome import TrainResult, describe_run, figures, show_result, since, summarize
 from qriemann.training.prepare import Prepared
 from qriemann.training.publishing import publish
 from qriemann.training.trainer import build_trainer
@@ -37,36 +36,6 @@ from qriemann.upstream import quiet
 
 # What a disk that is full or failing raises, whatever was being written.
 _DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What came out of a run.
-
-    Attributes:
-        output_dir: holds the adapter, its tokenizer, `metrics.jsonl`, `run.json`, `loss.png` and `report.html`.
-        steps: optimizer steps in all.
-        train_loss: last logged loss, in nats a token; None if nothing was logged.
-        eval_loss_before, eval_loss: held-out loss before the first step and at the end; None without held-out rows.
-        tokens_per_s: tokens through the model per second of training, without padding and evaluations.
-        peak_gib: peak memory, allocated on the GPU or resident on the CPU.
-        orthonormality_drift: max |U^T U - I| over the factors when it was last logged.
-        wall_clock_s: from the start of the preparation.
-        trainer: still usable, for an evaluation of one's own.
-    """
-
-    output_dir: Path
-    steps: int
-    train_loss: float | None
-    eval_loss_before: float | None
-    eval_loss: float | None
-    tokens_per_s: float
-    peak_gib: float
-    orthonormality_drift: float | None
-    wall_clock_s: float
-    trainer: SFTTrainer
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
 
 
 def train(
@@ -144,13 +113,7 @@ class _Recorder:
             if not stop.saved:
                 self._save_adapter()
             stop.stop_at_once()
-            result = TrainResult(
-                output_dir=self.folder,
-                trainer=self.trainer,
-                model=self.trainer.model,
-                tokenizer=prepared.tokenizer,
-                **summarize(prepared, self.trainer, self.monitor),
-            )
+            result = summarize(prepared, self.trainer, self.monitor)
             if self.trainer.is_world_process_zero():
                 self._finish(result)
         except BaseException as error:
@@ -168,8 +131,6 @@ class _Recorder:
         save_adapter(self.trainer, self.folder)
 
     def _finish(self, result: TrainResult) -> None:
-        from qriemann.training.outcome import figures, show_result
-
         records.plot_losses(self.folder / records.PLOT, records.read_metrics(self.folder))
         ended = {"status": "finished", "wall_clock_s": result.wall_clock_s, "result": figures(result)}
         records.write_run(self.folder, {**self._told(), **ended})

@@ -134,7 +134,7 @@ def saved(tmp_path_factory, bases) -> dict[tuple[str, str], Saved]:
             everything[start, name] = train_in_a_loop(root / f"{start}-{name}", start, options)
     entries = list(everything.values())
     adapters = [(bases / ("nf4" if entry.nf4 else "float"), entry.nf4, entry.folder) for entry in entries]
-    for entry, plain in zip(entries, logits_under_plain_peft(adapters, IDS, root / "out.pt"), strict=True):
+    for entry, plain in zip(entries, logits_under_plain_peft(adapters, IDS), strict=True):
         entry.plain = plain
     return everything
 

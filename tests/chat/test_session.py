@@ -179,6 +179,6 @@ def test_an_adapter_that_names_no_base_asks_for_one(adapter_folder, tmp_path):
 def test_what_the_chat_template_refuses_is_one_line_and_the_conversation_stays(session):
     session.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     before = list(session.history)
-    with pytest.raises(InputError, match="accept the conversation, got its refusal: no system role"):
+    with pytest.raises(InputError, match="refuses the conversation: no system role"):
         session.ask("one", silent)
     assert session.history == before

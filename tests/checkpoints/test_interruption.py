@@ -24,8 +24,6 @@ from qriemann.reporting import reporting
 from tests.folder.test_lock import hold_until_killed
 from tests.recipe_fixtures import make_tokenizer, run_cli, save_model, train_on
 
-pytestmark = pytest.mark.usefixtures("no_report")
-
 
 @pytest.fixture
 def settings(settings):

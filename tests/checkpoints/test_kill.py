@@ -14,7 +14,7 @@ import yaml
 
 from qriemann import cli
 from qriemann.checkpoints.manifest import newest_checkpoint
-from qriemann.training import train as training
+from qriemann.training import train
 from tests.checkpoints.test_interruption import assert_ends_alike
 
 # Children of one server that has imported everything: a new process costs no import, and inherits no thread.
@@ -46,7 +46,7 @@ def train_to_the_end(path):
     torch.set_num_threads(1)
     # As in a process of its own: a worker from another server would load everything once more, and outlive its run.
     multiprocessing.set_start_method("fork", force=True)
-    training.publish = lambda *_, **__: None
+    train.publish = lambda *_, **__: None
     sys.exit(cli.main(["train", str(path), "--resume", "auto"]))
 
 
@@ -97,11 +97,12 @@ def kill_runs(tmp_path, settings, kills, steps, seed) -> dict[str, float]:
     return counts | {"seconds lost per kill": round(lost / kills, 2)}
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_one_that_never_was(tmp_path, settings):
     assert kill_runs(tmp_path, settings, kills=5, steps=8, seed=0)["kills"] == 5
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_hundred_kills_lose_nothing_but_time(tmp_path, settings):
     # Workers outlive a killed run by seconds.
     counts = kill_runs(tmp_path, {**settings, "dataloader_num_workers": 1}, kills=200, steps=16, seed=1)

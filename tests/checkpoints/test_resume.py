@@ -25,15 +25,23 @@ from tests.runs import assert_same, logged, outcome, protected_trainer, uneven_r
 # 22 rows in batches of 4, two a step: 6 batches and 3 steps an epoch, the last step's second batch short.
 STEPS = 7
 CASES = {
-    "zero start, means over several steps": {"options": {"start": "zero"}, "logging_steps": 3},
+    "zero start, rows grouped by length, means over several steps": {
+        "options": {"start": "zero"},
+        "train_sampling_strategy": "group_by_length",
+        "logging_steps": 3,
+    },
     "locally optimal start": {"loi": True, "lora": {"lora_dropout": 0.3}},
     "packing": {"packing": True, "max_length": 16, "eval_packing": False, "num_train_epochs": 9},
     "dropout and an evaluation at the end of each epoch": {"lora": {"lora_dropout": 0.3}, "eval_strategy": "epoch"},
-    "rows grouped by length": {"train_sampling_strategy": "group_by_length"},
-    "a sampler without a seed": {"accelerator_config": {"use_seedable_sampler": False}},
-    "batches unaccumulated": {"gradient_accumulation_steps": 1, "max_steps": 9},
-    "recomputed activations": {"activation_checkpointing": True, "lora": {"lora_dropout": 0.3}},
-    "a trained head": {"lora": {"modules_to_save": ["lm_head"]}},
+    "batches unaccumulated, a sampler without a seed": {
+        "gradient_accumulation_steps": 1,
+        "max_steps": 9,
+        "accelerator_config": {"use_seedable_sampler": False},
+    },
+    "recomputed activations, a trained head": {
+        "activation_checkpointing": True,
+        "lora": {"lora_dropout": 0.3, "modules_to_save": ["lm_head"]},
+    },
 }
 
 
@@ -52,16 +60,6 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path, case, steps):
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert_same(outcome(resumed), expected)
         assert logged(resumed) == logged(whole)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_resumes_exactly(tmp_path, method):
-    settings = {"method": method, "max_steps": 4, "lora": {"lora_dropout": 0.2}}
-    whole, _ = protected_trainer(tmp_path / "whole", save_steps=2, **settings)
-    whole.train()
-    resumed, _ = protected_trainer(tmp_path / "resumed", save_strategy="no", **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert_same(outcome(resumed), outcome(whole))
 
 
 STARTS = {"zero": {"options": {"start": "zero"}}, "offset": {"options": {"start": "offset"}}, "loi": {"loi": True}}
@@ -136,7 +134,7 @@ def test_what_a_collator_draws_is_drawn_again(tmp_path, workers):
 
     whole = drawing(tmp_path / "whole")
     whole.train()
-    for step in (1, 3, 4):
+    for step in (1, 4):
         resumed = drawing(tmp_path / f"resumed-{step}", save_strategy="no")
         torch.randn(7), np.random.random(3), random.random()  # whatever the process drew before
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))

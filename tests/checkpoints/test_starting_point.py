@@ -14,8 +14,6 @@ from safetensors.torch import load_file, save_file
 from qriemann.checkpoints.manifest import MANIFEST
 from tests.recipe_fixtures import run_cli
 
-pytestmark = pytest.mark.usefixtures("no_report")
-
 
 @pytest.fixture
 def settings(settings):

@@ -72,7 +72,8 @@ def test_a_data_set_that_reasoning_gym_lacks_is_refused(gym):
 
 
 def test_an_unknown_scorer_is_one_line_that_lists_them(tmp_path, capsys):
-    assert main(["eval", str(tmp_path), str(tmp_path / "rows.jsonl"), "--scorer", "best"]) == 2
+    path = write_rows(tmp_path / "rows.jsonl", [("add 1", "1")])
+    assert main(["eval", str(tmp_path), str(path), "--scorer", "best"]) == 2
     message = capsys.readouterr().err
     assert all(name in message for name in SCORERS)
     assert message.count("\n") == 1

@@ -1,9 +1,5 @@
 from torch.profiler import ProfilerActivity, profile
 
-from tests.recipe_fixtures import model_folder, no_report, settings, tokenizer, write_rows
-
-__all__ = ["model_folder", "no_report", "settings", "tokenizer", "write_rows"]
-
 
 def allocated_peak(run):
     """The most bytes that torch's CPU allocator had out at once while `run` ran, beyond those it had before."""

@@ -14,6 +14,7 @@ from qriemann import LocallyOptimalInit
 from qriemann.config import settings_from
 from qriemann.errors import InputError
 from qriemann.memory.auto_batch import AutoBatch, BatchFit, _parts
+from qriemann.training.prepare import prepare
 from qriemann.training.train import train
 from tests.memory.conftest import allocated_peak
 from tests.recipe_fixtures import chat_rows
@@ -198,7 +199,7 @@ def recipe(settings, write_rows):
 
 
 def test_a_recipe_asks_for_it_by_one_key_and_run_json_keeps_the_choice(tmp_path, recipe, capsys):
-    train(recipe)
+    train(prepare(recipe))
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["status"] == "finished"
     assert (run["auto_batch"]["rows"], run["auto_batch"]["rows_per_step"]) == (6, 6)
@@ -208,7 +209,7 @@ def test_a_recipe_asks_for_it_by_one_key_and_run_json_keeps_the_choice(tmp_path,
 
 def test_a_recipe_whose_longest_row_does_not_fit_ends_before_anything_is_written(tmp_path, recipe):
     with pytest.raises(InputError, match="a single row"):
-        train(recipe, callbacks=[NoRoom()])
+        train(prepare(recipe), callbacks=[NoRoom()])
     assert not (tmp_path / "out").exists()
 
 

@@ -254,29 +254,27 @@ def test_the_same_inputs_give_the_same_bits():
     assert torch.equal(run(), run())
 
 
-@pytest.mark.parametrize("api", ["legacy", "new"])
-def test_a_reduced_matmul_precision_chosen_by_the_user_is_put_back(api):
+def test_a_reduced_matmul_precision_chosen_by_the_user_is_put_back():
     # In a process of its own: torch refuses to go back from the new setting to the legacy one.
-    script = f"""
+    script = """
 import torch
-from tests.optim.test_riemannion_step import STEP_RTOL, Adapter, follow, noisy_quadratic
-backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-if {api!r} == "legacy":
-    torch.set_float32_matmul_precision("medium")
-else:
-    torch.backends.fp32_precision = "tf32"
-chosen = [backend.fp32_precision for backend in backends]
-during = []
-product = torch.Tensor.__matmul__
-torch.Tensor.__matmul__ = lambda a, b: (during.append({{backend.fp32_precision for backend in backends}}), product(a, b))[1]
-adapter = Adapter(30, 20, 4)
-point, gradient = adapter.record.point(), adapter.randn(30, 20)
-adapter.set_gradient(gradient)
 from qriemann.optim import Riemannion
-optimizer = Riemannion(adapter.parameters, lr=0.01)
-during.clear()
-optimizer.step()
-assert during and all(seen <= {{"ieee", "none"}} for seen in during), during
-assert [backend.fp32_precision for backend in backends] == chosen
+from tests.optim.test_riemannion_step import Adapter
+backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+product, during = torch.Tensor.__matmul__, []
+torch.Tensor.__matmul__ = lambda a, b: (during.append({backend.fp32_precision for backend in backends}), product(a, b))[1]
+for legacy in (True, False):
+    if legacy:
+        torch.set_float32_matmul_precision("medium")
+    else:
+        torch.backends.fp32_precision = "tf32"
+    chosen = [backend.fp32_precision for backend in backends]
+    adapter = Adapter(30, 20, 4)
+    adapter.set_gradient(adapter.randn(30, 20))
+    optimizer = Riemannion(adapter.parameters, lr=0.01)
+    during.clear()
+    optimizer.step()
+    assert during and all(seen <= {"ieee", "none"} for seen in during), during
+    assert [backend.fp32_precision for backend in backends] == chosen
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])

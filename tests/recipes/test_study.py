@@ -203,6 +203,7 @@ def small_plan(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_arm_sees_the_same_rows_and_the_report_says_what_the_runs_gave(tmp_path, small_plan):
     results, plan_ = tmp_path / "results", study.read_plan(small_plan)
     results.mkdir()

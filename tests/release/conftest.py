@@ -1,17 +1,16 @@
-"""A tiny chat model on disk, random adapters for it, and processes that cannot import qriemann."""
+"""A tiny chat model on disk, random adapters for it, and what a process without qriemann makes of both."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import subprocess
-import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qriemann.release.atomic_folder import Released
 from qriemann.release.merge import merge
+from tests.elsewhere import run_elsewhere
 from tests.models import fill_lora
 from tests.recipe_fixtures import make_tokenizer
 from tests.release.folders import adapter_folder
@@ -104,6 +104,18 @@ def run_folder(finished_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished_run, tmp_path / "adapter"))
 
 
+@pytest.fixture(autouse=True)
+def _proof_in_the_shared_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fresh process of a proof is the shared one, but for session fixtures, which start their own."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        source = 'import runpy\nresult = runpy.run_path(script)["main"](request)'
+        run_elsewhere(source, script=command[-2], request=command[-1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("qriemann.evaluation.proof.subprocess", SimpleNamespace(run=run))
+
+
 @dataclass(frozen=True)
 class Merged:
     """One merge into every base, and what it printed."""
@@ -120,67 +132,21 @@ def merged(tmp_path_factory: pytest.TempPathFactory, adapter: Path, rows: Path) 
     return Merged(result, console.file.getvalue())
 
 
-_WITHOUT_QRIEMANN = """
-import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "qriemann":
-            raise ImportError(name + " is not installed in this process")
-
-sys.meta_path.insert(0, Refuse())
-try:
-    import qriemann
-except ImportError:
-    pass
-else:
-    raise SystemExit("qriemann could be imported")
-
-import json
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-torch.set_num_threads(1)
-nf4 = BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
-)
-model = AutoModelForCausalLM.from_pretrained(
-    {model!r}, dtype=torch.float32, quantization_config=nf4 if {adapter!r} else None
-)
-for layer in model.modules():
-    if hasattr(layer, "support_avx512bf16_for_cpu"):
-        layer.support_avx512bf16_for_cpu = False
-if {adapter!r}:
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(model, {adapter!r})
-tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})
-texts = []
-for prompt in {prompts!r}:
+def greedy_elsewhere(model: Path, tokenizer: Path, adapter: Path | None = None, tokens: int = 12) -> list[list[int]]:
+    """Greedy tokens after each prompt, from a process in which `import qriemann` raises."""
+    source = """
+model = load_base(model, nf4=bool(adapter))
+if adapter:
+    model = PeftModel.from_pretrained(model, adapter)
+tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+result = []
+for prompt in prompts:
     text = tokenizer.apply_chat_template(
         [dict(role="user", content=prompt)], tokenize=False, add_generation_prompt=True
     )
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    output = model.eval().generate(**ids, max_new_tokens={tokens}, do_sample=False)
-    texts.append(output[0, ids["input_ids"].shape[1] :].tolist())
-open({out!r}, "w").write(json.dumps(texts))
+    output = model.eval().generate(**ids, max_new_tokens=tokens, do_sample=False)
+    result.append(output[0, ids["input_ids"].shape[1] :].tolist())
 """
-
-
-@pytest.fixture
-def greedy_elsewhere(tmp_path: Path) -> Callable[..., list[list[int]]]:
-    """Greedy tokens after each prompt, from a process in which `import qriemann` raises."""
-
-    def answer(model: Path, tokenizer: Path, adapter: Path | None = None, tokens: int = 12) -> list[list[int]]:
-        out = tmp_path / "texts.json"
-        names = {"model": str(model), "adapter": str(adapter or ""), "tokenizer": str(tokenizer), "out": str(out)}
-        script = _WITHOUT_QRIEMANN.format(prompts=PROMPTS, tokens=tokens, **names)
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(out.read_text())
-
-    return answer
+    names = {"model": str(model), "adapter": str(adapter or ""), "tokenizer": str(tokenizer)}
+    return run_elsewhere(source, prompts=PROMPTS, tokens=tokens, **names)

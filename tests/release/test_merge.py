@@ -27,7 +27,7 @@ from qriemann.release.atomic_folder import move_into_place, written_or_nothing
 from qriemann.release.merge import merge
 from qriemann.release.weights import Checkpoint, write_checkpoint
 from tests.models import relative
-from tests.release.conftest import Merged, save_adapter, save_chat_base
+from tests.release.conftest import Merged, greedy_elsewhere, save_adapter, save_chat_base
 
 # float32 sums of four products, in another order.
 MERGED_RTOL = 1e-6
@@ -120,7 +120,7 @@ def test_the_folder_holds_a_model_and_its_proof_and_no_path(merged: Merged, base
 
 
 def test_the_merged_folder_and_the_adapter_say_the_same_where_qriemann_is_not_installed(
-    base: Path, adapter: Path, merged: Merged, greedy_elsewhere: Callable
+    base: Path, adapter: Path, merged: Merged
 ):
     folder = merged.result.folder / "nf4-dequantized"
     texts = greedy_elsewhere(folder, folder)
@@ -281,7 +281,7 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing_half_written(adapter: Pa
 
 
 @pytest.mark.slow
-def test_the_embedded_model_is_merged_within_the_bound_and_says_the_same(tmp_path, greedy_elsewhere: Callable):
+def test_the_embedded_model_is_merged_within_the_bound_and_says_the_same(tmp_path):
     """Trained by the quickstart; the adapter's 4-bit base is a GGUF file, which plain transformers cannot quantize."""
     recipe = Path(__file__).parents[2] / "recipes" / "quickstart.py"
     trained = tmp_path / "trained"

@@ -214,6 +214,7 @@ def test_a_merged_model_takes_its_card_from_the_training_that_is_named(hub, tmp_
     assert load_file(tmp_path / "got").keys() == load_file(folder / "model.safetensors").keys()
 
 
+@pytest.mark.usefixtures("with_report")
 def test_a_training_ends_in_a_push_of_the_same_files(hub, tmp_path, monkeypatch):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM

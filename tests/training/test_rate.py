@@ -9,8 +9,6 @@ import pytest
 from qriemann.optim.methods import METHODS
 from tests.recipe_fixtures import train_on
 
-pytestmark = pytest.mark.usefixtures("no_report")
-
 
 @pytest.fixture
 def settings(settings):

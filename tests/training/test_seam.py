@@ -99,17 +99,17 @@ def quantized(model: nn.Module) -> dict[str, Tensor]:
 # SFT on a 4-bit model.
 
 
-@starts
 @pytest.mark.parametrize(
-    "options",
+    ("start", "options"),
     [
-        {},
-        {"lora": {"use_rslora": True, "lora_dropout": 0.1, "rank_pattern": {"q_proj": 7}}},
-        {"gradient_accumulation_steps": 2, "activation_checkpointing": False},
-        {"activation_checkpointing_kwargs": {"use_reentrant": False}},
-        {"method": {"nesterov": True, "weight_decay": 0.1, "tangent_iterations": 3}},
+        ("zero", {}),
+        ("offset", {}),
+        ("offset", {"lora": {"use_rslora": True, "lora_dropout": 0.1, "rank_pattern": {"q_proj": 7}}}),
+        ("zero", {"gradient_accumulation_steps": 2, "activation_checkpointing": False}),
+        ("offset", {"activation_checkpointing_kwargs": {"use_reentrant": False}}),
+        ("zero", {"method": {"nesterov": True, "weight_decay": 0.1, "tangent_iterations": 3}}),
     ],
-    ids=["plain", "rslora, dropout, rank_pattern", "accumulation", "non-reentrant", "options"],
+    ids=["zero", "offset", "rslora, dropout, rank_pattern", "accumulation", "non-reentrant", "options"],
 )
 def test_sft_on_a_4_bit_model_ends_on_the_manifold_with_the_same_base(start, options, base, tmp_path):
     keep = KeepsBase()
@@ -222,8 +222,8 @@ def everything(trainer: Any) -> list[Tensor]:
 @starts
 @pytest.mark.parametrize(
     ("nf4", "lora"),
-    [(True, {}), (True, {"lora_dropout": 0.1}), (False, {"lora_dropout": 0.1, "modules_to_save": ["lm_head"]})],
-    ids=["4-bit", "4-bit, dropout", "float, dropout, modules_to_save"],
+    [(True, {"lora_dropout": 0.1}), (False, {"lora_dropout": 0.1, "modules_to_save": ["lm_head"]})],
+    ids=["4-bit, dropout", "float, dropout, modules_to_save"],
 )
 def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(start, lora, nf4, base, tmp_path):
     def trainer(folder: Path) -> SFTTrainer:
@@ -264,8 +264,7 @@ def preferences() -> Dataset:
 
 # https://github.com/huggingface/trl: disable_gradient_checkpointing of TRL 1.16 uses names that transformers 5.23 deprecates.
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")
-@starts
-@pytest.mark.parametrize("given", ["a config", "an adapter"])
+@pytest.mark.parametrize(("start", "given"), [("offset", "a config"), ("zero", "an adapter")])
 def test_dpo_trains_with_the_same_optimizer_on_the_manifold(start, given, base, tmp_path):
     model: nn.Module = load_nf4(base)
     lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}

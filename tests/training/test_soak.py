@@ -22,7 +22,7 @@ class Resources(TrainerCallback):
             self.seen[state.global_step] = process.memory_info().rss, process.num_fds()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_thousand_steps_hold_no_more_than_one_thousand(tmp_path):
     resources = Resources()
     trainer, guard = protected_trainer(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from qriemann.ops.triton.gram import add_chunks
-from qriemann.ops.triton.products import clear, combine, measure, multiply
+from qriemann.ops.triton.products import clear, combine, measure, multiply_square
 from qriemann.ops.triton.sides import (
     COLUMN_STRIDE,
     FACTOR,
@@ -126,10 +126,7 @@ def finish_kernel(
             combine(e, e, compensation, 1.0, -1.0, PADDED, PADDED, PADDED, PADDED, PADDED, False)
             _, error, _ = measure(e, PADDED, PADDED, PADDED)
             if error > tolerance:
-                multiply(
-                    e_squared, e, e, e, 1.0, 0.0,
-                    PADDED, PADDED, PADDED, PADDED, PADDED, PADDED, False, False, False, min(PADDED, 64), DEPTH,
-                )  # fmt: skip
+                multiply_square(e_squared, e, e, e, 1.0, 0.0, PADDED, False, False, False, DEPTH)
                 combine(repair, e, e_squared, -0.5, 0.375, PADDED, PADDED, PADDED, PADDED, PADDED, False)
                 combine(compensation, compensation, e, 1.0, 0.5, PADDED, PADDED, PADDED, PADDED, PADDED, False)
                 combine(
@@ -141,14 +138,8 @@ def finish_kernel(
         v_work = workspace + tl.cast(layer + layers, tl.int64) * (4 * BLOCK)
         left, both = u_work + 2 * BLOCK, u_work + 3 * BLOCK
         new = s_new + tl.cast(layer, tl.int64) * BLOCK
-        multiply(
-            left, u_work + BLOCK, new, new, 1.0, 0.0,
-            PADDED, PADDED, PADDED, PADDED, PADDED, PADDED, False, False, False, min(PADDED, 64), DEPTH,
-        )  # fmt: skip
-        multiply(
-            both, left, v_work + BLOCK, new, 1.0, 0.0,
-            PADDED, PADDED, PADDED, PADDED, PADDED, PADDED, False, True, False, min(PADDED, 64), DEPTH,
-        )  # fmt: skip
+        multiply_square(left, u_work + BLOCK, new, new, 1.0, 0.0, PADDED, False, False, False, DEPTH)
+        multiply_square(both, left, v_work + BLOCK, new, 1.0, 0.0, PADDED, False, True, False, DEPTH)
         rows = tl.arange(0, PADDED)
         inside = (rows < RANK)[:, None] & (rows < RANK)[None, :]
         value = tl.load(both + rows[:, None] * PADDED + rows[None, :])

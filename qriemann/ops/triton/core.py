@@ -8,7 +8,7 @@ import triton.language as tl
 
 from qriemann.ops.triton.factor import factor_gram
 from qriemann.ops.triton.gram import add_chunks
-from qriemann.ops.triton.products import clear, combine, copy, measure, multiply
+from qriemann.ops.triton.products import clear, combine, copy, measure, multiply, multiply_square
 from qriemann.ops.triton.sides import FIELDS, GRADIENT
 from qriemann.ops.triton.truncate import truncate
 
@@ -137,14 +137,12 @@ def _step(
         entry = tl.arange(0, PADDED)
         tl.store(side + 7 * BLOCK + entry, tl.sqrt_rn(tl.load(side + 3 * BLOCK + entry * (PADDED + 1))))
         tl.debug_barrier()
-        multiply(
-            side + 2 * BLOCK, side, side + BLOCK, side + 2 * BLOCK, -1.0, 1.0,
-            PADDED, PADDED, PADDED, PADDED, PADDED, PADDED, True, False, True, TILE, DEPTH,
-        )  # fmt: skip
-        multiply(
-            side + 3 * BLOCK, side + BLOCK, side + BLOCK, side + 3 * BLOCK, -1.0, 1.0,
-            PADDED, PADDED, PADDED, PADDED, PADDED, PADDED, True, False, True, TILE, DEPTH,
-        )  # fmt: skip
+        multiply_square(
+            side + 2 * BLOCK, side, side + BLOCK, side + 2 * BLOCK, -1.0, 1.0, PADDED, True, False, True, DEPTH
+        )
+        multiply_square(
+            side + 3 * BLOCK, side + BLOCK, side + BLOCK, side + 3 * BLOCK, -1.0, 1.0, PADDED, True, False, True, DEPTH
+        )
         factor_gram(side + 4 * BLOCK, side + 5 * BLOCK, side + 3 * BLOCK, side + 7 * BLOCK, tolerance, RANK, PADDED)
 
     # Direction: D = [U Q_A] K [V Q_B]^T, K = [[C, R_B^T], [R_A, 0]]; both sides measure C.
@@ -175,10 +173,9 @@ def _step(
     copy(y, k, 1.0, TALL, TALL, TALL, TALL, True)
     for index in range(2):
         side = slot + index * (_SIDE_BLOCKS * BLOCK)
-        multiply(
-            side + 6 * BLOCK, side + 5 * BLOCK, side + 9 * BLOCK, side, 1.0, 0.0,
-            PADDED, PADDED, PADDED, PADDED, PADDED, PADDED, False, False, False, TILE, DEPTH,
-        )  # fmt: skip
+        multiply_square(
+            side + 6 * BLOCK, side + 5 * BLOCK, side + 9 * BLOCK, side, 1.0, 0.0, PADDED, False, False, False, DEPTH
+        )
     for index in range(2):
         own = slot + index * (_SIDE_BLOCKS * BLOCK)
         other = slot + (1 - index) * (_SIDE_BLOCKS * BLOCK)
@@ -188,17 +185,13 @@ def _step(
             t = t_v
             direction = y
         # U+ = U (P_1 - C_D q) + D q with q = R_A^-1 P_2.
-        multiply(
-            t, own + BLOCK, own + 6 * BLOCK, own + 8 * BLOCK, -1.0, 1.0,
-            PADDED, PADDED, PADDED, PADDED, PADDED, PADDED, False, False, True, TILE, DEPTH,
-        )  # fmt: skip
+        multiply_square(t, own + BLOCK, own + 6 * BLOCK, own + 8 * BLOCK, -1.0, 1.0, PADDED, False, False, True, DEPTH)
         copy(t + BLOCK, own + 6 * BLOCK, 1.0, PADDED, PADDED, PADDED, PADDED, False)
         if RAW:
             # M V+ = N W_1 + U (B_N^T B_D) R_B^-1 W_2
-            multiply(
-                t + 2 * BLOCK, other + 2 * BLOCK, other + 6 * BLOCK, own, 1.0, 0.0,
-                PADDED, PADDED, PADDED, PADDED, PADDED, PADDED, False, False, False, TILE, DEPTH,
-            )  # fmt: skip
+            multiply_square(
+                t + 2 * BLOCK, other + 2 * BLOCK, other + 6 * BLOCK, own, 1.0, 0.0, PADDED, False, False, False, DEPTH
+            )
             copy(t + 3 * BLOCK, other + 8 * BLOCK, 1.0, PADDED, PADDED, PADDED, PADDED, False)
         else:
             # O V+ = U (O_C W_1 + O_B W_2 - C_D f) + D f with f = R_A^-1 O_A W_1.
@@ -206,18 +199,16 @@ def _step(
                 own + 7 * BLOCK, direction + PADDED * TALL, other + 8 * BLOCK, own, 1.0, 0.0,
                 PADDED, PADDED, PADDED, PADDED, TALL, PADDED, False, False, False, TILE, DEPTH,
             )  # fmt: skip
-            multiply(
-                t + 3 * BLOCK, own + 5 * BLOCK, own + 7 * BLOCK, own, 1.0, 0.0,
-                PADDED, PADDED, PADDED, PADDED, PADDED, PADDED, False, False, False, TILE, DEPTH,
-            )  # fmt: skip
+            multiply_square(
+                t + 3 * BLOCK, own + 5 * BLOCK, own + 7 * BLOCK, own, 1.0, 0.0, PADDED, False, False, False, DEPTH
+            )
             multiply(
                 t + 2 * BLOCK, direction, other + 8 * BLOCK, own, 1.0, 0.0,
                 PADDED, PADDED, TALL, PADDED, TALL, PADDED, False, False, False, TILE, DEPTH,
             )  # fmt: skip
-            multiply(
-                t + 2 * BLOCK, own + BLOCK, t + 3 * BLOCK, t + 2 * BLOCK, -1.0, 1.0,
-                PADDED, PADDED, PADDED, PADDED, PADDED, PADDED, False, False, True, TILE, DEPTH,
-            )  # fmt: skip
+            multiply_square(
+                t + 2 * BLOCK, own + BLOCK, t + 3 * BLOCK, t + 2 * BLOCK, -1.0, 1.0, PADDED, False, False, True, DEPTH
+            )
 
 
 @triton.jit
@@ -230,19 +221,12 @@ def _polar(k, work, coefficients, PADDED: tl.constexpr, DEPTH: tl.constexpr, STE
     from 1.3e-3 come within 5e-4 of one, 6e-4 ends halfway, 2.5e-4 at 0.15 and 2.5e-5 at 2e-4.
     """
     TALL: tl.constexpr = 2 * PADDED
-    TILE: tl.constexpr = min(TALL, 64)
     SQUARE: tl.constexpr = TALL * TALL
     gram, gram_squared = work + SQUARE, work + 2 * SQUARE
     _, largest, _ = measure(k, TALL, TALL, TALL)
     copy(k, k, 1.0 / tl.where(largest > 0, largest, 1.0), TALL, TALL, TALL, TALL, False)
-    multiply(
-        gram, k, k, k, 1.0, 0.0,
-        TALL, TALL, TALL, TALL, TALL, TALL, True, False, False, TILE, DEPTH,
-    )  # fmt: skip
-    multiply(
-        gram_squared, gram, gram, gram, 1.0, 0.0,
-        TALL, TALL, TALL, TALL, TALL, TALL, False, False, False, TILE, DEPTH,
-    )  # fmt: skip
+    multiply_square(gram, k, k, k, 1.0, 0.0, TALL, True, False, False, DEPTH)
+    multiply_square(gram_squared, gram, gram, gram, 1.0, 0.0, TALL, False, False, False, DEPTH)
     squares, _, _ = measure(gram_squared, TALL, TALL, TALL)
     # trace((K^T K)^4)^(1/8) bounds the largest singular value from above, by a factor of 1.1 to 1.6 in practice. With the
     # 2 in place of the 4, as the torch path has it, 2.5 at rank 128, and the cut-off would move with it.
@@ -254,24 +238,15 @@ def _polar(k, work, coefficients, PADDED: tl.constexpr, DEPTH: tl.constexpr, STE
         if step % 2 == 1:
             source = work
             target = k
-        multiply(
-            gram, source, source, source, 1.0, 0.0,
-            TALL, TALL, TALL, TALL, TALL, TALL, True, False, False, TILE, DEPTH,
-        )  # fmt: skip
+        multiply_square(gram, source, source, source, 1.0, 0.0, TALL, True, False, False, DEPTH)
         a = 0.0
         b = 1.0
         if step < STEPS:
             a = tl.load(coefficients + 2 * step)
             b = tl.load(coefficients + 2 * step + 1)
         else:
-            multiply(
-                gram_squared, gram, gram, gram, -1.5, 2.5,
-                TALL, TALL, TALL, TALL, TALL, TALL, False, False, True, TILE, DEPTH,
-            )  # fmt: skip
+            multiply_square(gram_squared, gram, gram, gram, -1.5, 2.5, TALL, False, False, True, DEPTH)
             copy(gram, gram_squared, 1.0, TALL, TALL, TALL, TALL, False)
-        multiply(
-            target, source, gram, source, b, a,
-            TALL, TALL, TALL, TALL, TALL, TALL, False, False, True, TILE, DEPTH,
-        )  # fmt: skip
+        multiply_square(target, source, gram, source, b, a, TALL, False, False, True, DEPTH)
     if STEPS % 2 == 0:
         copy(k, work, 1.0, TALL, TALL, TALL, TALL, False)

@@ -61,15 +61,7 @@ def factor_gram(r_factor, r_inverse, gram, length, tolerance, RANK: tl.constexpr
 
 
 @triton.jit
-def orthonormalize(
-    q,
-    a,
-    scratch,
-    floor,
-    RANK: tl.constexpr,
-    PADDED: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+def orthonormalize(q, a, scratch, floor, RANK: tl.constexpr, PADDED: tl.constexpr, DEPTH: tl.constexpr):
     """q: an orthonormal basis that holds the span of a's columns, (2 PADDED, PADDED) both.
 
     Gram-Schmidt, every projection done twice. A column with less than `floor` left is noise, and gives way to what the

@@ -68,6 +68,28 @@ def multiply(
 
 
 @triton.jit
+def multiply_square(
+    out,
+    a,
+    b,
+    c,
+    alpha,
+    beta,
+    SIZE: tl.constexpr,
+    A_TRANSPOSED: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr,
+    ADD: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """`multiply` of contiguous (SIZE, SIZE) matrices."""
+    TILE: tl.constexpr = min(SIZE, _TILE)
+    multiply(
+        out, a, b, c, alpha, beta,
+        SIZE, SIZE, SIZE, SIZE, SIZE, SIZE, A_TRANSPOSED, B_TRANSPOSED, ADD, TILE, DEPTH,
+    )  # fmt: skip
+
+
+@triton.jit
 def combine(
     out,
     a,
@@ -124,13 +146,7 @@ def copy(
 
 
 @triton.jit
-def clear(
-    out,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    DIAGONAL,
-):
+def clear(out, M: tl.constexpr, N: tl.constexpr, OUT_STRIDE: tl.constexpr, DIAGONAL):
     """out = 0, with ones on the first DIAGONAL places of the diagonal."""
     TILE_M: tl.constexpr = min(M, _TILE)
     TILE_N: tl.constexpr = min(N, _TILE)
@@ -144,12 +160,7 @@ def clear(
 
 
 @triton.jit
-def measure(
-    a,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    A_STRIDE: tl.constexpr,
-):
+def measure(a, M: tl.constexpr, N: tl.constexpr, A_STRIDE: tl.constexpr):
     """(sum of squares, largest absolute value, number of entries that are not finite) of a."""
     TILE_M: tl.constexpr = min(M, _TILE)
     TILE_N: tl.constexpr = min(N, _TILE)
@@ -170,11 +181,7 @@ def measure(
 
 
 @triton.jit
-def trace(
-    a,
-    N: tl.constexpr,
-    A_STRIDE: tl.constexpr,
-):
+def trace(a, N: tl.constexpr, A_STRIDE: tl.constexpr):
     """The sum of the diagonal of the (N, N) matrix a."""
     index = tl.arange(0, N)
     total = tl.sum(tl.load(a + index * (A_STRIDE + 1)), axis=0)

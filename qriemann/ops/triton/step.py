@@ -70,6 +70,9 @@ class TritonStep:
         skipped: int64 scalar on the device; grows by one for each layer whose gradient was there but not finite.
 
     The tensors are remembered by address: make a new object when one of them is replaced.
+
+    Attributes:
+        moved: (L,), 1 where the last step moved the layer; on the device.
     """
 
     def __init__(
@@ -80,18 +83,6 @@ class TritonStep:
         skipped: Tensor,
     ) -> None:
         layers, rank = s.shape[0], s.shape[-1]
-        if len(factors) != 2 * layers or len(momentum) != 2 * layers:
-            raise ValueError(
-                f"factors and momentum must have two entries a layer of s, got {len(factors)} and {len(momentum)} "
-                f"for {layers} layers"
-            )
-        for name, tensors in (("factors", factors), ("momentum", momentum), ("s", [s])):
-            for tensor in tensors:
-                if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device != s.device:
-                    raise TypeError(
-                        f"{name} must be contiguous float32 on {s.device}, got {tensor.dtype} on {tensor.device} with "
-                        f"strides {tensor.stride()}"
-                    )
         self.layers, self.rank, self.padded = layers, rank, max(16, triton.next_power_of_2(rank))
         self._launch = _LAUNCHES[self.padded]
         self._tall_options = {
@@ -118,13 +109,8 @@ class TritonStep:
         self._coefficients = s.new_empty(2 * layers * 4 * block)
         self._s_new = s.new_empty(layers * block)
         self._partials: Tensor | None = None
-        self._moved = torch.zeros(layers, dtype=torch.int32, device=s.device)
+        self.moved = torch.zeros(layers, dtype=torch.int32, device=s.device)
         self._drifted = torch.zeros(2 * layers, dtype=torch.int32, device=s.device)
-
-    @property
-    def moved(self) -> Tensor:
-        """(L,), 1 where the last step moved the layer; on the device."""
-        return self._moved
 
     def _cut_into_chunks(self, heights: list[int], device: torch.device) -> None:
         tiles, side_tiles = [], [0]
@@ -160,19 +146,19 @@ class TritonStep:
         self._gram(grads, momentum, nesterov=nesterov)
         core_kernel[(self._slots,)](
             self._table, self._side_tiles, self._partials, self._s, lr, weight_decay, self._polar, self._scratch,
-            self._coefficients, self._s_new, self._moved, self._skipped, self.layers, PIVOT_TOL,
+            self._coefficients, self._s_new, self.moved, self._skipped, self.layers, PIVOT_TOL,
             POLAR_STEPS=len(_COEFFICIENTS), TANGENT_ITERATIONS=tangent_iterations, NESTEROV=nesterov, RAW=raw, **small,
         )  # fmt: skip
         apply_kernel[(tiles,)](
-            self._table, self._tiles, momentum, self._moved, self._coefficients, self._partials, self.layers,
+            self._table, self._tiles, momentum, self.moved, self._coefficients, self._partials, self.layers,
             NESTEROV=nesterov, RAW=raw, **tall,
         )  # fmt: skip
         finish_kernel[(self.layers,)](
-            self._side_tiles, self._moved, self._drifted, self._coefficients, self._partials, self._s_new, self._s,
+            self._side_tiles, self.moved, self._drifted, self._coefficients, self._partials, self._s_new, self._s,
             self.layers, _CORRECT_ABOVE, **small,
         )  # fmt: skip
         correct_kernel[(tiles,)](
-            self._table, self._tiles, self._moved, self._drifted, self._coefficients, self.layers, **tall,
+            self._table, self._tiles, self.moved, self._drifted, self._coefficients, self.layers, **tall,
         )  # fmt: skip
 
     def _gram(self, grads: Sequence[Tensor | None], momentum: Tensor, *, nesterov: bool) -> None:
@@ -192,8 +178,6 @@ class TritonStep:
         """Writes the gradients' addresses where they differ from the last step's."""
         layers, rank = self.layers, self.rank
         rows: list[tuple[int, ...]] = []
-        if len(grads) != 2 * layers:
-            raise ValueError(f"grads must have two entries a layer, got {len(grads)} for {layers} layers")
         for side, (grad, (u, m, height)) in enumerate(zip(grads, self._fixed, strict=True)):
             if grad is None or grads[side - layers] is None:
                 rows.append((u, m, 0, height, 0, 0))

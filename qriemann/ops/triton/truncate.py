@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from qriemann.ops.triton.factor import orthonormalize
-from qriemann.ops.triton.products import clear, combine, copy, measure, multiply, trace
+from qriemann.ops.triton.products import clear, combine, copy, measure, multiply, multiply_square, trace
 
 # Relative to ||y||_F. The residual ||Y^T P - W S^T||_F of converged float32 subspaces is 2e-7 to 4e-7; this much of the
 # step's error is still under what float32 factors hold.
@@ -32,16 +32,7 @@ PURE = tl.constexpr(1e-2)
 
 @triton.jit
 def truncate(
-    p,
-    w,
-    s,
-    y,
-    y_transposed,
-    work,
-    panel_scratch,
-    RANK: tl.constexpr,
-    PADDED: tl.constexpr,
-    DEPTH: tl.constexpr,
+    p, w, s, y, y_transposed, work, panel_scratch, RANK: tl.constexpr, PADDED: tl.constexpr, DEPTH: tl.constexpr
 ):
     """P, S, W with P S W^T the best rank-r approximation of y, P and W orthonormal.
 
@@ -123,7 +114,6 @@ def _purify(projector, y, work, norm, RANK: tl.constexpr, PADDED: tl.constexpr, 
     Singular values that nearly tie with the r-th may stay between 0 and 1: which of them is taken hardly matters.
     """
     TALL: tl.constexpr = 2 * PADDED
-    TILE: tl.constexpr = min(TALL, 64)
     SQUARE: tl.constexpr = TALL * TALL
     h, x, x_other = work, work + SQUARE, work + 2 * SQUARE
     copy(x, y, 1.0 / norm, TALL, TALL, TALL, TALL, False)
@@ -131,24 +121,15 @@ def _purify(projector, y, work, norm, RANK: tl.constexpr, PADDED: tl.constexpr, 
     held = 0.0
     while (held < RANK) & (lifts <= MAX_LIFTS):
         if lifts > 0:
-            multiply(
-                x_other, x, h, x, -0.5, 1.5,
-                TALL, TALL, TALL, TALL, TALL, TALL, False, False, True, TILE, DEPTH,
-            )  # fmt: skip
+            multiply_square(x_other, x, h, x, -0.5, 1.5, TALL, False, False, True, DEPTH)
             copy(x, x_other, 1.0, TALL, TALL, TALL, TALL, False)
-        multiply(
-            h, x, x, x, 1.0, 0.0,
-            TALL, TALL, TALL, TALL, TALL, TALL, True, False, False, TILE, DEPTH,
-        )  # fmt: skip
+        multiply_square(h, x, x, x, 1.0, 0.0, TALL, True, False, False, DEPTH)
         held = trace(h, TALL, TALL)
         lifts += 1
     purifications = 0
     impure = 1.0
     while (impure > PURE) & (purifications < MAX_PURIFICATIONS):
-        multiply(
-            x, h, h, h, 1.0, 0.0,
-            TALL, TALL, TALL, TALL, TALL, TALL, False, False, False, TILE, DEPTH,
-        )  # fmt: skip
+        multiply_square(x, h, h, h, 1.0, 0.0, TALL, False, False, False, DEPTH)
         held = trace(h, TALL, TALL)
         impure = held - trace(x, TALL, TALL)
         if held > RANK:

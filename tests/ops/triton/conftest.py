@@ -1,14 +1,13 @@
 """Where the kernels run: on the CUDA device if there is one, else in Triton's interpreter on the CPU.
 
-The interpreter has to be chosen before Triton is imported, for the whole process. So without a GPU these tests run when
-pytest is called on this folder alone, and are skipped in a run that holds others, whose optimizers would be interpreted too.
+The interpreter has to be chosen before Triton is imported, for the whole process. So these tests are no part of `pytest`
+alone, and without a GPU they refuse to run beside others, whose optimizers would be interpreted too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,29 +17,22 @@ import torch
 _HERE = Path(__file__).parent.resolve()
 
 
-def _alone(arguments: list[str]) -> bool:
-    paths = [Path(argument.split("::")[0]).resolve() for argument in arguments]
-    return all(path == _HERE or _HERE in path.parents for path in paths)
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    if not torch.cuda.is_available() and _alone(config.args) and "triton" not in sys.modules:
-        os.environ["TRITON_INTERPRET"] = "1"
-        _speed_up_the_interpreter()
+    if torch.cuda.is_available():
+        return
+    paths = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    if not all(_HERE in (path, *path.parents) for path in paths):
+        raise pytest.UsageError("interpreted kernels need a process of their own: pytest tests/ops/triton")
+    os.environ["TRITON_INTERPRET"] = "1"
+    _speed_up_the_interpreter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    cuda, interpreted = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
-    needs_gpu = pytest.mark.skip(reason="needs a CUDA device")
-    alone = pytest.mark.skip(reason="interpreted kernels need a process of their own: pytest tests/ops/triton")
     for item in items:
-        if _HERE in item.path.parents:
-            # NumPy, which interprets the kernels, says so of NaN that the tests put in.
-            item.add_marker(pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"))
-            if item.get_closest_marker("gpu") and not cuda:
-                item.add_marker(needs_gpu)
-            elif not cuda and not interpreted and not item.get_closest_marker("without_kernels"):
-                item.add_marker(alone)
+        # NumPy, which interprets the kernels, says so of NaN that the tests put in.
+        item.add_marker(pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def _speed_up_the_interpreter() -> None:

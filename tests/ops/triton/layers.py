@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qriemann import ops
-from qriemann.ops.triton import TritonStep
+from qriemann.ops.triton.step import TritonStep
 
 
 @dataclass

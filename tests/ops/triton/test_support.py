@@ -10,8 +10,6 @@ import torch
 
 from qriemann.ops.triton import MAX_RANK, supported
 
-pytestmark = pytest.mark.without_kernels
-
 
 def test_a_cpu_without_the_interpreter_is_refused_with_a_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
