@@ -22,7 +22,7 @@ from qriemann.folder.records import RUN, finite
 
 # Settings that shape no step, or whose effect the fingerprints of the tokens and of the base cover; no other may change.
 _FREE = re.compile(
-    r"(logging|log|save|eval|hub|push|report|trackio|dataset|ddp)_.*|(per_device_)?eval_.*|output_dir|resume|overwrite|display"
+    r"(logging|log|save|eval|hub|push|report|trackio|dataset|ddp)_.*|(per_device_)?eval_.*|output_dir|resume|overwrite|display|dry_run"
     r"|resume_from_checkpoint|allow|run_name|project|disable_tqdm|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|in_order"
     r"|multiprocessing_context)|max_(train|eval)_rows|max_skipped_steps|model_name_or_path|model_revision|trust_remote_code"
     r"|per_device_eval_batch_size|prediction_loss_only|include_.*|batch_eval_metrics|do_.*|load_best_model_at_end"

@@ -21,6 +21,8 @@ from qriemann.errors import InputError
 
 # Below this share of rows, an end token that is rarely trained is worth a line.
 _MOST_ROWS = 0.5
+# A preview leaves out the middle of longer runs of tokens.
+_SHOWN_TOKENS = 400
 
 
 @dataclass(frozen=True)
@@ -153,24 +155,18 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
     return sorted(end for end in ends | {end_of_turn(tokenizer)} if end is not None)
 
 
-def preview(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, count: int = 2, most_tokens: int = 400
-) -> list[Text]:
-    """The first rows, decoded, with the trained tokens in colour, bold and brackets.
+def preview(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+    """The first two rows, decoded, with the trained tokens in colour, bold and brackets.
 
     Args:
         dataset: `input_ids` and `labels`.
         tokenizer: with which they were made.
-        count: rows.
-        most_tokens: the length above which the middle of a run of tokens is left out.
     """
-    return [
-        _coloured(row["input_ids"], row["labels"], tokenizer, most_tokens)
-        for row in dataset.select(range(min(count, len(dataset))))
-    ]
+    rows = dataset.select(range(min(2, len(dataset))))
+    return [_coloured(row["input_ids"], row["labels"], tokenizer) for row in rows]
 
 
-def _coloured(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase, most: int) -> Text:
+def _coloured(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Text:
     # A first token is never predicted: nothing comes before it.
     trained = [index > 0 and label != IGNORED for index, label in enumerate(labels)]
     text, start = Text(), 0
@@ -179,9 +175,10 @@ def _coloured(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTo
             continue
         run = ids[start:stop]
         shown = tokenizer.decode(run)
-        if len(run) > most:
-            left_out = f" [... {len(run) - most} tokens ...] "
-            shown = tokenizer.decode(run[: most // 2]) + left_out + tokenizer.decode(run[-(most // 2) :])
+        if len(run) > _SHOWN_TOKENS:
+            left_out = f" [... {len(run) - _SHOWN_TOKENS} tokens ...] "
+            half = _SHOWN_TOKENS // 2
+            shown = tokenizer.decode(run[:half]) + left_out + tokenizer.decode(run[-half:])
         text.append(f"[{shown}]" if trained[start] else shown, style="bold green" if trained[start] else "dim")
         start = stop
     return text

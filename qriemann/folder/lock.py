@@ -34,7 +34,9 @@ def hold(folder: Path) -> Iterator[None]:
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     try:
-        (folder / HOLDER).write_text(json.dumps(holder), encoding="utf-8")
+        # The note is for a message alone; a disk that is full stops the run where its checkpoints are known.
+        with suppress(OSError):
+            (folder / HOLDER).write_text(json.dumps(holder), encoding="utf-8")
         yield
     finally:
         # While the lock is held: filelock notices that the file it has opened is gone, and tries again.

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from qriemann.config import Settings, load_settings
-from qriemann.training.display import PlainView, make_view
+from qriemann.training.display import PlainView, make_view, no_view
 from qriemann.training.preflight import preflight, refuse_missing_paths
 from qriemann.upstream import quiet
 
@@ -71,4 +71,4 @@ def _begin(path: str | None, pairs: Sequence[str], *, to_train: bool) -> tuple[S
     settings = load_settings(path, pairs)
     preflight(settings, to_train=to_train)
     # The processes of a launcher would each draw the same.
-    return settings, make_view(settings.display if os.environ.get("RANK", "0") == "0" else "none")
+    return settings, make_view(settings.display) if os.environ.get("RANK", "0") == "0" else no_view()

@@ -186,6 +186,11 @@ def make_view(choice: str = "auto", console: Console | None = None) -> PlainView
     return LiveView(console) if choice == "live" or (choice == "auto" and can_draw) else PlainView(console)
 
 
+def no_view() -> PlainView:
+    """The view of every process but the first: it prints nothing, not even notes."""
+    return SilentView(Console(quiet=True))
+
+
 def summary_table(rows: Sequence[tuple[str, str]], *, title: str) -> Table:
     """A table of two columns for the end of a run."""
     table = Table(title=title, show_header=False, title_justify="left")

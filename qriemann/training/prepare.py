@@ -30,10 +30,10 @@ from qriemann.config.arguments import describe_settings, training_arguments
 from qriemann.data.chat_mask import adjust_tokenizer
 from qriemann.data.defects import Defect, find_defects
 from qriemann.data.formats import TokenizedData, fingerprint, token_count
-from qriemann.distributed import process_count, run_on_main
+from qriemann.distributed import is_main_process, process_count, run_on_main
 from qriemann.folder.lock import refuse_if_held
 from qriemann.optim.methods import find_method, rate_for_steps
-from qriemann.training.display import PlainView, make_view
+from qriemann.training.display import PlainView, make_view, no_view
 from qriemann.training.inputs import read_base, read_rows, tokenize
 from qriemann.training.loi_callback import recipe_callbacks
 from qriemann.training.publishing import push_target
@@ -63,6 +63,7 @@ class Prepared:
         found: the checkpoint to go on from, if there is one.
         push_to: the Hub repository for the adapter at the end; None for none.
         started: `time.perf_counter()` when the preparation began.
+        used: whether a trainer has been built of this, which puts the adapter into the model.
     """
 
     settings: Settings
@@ -79,6 +80,7 @@ class Prepared:
     found: FoundCheckpoint
     push_to: str | None
     started: float
+    used: bool = False
 
 
 def prepare(
@@ -116,6 +118,7 @@ def prepare(
         )
         # Asking for the device is what joins the processes of a launcher.
         device = args.device
+        view = view if is_main_process() else no_view()
         if device.type == "cpu":
             keep_freed_memory()
         found = _free_folder(settings) if to_train else FoundCheckpoint(None)

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import TrainerCallback
 
 from qriemann.checkpoints.protect import protect
@@ -27,7 +26,7 @@ from qriemann.folder import records
 from qriemann.folder.lock import hold
 from qriemann.memory.auto_batch import AutoBatch, BatchFit
 from qriemann.memory.dry_run import DryRun
-from qriemann.training.display import PlainView, make_view
+from qriemann.training.display import PlainView, make_view, no_view
 from qriemann.training.monitor import Monitor
 from qriemann.training.outcome import TrainResult, describe_run, figures, show_result, since, summarize
 from qriemann.training.prepare import Prepared
@@ -53,7 +52,7 @@ def train(
         InputError: for anything that the user can mend; before the first step, nothing has been written or overwritten.
     """
     settings, folder = prepared.settings, Path(prepared.settings.output_dir)
-    view = (view or make_view(settings.display)) if is_main_process() else make_view("none", Console(quiet=True))
+    view = (view or make_view(settings.display)) if is_main_process() else no_view()
     with quiet(bars=view.console.is_terminal), ExitStack() as held:
         refuse(prepared.defects, settings.allow, view.note)
         # Nothing is written before this, and the lock takes with it what an error leaves empty.
@@ -65,8 +64,8 @@ def train(
             beginning = f"the beginning: {folder} holds no checkpoint"
             view.note(f"resuming from {prepared.found.path or beginning}")
         result = _Recorder(prepared, folder, view).train(held.enter_context(GracefulStop()), callbacks)
-    if result.trainer.is_world_process_zero():
-        publish(settings, prepared.push_to, view)
+        if result.trainer.is_world_process_zero():
+            publish(settings, prepared.push_to, view)
     return result
 
 
@@ -149,12 +148,6 @@ class _Recorder:
                 records.write_run(self.folder, {**self._told(), **ended})
         if is_failed_save(error) or (isinstance(error, OSError) and error.errno in _DISK_FAILURES):
             raise save_failed(self.folder, error) from error
-        misfit = isinstance(error, RuntimeError | ValueError | LookupError | TypeError)
-        resumed = self.prepared.found.path
-        if resumed is not None and not self.monitor.begun and misfit and not isinstance(error, InputError):
-            raise InputError(
-                f"{resumed} does not fit this model and method: {error}; name another checkpoint"
-            ) from error
 
     def _tell(self, event: StepEvent) -> None:
         if is_main_process():

@@ -23,8 +23,11 @@ def build_trainer(
         args: other arguments than those prepared.
 
     Raises:
-        InputError: TRL finds that arguments, model and data do not fit each other.
+        InputError: TRL finds that arguments, model and data do not fit each other, or this is the second trainer.
     """
+    if prepared.used:
+        raise InputError("what was prepared serves for one check or one training; call prepare again for another")
+    object.__setattr__(prepared, "used", True)
     try:
         trainer = SFTTrainer(
             model=prepared.model,

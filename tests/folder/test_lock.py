@@ -57,6 +57,12 @@ def test_a_folder_made_for_nothing_goes_again_and_one_with_something_stays(tmp_p
     assert [path.name for path in (tmp_path / "runs" / "first").iterdir()] == ["run.json"]
 
 
+def test_a_folder_is_held_where_the_note_about_its_holder_cannot_be_written(tmp_path):
+    (tmp_path / HOLDER).mkdir()
+    with hold(tmp_path), pytest.raises(InputError, match=r"process \?"):
+        refuse_if_held(tmp_path)
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="output_dir must be a writable folder"), hold(tmp_path / "file" / "out"):

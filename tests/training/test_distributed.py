@@ -170,6 +170,8 @@ def ranks(settings):
         check=False,
     )
     assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank"))
+    # One process prints, notes included; the resumed case is two runs.
+    assert done.stdout.count("4 of 40 rows") == len(CASES) + 1
     return [torch.load(Path(settings["root"]) / f"rank{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 
