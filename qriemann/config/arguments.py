@@ -54,7 +54,7 @@ def _defaults(written: Collection[str], *, use_cpu: bool) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available() and not use_cpu
     defaults: dict[str, Any] = {
         # TRL's default is bf16 everywhere; on a CPU that is slower and less exact than float32.
-        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "bf16": on_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
         # Recomputing activations buys memory with time; a CPU run is short of time.
         "activation_checkpointing": on_gpu,
         "dataloader_pin_memory": on_gpu,

@@ -212,6 +212,10 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
         checked.pop(key, None)
     if not checked.get("output_dir"):
         raise InputError("output_dir is missing: name the folder for the adapter and its records")
+    checked["output_dir"] = os.path.expanduser(checked["output_dir"])
+    # TRL's word for its default, where the default here is the device's.
+    if checked.get("dtype") == "auto":
+        del checked["dtype"]
     written = frozenset(checked)
     if (four_bit := checked.pop("load_in_4bit", None)) is not None:
         meant = "nf4" if four_bit else "none"

@@ -95,7 +95,7 @@ def find_defects(
                 error=True,
             )
         )
-    elif ended < _MOST_ROWS * count:
+    elif ends and ended < _MOST_ROWS * count:
         found.append(
             Defect(
                 "end-token-rare",

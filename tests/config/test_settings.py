@@ -107,6 +107,12 @@ def test_the_resume_flag_alone_means_the_last_checkpoint(write_yaml):
     assert load_settings(write_yaml("resume_from_checkpoint: true\n")).resume == "auto"
 
 
+def test_a_home_folder_and_trls_word_for_a_default_are_resolved():
+    settings = settings_from({"output_dir": "~/runs", "dtype": "auto"})
+    assert settings.output_dir == str(Path.home() / "runs")
+    assert settings.dtype is None
+
+
 def test_settings_cannot_be_changed(write_yaml):
     settings = load_settings(write_yaml("max_steps: 3\n"))
     with pytest.raises(dataclasses.FrozenInstanceError):
