@@ -91,7 +91,7 @@ def test_the_check_measures_shows_and_touches_no_folder(settings, tmp_path, caps
     result = check(prepare(settings_from(settings), to_train=False))
     assert (result.rows, result.held_out_rows) == (20, 4)
     assert result.trained_tokens < result.tokens
-    assert result.defects == []
+    assert result.defects == ()
 
 
 def test_the_check_counts_what_the_plan_foretells(settings, write_rows):
