@@ -15,7 +15,6 @@ from qriemann.memory.footprint import Footprint, read_run
 from qriemann.memory.plan import plan
 from qriemann.training.check import check
 from qriemann.training.prepare import prepare
-from qriemann.training.train import train
 from tests.recipe_fixtures import chat_rows, train_on
 from tests.runs import protected_trainer
 
@@ -32,10 +31,6 @@ def settings(settings):
         "eval_size": 4,
         "use_cpu": True,
     }
-
-
-def checked(values, vram_gib=None):
-    return check(prepare(settings_from(values), to_train=False), vram_gib)
 
 
 def test_a_run_is_the_same_to_the_bit_with_and_without_it(settings, tmp_path, capsys):
@@ -93,46 +88,43 @@ def test_the_check_measures_shows_and_touches_no_folder(settings, tmp_path, caps
     assert "longest training batch, 2 x" in printed
     assert "longest evaluation batch, 4 x" in printed
     assert not (tmp_path / "out").exists()
-    result = checked(settings)
+    result = check(prepare(settings_from(settings), to_train=False))
     assert (result.rows, result.held_out_rows) == (20, 4)
     assert result.trained_tokens < result.tokens
     assert result.defects == ()
-
-
-def test_what_was_prepared_serves_for_one_trainer(settings):
-    prepared = prepare(settings_from(settings))
-    check(prepared)
-    with pytest.raises(InputError, match="call prepare again"):
-        train(prepared)
 
 
 def test_the_check_counts_what_the_plan_foretells(settings, write_rows):
     rows = chat_rows(8)
     for row in rows:
         row["messages"][1]["content"] = "x" * 100
-    settings = {
-        **settings,
-        "dataset_name": str(write_rows(rows, "long.jsonl")),
-        "gradient_accumulation_steps": 1,
-        "per_device_eval_batch_size": 1,
-        "allow": ["end-token-untrained"],
-    }
-    result = checked(settings)
+    config = settings_from(
+        {
+            **settings,
+            "dataset_name": str(write_rows(rows, "long.jsonl")),
+            "gradient_accumulation_steps": 1,
+            "per_device_eval_batch_size": 1,
+            "allow": ["end-token-untrained"],
+        }
+    )
+    result = check(prepare(config))
     # Every row of the longest batch is cut at max_length, so the plan is about this very batch.
     assert result.training.tokens == 64
-    computed = Footprint.computed(*read_run(settings_from(settings), dense_copies=False))[1].total()
+    computed = Footprint.computed(*read_run(config, dense_copies=False))[1].total()
     assert result.training.counted == pytest.approx(computed, rel=0.1)
 
 
 def test_an_evaluation_that_will_not_fit_stops_the_check_by_name(settings):
-    settings = {**settings, "per_device_eval_batch_size": 16, "eval_size": 16}
-    measured = checked(settings)
+    config = settings_from({**settings, "per_device_eval_batch_size": 16, "eval_size": 16})
+    measured = check(prepare(config))
     assert measured.evaluation.counted > measured.training.counted
     # Between what the two batches take: what is held is the same.
     between = 0.5 * (measured.evaluation.counted - measured.training.counted) / 2**30
-    held = sum(size for _, size in plan(settings_from(settings), dense_copies=False).stored[:-1])
+    held = sum(size for _, size in plan(config, dense_copies=False).stored[:-1])
     card = (held + measured.training.counted) / 2**30 + between
     with pytest.raises(InputError, match=r"evaluation batch of the 16 longest.*--allow evaluation-too-large"):
-        checked(settings, card)
-    allowed = checked({**settings, "allow": ["evaluation-too-large"]}, card)
-    assert [defect.name for defect in allowed.defects] == ["evaluation-too-large"]
+        check(prepare(config), card)
+    allowed = settings_from(
+        {**settings, "per_device_eval_batch_size": 16, "eval_size": 16, "allow": ["evaluation-too-large"]}
+    )
+    assert [defect.name for defect in check(prepare(allowed), card).defects] == ["evaluation-too-large"]
