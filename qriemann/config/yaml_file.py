@@ -12,11 +12,16 @@ import yaml
 from qriemann.config.values import shown
 from qriemann.errors import InputError
 
+_WORD = "tag:yaml.org,2002:str"
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `no`, `off` and dates are words, 1e-4 is a number. A repeated key is an error."""
+    """YAML 1.2's scalars: `no`, `off` and dates are words, 1e-4 is a number. A repeated key is an error.
+
+    The keys of the file have types, which make `no` of a word what it must be. Inside a value nothing does, so there the word
+    is YAML 1.1's truth value, as TRL reads it.
+    """
 
     yaml_implicit_resolvers: ClassVar = {
         first: [rule for rule in rules if rule[0].rpartition(":")[2] not in ("timestamp", "bool", "float")]
@@ -25,10 +30,13 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         names = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        inside = bool(node.flow_style or node.start_mark.column)
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             if str(key.value) in names:
                 raise yaml.MarkedYAMLError(problem=f"{shown(key.value)} a second time", problem_mark=key.start_mark)
             names.add(str(key.value))
+            if inside and value.tag == _WORD and value.style is None and value.value.lower() in self.bool_values:
+                value.tag = "tag:yaml.org,2002:bool"
         return super().construct_mapping(node, deep)
 
 

@@ -46,6 +46,8 @@ def test_the_command_line_overrides_the_file(write_yaml):
         ("learning_rate: 1e-4", "learning_rate", 1e-4),
         ("eval_strategy: no", "eval_strategy", "no"),
         ("packing: yes", "packing", True),
+        ("lr_scheduler_kwargs:\n  a: No\n  b: 'no'", "lr_scheduler_kwargs", {"a": False, "b": "no"}),
+        ("init_kwargs: {a: on, b: [off]}", "init_kwargs", {"a": True, "b": ["off"]}),
         ("run_name: 2024-10-10", "run_name", "2024-10-10"),
         ("run_name: 12", "run_name", "12"),
         ("max_steps: 1e2", "max_steps", 100),
