@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     parser = _parser()
-    # `train` and `check` hand `--key value` pairs on to the configuration; no other command takes what it does not know.
+    # `train`, `plan` and `check` hand `--key value` pairs on to the configuration; other commands refuse unknown arguments.
     known, pairs = parser.parse_known_args(words)
     if pairs and not known.takes_pairs:
         parser.error(f"{known.command} takes no argument {pairs[0]!r}")

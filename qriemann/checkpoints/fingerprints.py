@@ -20,7 +20,8 @@ from qriemann.errors import InputError
 from qriemann.folder.contents import read_json
 from qriemann.folder.records import RUN, finite
 
-# Settings that shape no step, or whose effect the fingerprints of the tokens and of the base cover; no other may change.
+# Settings that may change on resume: they change no step, or the fingerprints of tokens and base cover their effect. Add
+# every new setting here that cannot change a step, or resuming refuses it.
 _FREE = re.compile(
     r"(logging|log|save|eval|hub|push|report|trackio|dataset|ddp)_.*|(per_device_)?eval_.*|output_dir|resume|overwrite|display|dry_run"
     r"|resume_from_checkpoint|allow|run_name|project|disable_tqdm|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|in_order"
@@ -60,7 +61,8 @@ def fingerprints(settings: Mapping[str, Any], model: Any, data_print: str | None
         "base_floats": base_floats,
         "base_config": {key: value for key, value in model_config.items() if not _FREE_OF_MODEL.fullmatch(key)},
     }
-    # As it comes back out of a manifest. The text of an object may hold its address.
+    # Round-tripped through JSON to compare equal to a manifest; objects become their type name, since a repr may contain an
+    # address.
     return json.loads(json.dumps(finite(prints), default=lambda value: type(value).__name__))
 
 
@@ -180,7 +182,7 @@ def check_same_run(
     if before["data"] != now["data"]:
         changes["data"] = "not the rows that the run started with"
     old, new = before["base_config"], now["base_config"]
-    # What only one of them has, another version of transformers has added.
+    # Ignore keys that only one side has: they come from another transformers version.
     configured = _changes(old, new, old.keys() & new.keys())
     if any(before[key] != now[key] for key in ("base", "base_floats")):
         changes["base"] = "not the base that the run started with"

@@ -1,4 +1,4 @@
-"""Complete checkpoints: a manifest with the size and SHA-256 of every file, written last, makes a folder one.
+"""A folder counts as a checkpoint once `manifest.json`, written last, lists every file's size and SHA-256.
 
 transformers' Trainer writes a checkpoint into its final folder, file by file, so a folder named checkpoint-N proves
 nothing. The proof is `manifest.json`: every file and its folder are flushed to disk first, then the manifest is flushed

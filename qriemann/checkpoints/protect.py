@@ -71,7 +71,10 @@ def protect(
 def _verified_train(
     trainer: Trainer, checkpoints: CompleteCheckpoints, allow: Collection[str], note: Callable[[str], None]
 ) -> Callable[..., Any]:
-    """The trainer's `train`, resuming only from what verifies; the trainer would take an interrupted save, too."""
+    """The trainer's `train`, which on its own would also resume from an interrupted save.
+
+    With True, resumes from the newest verified checkpoint; a named one must only be loadable.
+    """
     train, compares = trainer.train, checkpoints.run is None
 
     @functools.wraps(train)

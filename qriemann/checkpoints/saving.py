@@ -67,7 +67,7 @@ class CompleteCheckpoints(TrainerCallback):
             )
         # Each process writes the state of its own generators into the folder.
         wait_for_all()
-        # In every process: one without it would save a second time, and wait for the others.
+        # Set in every process, or one would save this step again and hang at the barrier.
         self._completed_step = state.global_step
         if not args.should_save:
             return
@@ -94,8 +94,7 @@ def save_failed(folder: Path, error: BaseException) -> InputError:
     """The error for a checkpoint that could not be written."""
     reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
     return InputError(
-        f"output_dir must have room for a checkpoint and be writable, got: {reason}; {last_complete(folder)}: "
-        "mend that, then add --resume"
+        f"cannot write the checkpoint: {reason} ({last_complete(folder)}); fix this, then rerun with --resume"
     )
 
 

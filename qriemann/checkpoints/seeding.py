@@ -37,11 +37,11 @@ def pin_batches(dataloader: DataLoader, seed: int, epoch: int, step: int, accumu
     Args:
         dataloader: of the training. Workers that outlive an epoch (persistent_workers) miss the next one's seed.
         seed, epoch: as for `pin_order`.
-        step: optimizer steps before the first that this iteration is for.
+        step: optimizer steps already taken when this iteration starts.
         accumulation: batches per step.
         process: this one's number.
     """
-    # A resumed stream is collated from its beginning once more.
+    # A stream is read from the start again on resume, so its batches count from 0.
     batches = 0 if _sampler(dataloader) is None else len(dataloader)
     first = step % math.ceil(batches / accumulation) * accumulation if batches else 0
     # accelerate iterates over the loader that it wraps.

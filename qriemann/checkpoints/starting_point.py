@@ -67,7 +67,7 @@ def _newest(folder: Path) -> FoundCheckpoint:
 
 def _nothing_was_saved(folder: Path) -> bool:
     """Whether no run was here, or one that was killed before its first checkpoint was complete."""
-    # Another tool's checkpoints, and an adapter whose run saved none, are somebody's work.
+    # Foreign checkpoints, or an adapter without checkpoints: never treat the folder as empty.
     theirs = records.checkpoint_folders(folder) and not (folder / records.RUN).exists()
     finished = any(path.name.startswith("adapter_") for path in records.run_files(folder))
     return not (theirs or finished or _has_manifests(folder))

@@ -124,7 +124,7 @@ class StepGuard(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress = progress = _Progress(**state.stateful_callbacks.get(_KEY, {}))
-        # The mean over no step; the first step that is taken puts a number here.
+        # NaN (the mean of no steps) until a step is taken.
         self._counts.total_loss = math.nan
         if state.global_step:
             self._counts.loss_sum.fill_(progress.loss_sum)
@@ -163,7 +163,8 @@ class StepGuard(TrainerCallback):
         if not worst <= DRIFT_LIMIT:
             raise InputError(
                 f"the factors must stay orthonormal, got max |U^T U - I| = {worst:.1e} before step {state.global_step + 1}; "
-                f"{last_complete(str(args.output_dir))}: no step leaves them so, find what else writes to them"
+                f"{last_complete(str(args.output_dir))}; an optimizer step cannot cause this; look for other code that "
+                "writes to the factors"
             )
         if math.isfinite(loss) and math.isfinite(grad_norm):
             if math.isnan(self._counts.total_loss):
@@ -178,7 +179,7 @@ class StepGuard(TrainerCallback):
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         self._undo_step(kwargs["optimizer"], kwargs["lr_scheduler"])
-        # The trainer divides sums of losses by the steps since these numbers.
+        # The trainer averages losses over the steps since these counters; advancing both leaves the skipped step out.
         self._counts.last_logged_step += 1
         self._counts.first_step += 1
         self._tell("skipped", loss, grad_norm, kwargs["train_dataloader"])

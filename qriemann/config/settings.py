@@ -120,7 +120,7 @@ class Settings:
         0.05, "Without a held-out split: the share (below 1) or number of training rows to hold out; 0 for none."
     )
     max_train_rows: Positive | None = _key(None, "Use the first rows only.")
-    max_eval_rows: Positive | None = _key(200, "Hold out at most so many rows, if eval_size is a share.")
+    max_eval_rows: Positive | None = _key(200, "Most held-out rows: caps a held-out split, and a fractional eval_size.")
     loss_on: Literal["assistant", "all"] = _key("assistant", "Tokens that are trained.")
 
     method: Literal["riemannion", "lora-tsd", "riemannlora", "scaled-gd", "scaled-adamw", "adamw", "muon"] = _key(
@@ -139,7 +139,7 @@ class Settings:
 
     resume: str | None = _key(None, "Continue from the last checkpoint of output_dir, or from a named one.")
     overwrite: bool = _key(False, "Replace the run that output_dir holds.")
-    allow: tuple[str, ...] = _key((), "Names of refusals that are meant, as each refusal's message says.")
+    allow: tuple[str, ...] = _key((), "Refusals to override, by the name given in their message.")
     dry_run: bool = _key(True, "Take the longest batch through the model before the first step.")
     auto_batch: bool = _key(
         False,
@@ -166,7 +166,7 @@ def hints() -> dict[str, Any]:
     own = get_type_hints(Settings, include_extras=True)
     theirs = {key: Annotated[hint, _RANGES[key]] if key in _RANGES else hint for key, hint in trl_hints().items()}
     fixed = {key: bool if isinstance(accepted, bool) else Any for key, (accepted, _) in FIXED.items()}
-    # A null for it is left out, as any other null: transformers would answer with a warning about its old name.
+    # bool, not bool | None, so that _check drops null; transformers would warn about the key's old name.
     return {
         **fixed,
         **theirs,

@@ -26,11 +26,11 @@ _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class RowError(ValueError):
-    """One row cannot be trained on: the rule it breaks and the remedy. The caller adds the row's number."""
+    """One row cannot be trained on: what it has that it should not, and the remedy. The caller adds the row's number."""
 
-    def __init__(self, rule: str, remedy: str) -> None:
-        super().__init__(rule, remedy)
-        self.rule = rule
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.problem = problem
         self.remedy = remedy
 
 
@@ -97,13 +97,12 @@ class AssistantTokenizer:
             prompt, turn = self._turn_texts(messages, index, options)
             if not text.startswith(turn):
                 raise RewrittenHistoryError(
-                    "turns that the chat template renders the same once others follow (it rewrites those up to turn "
-                    f"{index + 1})",
+                    f"turns that the chat template changes once others follow (it rewrites those up to turn {index + 1})",
                     "split it into one row for each assistant turn",
                 )
             if not turn.startswith(prompt):
                 raise RowError(
-                    f"a question that the chat template renders the same once it is answered (turn {index} changes)",
+                    f"a question that the chat template renders differently once it is answered (turn {index} changes)",
                     "put the text of a system turn into the first user turn, or name another template with "
                     "chat_template_path",
                 )
@@ -153,7 +152,7 @@ class AssistantTokenizer:
         # A template raises TemplateError on purpose, and anything else when it is broken.
         except Exception as error:
             raise RowError(
-                f"a conversation that the chat template accepts (it says: {error})", "correct the turns"
+                f"a conversation that the chat template refuses (it says: {error})", "correct the turns"
             ) from error
 
     def _encode(self, text: str) -> list[int]:
@@ -161,9 +160,7 @@ class AssistantTokenizer:
 
     def _turn_texts(self, messages: Sequence[Message], index: int, options: dict[str, Any]) -> tuple[str, str]:
         if index == 0:
-            raise RowError(
-                "a conversation that does not open with the assistant", "put a user turn first or drop that turn"
-            )
+            raise RowError("a conversation that opens with the assistant", "put a user turn first or drop that turn")
         prompt = self._render(messages[:index], options, prompt=True)
         turn = self._render(messages[: index + 1], options)
         return prompt, turn[: self._end_of(turn, len(prompt), str(messages[index].get("content")))]
@@ -195,7 +192,7 @@ class AssistantTokenizer:
         )
         mask = [bool(bit) for bit in rendered["assistant_masks"]]
         if rendered["input_ids"] != ids or len(mask) != len(ids):
-            raise RowError("a template whose generation markers line up with the tokens", "use a fast tokenizer")
+            raise RowError("tokens that the template's generation markers do not line up with", "use a fast tokenizer")
         for index in range(1, len(ids)):
             if mask[index - 1] and ids[index] in self.special_ids and ids[index - 1] not in self.special_ids:
                 mask[index] = True

@@ -31,21 +31,19 @@ class Defect:
 
     Attributes:
         name: for `allow`.
-        rule: what must hold.
-        found: what was found instead.
+        problem: what is wrong.
         remedy: what to do.
         error: whether it stops the run.
     """
 
     name: str
-    rule: str
-    found: str
+    problem: str
     remedy: str
     error: bool = False
 
     def __str__(self) -> str:
         allowed = f", or --allow {self.name} if it is meant" if self.error else ""
-        return f"{self.rule}, got {self.found}; {self.remedy}{allowed}"
+        return f"{self.problem}; {self.remedy}{allowed}"
 
 
 def refuse(defects: Iterable[Defect], allow: Collection[str], note: Callable[[str], None]) -> None:
@@ -89,8 +87,7 @@ def find_defects(
         found.append(
             Defect(
                 "end-token-untrained",
-                f"the end of a turn ({names}) must be among the trained tokens, or the model never learns to stop",
-                f"it trained in none of {count} rows",
+                f"none of {count} rows trains the end of a turn ({names}), so the model would never learn to stop",
                 "use a chat template that ends the assistant's turn with it, or raise max_length if rows are cut",
                 error=True,
             )
@@ -99,8 +96,7 @@ def find_defects(
         found.append(
             Defect(
                 "end-token-rare",
-                f"the end of a turn ({names}) should be trained in most rows",
-                f"it trained in {ended} of {count}",
+                f"the end of a turn ({names}) is trained in only {ended} of {count} rows",
                 "raise max_length if rows are cut, or end them with it",
             )
         )
@@ -108,8 +104,7 @@ def find_defects(
         found.append(
             Defect(
                 "token-outside-embedding",
-                f"every token must have one of the embedding's {rows} rows",
-                f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r})",
+                f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is outside the embedding's {rows} rows",
                 "use the tokenizer that belongs to the model, or resize its embedding",
                 error=True,
             )
@@ -118,8 +113,7 @@ def find_defects(
         found.append(
             Defect(
                 "doubled-bos",
-                f"a row should begin with {tokenizer.bos_token!r} once",
-                f"{doubled} of {count} rows that begin with it twice",
+                f"{tokenizer.bos_token!r} is doubled at the start of {doubled} of {count} rows",
                 "remove it from the texts, or from the chat template",
             )
         )
@@ -127,8 +121,7 @@ def find_defects(
         found.append(
             Defect(
                 "pad-is-end",
-                "the pad token should not be the end token, which other tools then mask",
-                f"{tokenizer.pad_token!r} for both",
+                f"{tokenizer.pad_token!r} is both the pad token and an end token, which other tools then mask",
                 "set pad_token to another token; the labels of this run are not affected",
             )
         )
@@ -139,8 +132,8 @@ def find_defects(
             found.append(
                 Defect(
                     "rows-in-both-splits",
-                    "no held-out row should be trained on, or the held-out loss is meaningless",
-                    f"{common} of {len(data.held_out)} held-out rows that are training rows too",
+                    f"{common} of {len(data.held_out)} held-out rows are also training rows, so the held-out loss is "
+                    "meaningless",
                     "remove the duplicates",
                 )
             )

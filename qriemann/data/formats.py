@@ -217,14 +217,13 @@ def _drop_untrained(
         truncated += max_length is not None and len(labels) > max_length
     if bare and (not allow_untrained or len(bare) == len(examples)):
         raise InputError(
-            f"every row of {source.name} must have a token to train on, got {len(bare)} of {len(examples)} rows with every "
-            f"token masked: {_rows(numbers[i] for i in bare)}; remove them, set loss_on: all, or --allow no-trained-token to "
-            "leave them out"
+            f"every token is masked in {len(bare)} of {len(examples)} rows of {source.name} "
+            f"({_rows(numbers[i] for i in bare)}), so they train nothing; remove them, set loss_on: all, or --allow "
+            "no-trained-token to leave them out"
         )
     if len(cut) == len(examples):
         raise InputError(
-            f"{source.name} must have tokens to train on within max_length {max_length}, got every token masked in all "
-            f"{len(cut)} rows; raise max_length"
+            f"every token within max_length {max_length} is masked in all {len(cut)} rows of {source.name}; raise max_length"
         )
     if truncated:
         notices.append(f"{truncated} of {len(examples)} rows of {source.name} are cut at max_length {max_length}")
@@ -243,13 +242,14 @@ def _drop_untrained(
 
 def _raise_first_problem(source: Source, examples: Dataset) -> None:
     found = zip(examples["row"], examples["problem"], strict=True)
-    problems = [(number, problem) for number, problem in found if problem]
+    problems = [(number, text) for number, text in found if text]
     if not problems:
         return
     first = problems[0][1]
-    rule, remedy = json.loads(first)
-    same = [index for index, problem in problems if problem == first]
-    raise InputError(f"every row of {source.name} must have {rule}, got {_rows(same)}; {remedy}")
+    problem, remedy = json.loads(first)
+    same = [number for number, text in problems if text == first]
+    verb = "has" if len(same) == 1 else "have"
+    raise InputError(f"{_rows(same)} of {source.name} {verb} {problem}; {remedy}")
 
 
 def _rows(indices: Iterable[int]) -> str:

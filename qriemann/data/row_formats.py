@@ -54,7 +54,7 @@ class RowEncoder:
     def completion(self, prompt: str, completion: str) -> list[Example]:
         """A prompt and its completion as plain strings."""
         if not completion.strip():
-            raise RowError("an assistant turn that is not empty (the completion is)", "fill it or remove the row")
+            raise RowError("an empty completion", "fill it or remove the row")
         ids, mask, straddles = self._tokens.completion(prompt, completion)
         return [(ids, [True] * len(ids), False) if self._loss_on == "all" else (ids, mask, straddles)]
 
@@ -100,7 +100,7 @@ def _from_prompt_and_completion(encoder: RowEncoder, row: Row) -> list[Example]:
 def _from_alpaca(encoder: RowEncoder, row: Row) -> list[Example]:
     question, context, answer = (_string(row, key) for key in ("instruction", "input", "output"))
     if not answer.strip():
-        raise RowError("an assistant turn that is not empty (the output is)", "fill it or remove the row")
+        raise RowError("an empty output", "fill it or remove the row")
     question = f"{question.strip()}\n\n{context.strip()}" if context.strip() else question.strip()
     if not encoder.has_template:
         return encoder.completion(question + "\n\n", answer)
@@ -110,7 +110,7 @@ def _from_alpaca(encoder: RowEncoder, row: Row) -> list[Example]:
 def _from_text(encoder: RowEncoder, row: Row) -> list[Example]:
     text = _string(row, encoder.text_field)
     if not text.strip():
-        raise RowError("some text", "remove the empty rows")
+        raise RowError("no text", "fill it or remove the row")
     return encoder.text(text)
 
 
@@ -138,30 +138,28 @@ def _string(row: Row, key: str) -> str:
     if isinstance(value, int | float):
         return str(value)
     if not isinstance(value, str | None):
-        raise RowError(f"a string in {key}", f"write a string instead of a {type(value).__name__}")
+        raise RowError(f"a {type(value).__name__} instead of a string in {key}", "write a string")
     return value or ""
 
 
 def _messages(turns: Any) -> list[Message]:
     """Role and content of every turn under either TRL's or ShareGPT's keys, without the keys that hold None."""
     if not isinstance(turns, list) or not turns:
-        raise RowError("a list of turns that is not empty", "fill it or remove the row")
+        raise RowError("no list of turns, or an empty one", "fill it or remove the row")
     messages: list[Message] = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
-            raise RowError(
-                f"turns with a role and a content (turn {number} is a {type(turn).__name__})", "rewrite that turn"
-            )
+            raise RowError(f"a {type(turn).__name__} as turn {number}, without role and content", "rewrite that turn")
         message = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value")}
         written = turn.get("role") or turn.get("from")
         role = _ROLES.get(str(written).lower())
         if role is None:
             raise RowError(
-                f"roles among {', '.join(sorted(_ROLES))} (turn {number} has {written!r})", "rename that role"
+                f"the unknown role {written!r} in turn {number}", f"rename it to one of {', '.join(sorted(_ROLES))}"
             )
         content = _content(turn)
         if role == "assistant" and not content.strip() and not turn.get("tool_calls"):
-            raise RowError("no empty assistant turn", "fill the turn or remove the row")
+            raise RowError("an empty assistant turn", "fill it or remove the row")
         messages.append({**message, "role": role, "content": content})
     return messages
 
@@ -173,6 +171,6 @@ def _content(turn: Row) -> str:
         parts = [part for part in content if isinstance(part, dict)]
         other = {part.get("type", "text") for part in parts} - {"text"}
         if other:
-            raise RowError(f"turns of text (a part is {', '.join(sorted(other))})", "remove the row")
+            raise RowError(f"a turn that is not text alone (a part is {', '.join(sorted(other))})", "remove the row")
         return "".join(part.get("text") or "" for part in parts)
     return _string({"content": content}, "content")

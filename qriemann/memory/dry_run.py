@@ -145,7 +145,7 @@ def measure_evaluation_batch(trainer: Any, *, counted: bool = False) -> tuple[Me
     try:
         return measure(trainer, rows, run, counted=counted), []
     except torch.OutOfMemoryError:
-        return None, [evaluation_too_large(len(rows), "an out-of-memory error")]
+        return None, [evaluation_too_large(len(rows), "out of memory")]
 
 
 def measure(
@@ -187,21 +187,19 @@ def mixed_samples(trainer: Any, data: TokenizedData) -> list[Defect]:
     return [
         Defect(
             "packing-mixes-samples",
-            "packed samples must not see each other",
-            f"a sample whose logits depend on the one before it (attention {attention}, packing_strategy "
-            f"{trainer.args.packing_strategy})",
+            f"packed samples see each other: the logits of one depend on the sample before it (attention {attention}, "
+            f"packing_strategy {trainer.args.packing_strategy})",
             "set packing_strategy: bfd with attn_implementation: sdpa or flash_attention_2, or packing: false",
             error=True,
         )
     ]
 
 
-def evaluation_too_large(rows: int, found: str) -> Defect:
+def evaluation_too_large(rows: int, reason: str) -> Defect:
     """The defect that the longest evaluation batch does not fit."""
     return Defect(
         "evaluation-too-large",
-        f"an evaluation batch of the {rows} longest held-out rows must fit beside the training",
-        found,
+        f"an evaluation batch of the {rows} longest held-out rows does not fit beside the training ({reason})",
         "lower per_device_eval_batch_size",
         error=True,
     )

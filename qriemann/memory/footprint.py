@@ -80,7 +80,7 @@ class Workload:
 
 
 def read_run(settings: Settings, *, dense_copies: bool = True) -> tuple[Footprint, Workload]:
-    """The model of a run and its workload: the one place that knows how settings are kept.
+    """The model of a run and its workload; the only place in `memory/` that reads settings.
 
     Raises:
         InputError: a setting that a plan needs is missing, or the model cannot be planned.

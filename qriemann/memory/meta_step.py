@@ -172,8 +172,8 @@ def count_step(
 ) -> dict[str, Counter[str]]:
     """Peak bytes of one batch beyond the weights, by the part of the model that allocates them, in two windows.
 
-    In a deeper model each of the two peaks grows by what one more layer adds to it: "early", before the backward reaches the
-    first layer, that is activations; "late", after it, gradients.
+    Two peaks, because they scale differently with depth: "early" (until backward reaches the first layer: activations) and
+    "late" (after: gradients).
 
     Args:
         model: a PEFT model on the meta device.

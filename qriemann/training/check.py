@@ -135,12 +135,11 @@ def _too_large(training: Measured, evaluation: Measured | None, planned: Plan, v
         needed = batch.peak_gib if batch.counted is None else (held + batch.counted) / GIB
         if needed <= vram_gib:
             continue
-        got = f"{needed:.2f} GiB where there are {vram_gib:g}"
+        reason = f"{needed:.2f} GiB needed, {vram_gib:g} GiB available"
         if name == "evaluation":
-            found.append(evaluation_too_large(batch.rows, got))
+            found.append(evaluation_too_large(batch.rows, reason))
             continue
-        rule = f"the longest batch, {batch.rows} rows of up to {batch.tokens} tokens, must fit"
-        found.append(
-            Defect("training-too-large", rule, got, "see `qriemann plan --vram` for the cheapest change", error=True)
-        )
+        problem = f"the longest batch, {batch.rows} rows of up to {batch.tokens} tokens, does not fit ({reason})"
+        remedy = "see `qriemann plan --vram` for the cheapest change"
+        found.append(Defect("training-too-large", problem, remedy, error=True))
     return found

@@ -177,7 +177,7 @@ def _dense_weights(model: Any) -> DenseWeights | None:
         return None
     from qriemann.base.dense_weights import hold_dense
 
-    # `load_base` has made the copies where it could; of those that are there this only tells the size.
+    # Reports the copies `load_base` made, and makes those still missing (a model passed in, or memory freed since).
     return hold_dense(model)
 
 
@@ -220,13 +220,16 @@ def _planned_steps(args: SFTConfig, data: TokenizedData) -> int:
 
 
 def _fitted_arguments(args: SFTConfig, rate: float, data: TokenizedData, *, resuming: bool) -> SFTConfig:
-    """The arguments with what the data decides: the one place where a run's arguments change."""
+    """Adjusts the arguments to the data.
+
+    AutoBatch, StepGuard and CompleteCheckpoints later change `trainer.args` in place.
+    """
     fitted = copy.copy(args)
     # The trainer takes the rate from the optimizer; this is for its records and loggers.
     fitted.learning_rate = rate
     if data.held_out is None:
         fitted.eval_strategy = IntervalStrategy.NO
-    # The loss before the first step belongs to the run that took that step.
+    # A resumed run skips eval_on_start; the original run logged that loss.
     if resuming or fitted.eval_strategy == IntervalStrategy.NO:
         fitted.eval_on_start = False
     return fitted

@@ -96,7 +96,7 @@ class _Recorder:
         prepared, settings = self.prepared, self.prepared.settings
         self.trainer = build_trainer(prepared, [*prepared.initialization, self.monitor, stop, *callbacks])
         if settings.dry_run:
-            # Where the batch is fitted, that measures the longest one.
+            # AutoBatch measures the longest batch itself.
             fitted = settings.auto_batch
             DryRun(self.trainer, prepared.data, allow=settings.allow, note=self.view.note, training_batch=not fitted)
         self.guard = protect(

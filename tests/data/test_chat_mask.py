@@ -94,7 +94,7 @@ def test_a_template_that_rewrites_its_history_is_refused_with_a_remedy():
 
 
 def test_a_conversation_that_opens_with_the_assistant_is_refused(tokenizer):
-    with pytest.raises(RowError, match="open with the assistant"):
+    with pytest.raises(RowError, match="opens with the assistant"):
         AssistantTokenizer(tokenizer).conversation(
             as_messages([("assistant", "hi"), ("user", "a"), ("assistant", "b")])
         )

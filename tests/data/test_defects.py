@@ -67,7 +67,7 @@ def test_an_end_token_that_is_never_trained_stops_the_run_unless_it_is_allowed(r
     status, report = run(path, "--allow", "end-token-untrained", template=ENDLESS)
     assert status == 0
     assert report["config"]["allow"] == ["end-token-untrained"]
-    assert "allowed: the end of a turn" in capsys.readouterr().out
+    assert "allowed: none of 12 rows" in capsys.readouterr().out
 
 
 def test_an_end_token_that_truncation_cuts_off_counts_as_untrained(model, tokenizer):
@@ -110,7 +110,7 @@ def test_a_row_without_a_trained_token_stops_the_run_or_is_left_out(run, write_r
 def test_rows_that_all_lack_a_trained_token_are_refused_whatever_is_allowed(run, write_rows, capsys):
     rows = [{"messages": [{"role": "user", "content": "a"}]}]
     assert run(write_rows(rows), "--allow", "no-trained-token") == (2, None)
-    assert "every token masked" in capsys.readouterr().err
+    assert "every token is masked" in capsys.readouterr().err
 
 
 def test_a_template_that_changes_the_history_stops_the_run(run, write_rows, capsys):
@@ -119,14 +119,14 @@ def test_a_template_that_changes_the_history_stops_the_run(run, write_rows, caps
     turns = [("user", "ab"), ("assistant", "cd"), ("user", "ef"), ("assistant", "gh")]
     rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
     assert run(write_rows(rows), template=rewriting) == (2, None)
-    assert "renders the same once it is answered" in capsys.readouterr().err
+    assert "renders differently once it is answered" in capsys.readouterr().err
 
 
 def test_a_token_outside_the_embedding_stops_the_run(model, tokenizer):
     rows = model.get_input_embeddings().weight.shape[0]
     found = find_defects(tokenized([[1, rows, tokenizer.eos_token_id]]), tokenizer, model)
     assert names(found) == ["token-outside-embedding"]
-    with pytest.raises(InputError, match=f"{rows} rows, got token {rows}"):
+    with pytest.raises(InputError, match=rf"token {rows} .* outside the embedding's {rows} rows"):
         refuse(found, [], print)
 
 
@@ -136,7 +136,7 @@ def test_a_bos_token_that_the_template_doubles_is_said(model):
     data = prepare(Source(Dataset.from_list(chat_rows(5)), "rows"), None, tokenizer)
     (found,) = find_defects(data, tokenizer, model)
     assert found.name == "doubled-bos"
-    assert "5 of 5" in found.found
+    assert "5 of 5" in found.problem
 
 
 def test_a_pad_token_that_ends_turns_is_said(model):
@@ -152,18 +152,18 @@ def test_held_out_rows_that_are_trained_on_are_counted(model, tokenizer):
     data = prepare(Source(train, "train"), Source(held_out, "test"), tokenizer)
     (found,) = find_defects(data, tokenizer, model)
     assert found.name == "rows-in-both-splits"
-    assert found.found.startswith("2 of 7")
+    assert found.problem.startswith("2 of 7")
 
 
 def test_all_defects_are_noted_before_the_first_error_stops(model, tokenizer):
     rows = model.get_input_embeddings().weight.shape[0]
     found = find_defects(tokenized([[1, rows], [2, 3]], held_out=[[2, 3]]), tokenizer, model)
     noted = []
-    with pytest.raises(InputError, match=f"{rows} rows, got token"):
+    with pytest.raises(InputError, match=rf"token {rows} .* outside the embedding"):
         refuse(found, ["end-token-untrained"], noted.append)
     assert [note.split(",")[0].split(" (")[0] for note in noted] == [
-        "allowed: the end of a turn",
-        "no held-out row should be trained on",
+        "allowed: none of 2 rows trains the end of a turn",
+        "1 of 1 held-out rows are also training rows",
     ]
 
 

@@ -101,9 +101,9 @@ def bad_rows():
     odd_role[0]["messages"][1]["role"] = "narrator"
     return {
         "no usable columns": ([{"question": "a", "answer": "b"}], ["answer, question", "messages", "Alpaca"]),
-        "an empty assistant turn": (empty_turn, ["empty assistant turn", "row 3"]),
-        "an empty output": ([{"instruction": "a", "output": ""}], ["not empty", "row 1"]),
-        "a fully masked row": (no_assistant, ["every token masked", "row 1"]),
+        "an empty assistant turn": (empty_turn, ["row 3 of", "has an empty assistant turn; fill it"]),
+        "an empty output": ([{"instruction": "a", "output": ""}], ["empty output", "row 1"]),
+        "a fully masked row": (no_assistant, ["every token is masked", "row 1"]),
         "an unknown role": (odd_role, ["'narrator'", "row 1"]),
         "a mapping for a text": ([{"text": "a"}, {"text": {"b": 1}}], ["string in text", "row 2"]),
     }
