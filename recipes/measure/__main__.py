@@ -2,6 +2,7 @@
 
 step    times one optimizer step on all adapters of a model
 train   trains the same base with qriemann and with stock TRL, PEFT and AdamW
+beds    runs a plan of hundreds to thousands of steps on a bed where they are cheap
 study   runs a plan: every method at its best learning rate, several seeds
 report  writes the tables and plots of a study from its rows
 """
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 from qriemann.cli import reporting
 
-_MODULES = {"step": "bench_step", "train": "bench_train", "study": "study", "report": "report"}
+_MODULES = {"step": "bench_step", "train": "bench_train", "beds": "beds", "study": "study", "report": "report"}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,0 +1,199 @@
+"""The beds: a tail equals its model, what is judged is what greedy generation says, and a plan is run once."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from qriemann import InputError, Riemannion
+from tests.recipe_fixtures import make_tokenizer
+
+MEASURE = Path(__file__).parents[2] / "recipes" / "measure"
+sys.path.insert(0, str(MEASURE))
+beds, models, training = (importlib.import_module(name) for name in ("beds", "bed_models", "bed_train"))
+
+
+@pytest.fixture
+def model() -> Any:
+    """Three random layers, with a head large enough that answers differ."""
+    model = models.toy(32, 3, steps=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model
+
+
+@pytest.fixture
+def rows() -> list[Any]:
+    return models.symbol_rows(["sort"], 24)
+
+
+def make_bed(model: Any, rows: list[Any], layers: int, cache: Path | None = None) -> Any:
+    bed = models.Bed(copy.deepcopy(model), layers)
+    bed.keep(rows, cache)
+    return bed
+
+
+@torch.no_grad()
+def whole_logits(model: Any, rows: list[Any]) -> torch.Tensor:
+    """Of the trained tokens, each row alone through the whole model."""
+    return torch.cat([model(torch.tensor([row.ids])).logits[0, row.start - 1 : -1] for row in rows])
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_tail_on_stored_states_answers_as_the_whole_model(model, rows, layers, tmp_path):
+    bed = make_bed(model, rows, layers, tmp_path / "states.pt")
+    again = make_bed(model, rows, layers, tmp_path / "states.pt")
+    chosen = [5, 0, 17, 3]
+    expected = whole_logits(model, [rows[i] for i in chosen])
+    with torch.no_grad():
+        torch.testing.assert_close(bed.logits(bed.batch(chosen)), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(again.logits(again.batch(chosen)), bed.logits(bed.batch(chosen)))
+
+
+def test_a_row_is_right_if_greedy_generation_gives_its_answer(model, rows):
+    answered = []
+    for i, row in enumerate(rows):
+        ids = row.ids[: row.start]
+        for _ in range(5):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if i % 3 == 0:
+            ids[-1 - i % 2] = (ids[-1 - i % 2] + 1) % 8
+        answered.append(models.Row(ids, row.start))
+    bed = make_bed(model, answered, 2)
+    found = training.evaluate(bed, range(len(rows)), size=7)
+    assert found["exact"] == pytest.approx(2 / 3)
+    targets = torch.tensor([token for row in answered for token in row.ids[row.start :]])
+    assert found["loss"] == pytest.approx(F.cross_entropy(whole_logits(model, answered), targets).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["riemannion", "adamw", "muon"])
+def test_a_run_learns_repeats_and_leaves_the_model_as_it_was(model, rows, method):
+    bed = make_bed(model, rows, 2)
+    before = {name: weight.clone() for name, weight in bed.tail.state_dict().items()}
+    start = training.evaluate(bed, range(8))["loss"]
+    run = training.Training(method, 5e-3, steps=12, rank=4)
+    first, second = (training.train(bed, run, range(8, 24), range(8)) for _ in range(2))
+    assert first["loss"] == second["loss"] < start
+    assert all(torch.equal(weight, before[name]) for name, weight in bed.tail.state_dict().items())
+
+
+@pytest.mark.parametrize("start", ["offset", "zero"])
+def test_the_measured_rate_makes_the_wanted_change_in_one_step(model, rows, start):
+    from peft import LoraConfig, get_peft_model
+
+    bed = make_bed(model, rows, 2)
+    adapted = get_peft_model(bed.tail, LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "down_proj"]))
+    optimizer = Riemannion(adapted, lr=1e-3, start=start, seed=0)
+    batches = [bed.batch(range(8)), bed.batch(range(8, 16))]
+    with torch.no_grad():
+        before = [bed.logits(batch) for batch in batches]
+    rate, tried = training.measured_rate(bed, optimizer, batches, change=0.1)
+    with torch.no_grad():
+        assert all(torch.equal(bed.logits(batch), old) for batch, old in zip(batches, before, strict=True))
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    assert len(tried) <= 4
+
+    tokens = sum(len(batch.targets) for batch in batches)
+    (sum(F.cross_entropy(bed.logits(batch), batch.targets) for batch in batches) / 2).backward()
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()
+    with torch.no_grad():
+        old = torch.cat(before).softmax(1)
+        new = torch.cat([bed.logits(batch) for batch in batches]).softmax(1)
+    change = (old * (old / new).log()).sum().item() / tokens
+    assert change == pytest.approx(0.1, rel=0.1)
+
+
+def test_the_tasks_are_what_they_say_and_no_question_comes_twice():
+    tokenizer = make_tokenizer()
+    for task, solve in (("sums", lambda asked: str(eval(asked.rstrip("= ")))), ("words", _reversed)):
+        rows = models.chat_rows(task, 50, tokenizer)
+        assert len({tuple(row.ids[: row.start]) for row in rows}) == 50
+        for row in rows:
+            asked = tokenizer.decode(row.ids[: row.start]).split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+            assert tokenizer.decode(row.ids[row.start :]) == solve(asked) + "<|im_end|>"
+    assert models.SYMBOL_TASKS["running-sum"]([15, 2, 3]) == [15, 1, 4]
+    assert models.SYMBOL_TASKS["reverse-next"]([15, 2, 3]) == [4, 3, 0]
+
+
+def _reversed(words: str) -> str:
+    return ", ".join(reversed(words.split(", ")))
+
+
+def write_plan(folder: Path, **changes: Any) -> Path:
+    content = {
+        "bed": "toy",
+        "tasks": ["reverse-next"],
+        "width": [32],
+        "depth": [2],
+        "layers": [1, 2],
+        "rank": [4],
+        "steps": [2],
+        "rows": 16,
+        "held_out": 8,
+        "pretraining": 2,
+        "arms": {"ours": {"method": "riemannion", "lrs": [1e-2]}, "adamw": {"method": "adamw", "lrs": ["1e-3"]}},
+        **changes,
+    }
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def test_a_plan_runs_once_and_only_what_a_change_adds(tmp_path):
+    plan = beds.read_plan(write_plan(tmp_path))
+    assert beds.run_plan(plan, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [(line["layers"], line["arm"], line["rate"]) for line in lines] == [
+        (1, "ours", 1e-2),
+        (1, "adamw", 1e-3),
+        (2, "ours", 1e-2),
+        (2, "adamw", 1e-3),
+    ]
+    assert beds.run_plan(beds.read_plan(write_plan(tmp_path, steps=[2, 3], layers=[2])), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [(line["steps"], line["arm"]) for line in lines[4:]] == [(3, "ours"), (3, "adamw")]
+
+
+def test_the_last_test_is_on_other_rows_and_out_of_time_is_not_done(tmp_path):
+    plan = beds.read_plan(write_plan(tmp_path, layers=[2], arms={"adamw": {"method": "adamw", "lrs": [1e-3]}}))
+    assert beds.run_plan(plan, tmp_path)
+    tested = beds.read_plan(
+        write_plan(tmp_path, layers=[2], test=True, arms={"adamw": {"method": "adamw", "lrs": [1e-3]}})
+    )
+    assert not beds.run_plan(tested, tmp_path, minutes=0)
+    assert beds.run_plan(tested, tmp_path)
+    search, test = (json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert search["training_loss"] == test["training_loss"]
+    assert search["loss"] != test["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bed": "sea"}, "bed must be tail or toy, got 'sea'"),
+        ({"tasks": ["sums"]}, "tasks must be some of copy, .*, got sums"),
+        ({"speed": 1}, "unexpected keyword argument 'speed'; the keys are bed"),
+    ],
+)
+def test_a_wrong_plan_is_refused(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        beds.read_plan(write_plan(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("path", sorted(MEASURE.glob("beds_*.yaml")), ids=lambda path: path.name)
+def test_the_plans_of_the_recipes_name_runs(path):
+    runs = beds.runs_of(beds.read_plan(path))
+    assert runs
+    assert len({run["key"] for run in runs}) == len(runs)
