@@ -63,7 +63,6 @@ class Prepared:
         found: the checkpoint to go on from, if there is one.
         push_to: the Hub repository for the adapter at the end; None for none.
         started: `time.perf_counter()` when the preparation began.
-        used: whether a trainer has been built of this, which puts the adapter into the model.
     """
 
     settings: Settings
@@ -80,7 +79,6 @@ class Prepared:
     found: FoundCheckpoint
     push_to: str | None
     started: float
-    used: bool = False
 
 
 def prepare(

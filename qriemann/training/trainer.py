@@ -25,9 +25,9 @@ def build_trainer(
     Raises:
         InputError: TRL finds that arguments, model and data do not fit each other, or this is the second trainer.
     """
-    if prepared.used:
+    # PEFT puts the adapter into the very model that was prepared, and leaves its configuration there.
+    if prepared.adapter is not None and hasattr(prepared.model, "peft_config"):
         raise InputError("what was prepared serves for one check or one training; call prepare again for another")
-    object.__setattr__(prepared, "used", True)
     try:
         trainer = SFTTrainer(
             model=prepared.model,

@@ -1,6 +1,7 @@
 """The dry run finds what would go wrong, and leaves the run exactly as it would have been."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from qriemann.memory.footprint import Footprint, read_run
 from qriemann.memory.plan import plan
 from qriemann.training.check import check
 from qriemann.training.prepare import prepare
+from qriemann.training.train import train
 from tests.recipe_fixtures import chat_rows, train_on
 from tests.runs import protected_trainer
 
@@ -92,6 +94,15 @@ def test_the_check_measures_shows_and_touches_no_folder(settings, tmp_path, caps
     assert (result.rows, result.held_out_rows) == (20, 4)
     assert result.trained_tokens < result.tokens
     assert result.defects == ()
+
+
+def test_what_was_checked_is_not_trained(settings):
+    """The check's step has moved the adapter."""
+    prepared = prepare(settings_from(settings))
+    check(prepared)
+    with pytest.raises(InputError, match="call prepare again"):
+        train(prepared)
+    assert not Path(settings["output_dir"]).exists()
 
 
 def test_the_check_counts_what_the_plan_foretells(settings, write_rows):
