@@ -94,7 +94,6 @@ def test_no_steps_measure_the_rate_alone(model, rows):
     trained = training.train(bed, training.Training("riemannion", "auto", steps=2, rank=4), range(8, 24), range(8))
     assert measured["loss"] == pytest.approx(training.evaluate(bed, range(8))["loss"], rel=1e-5)
     assert measured["rate"] == trained["rate"]
-    assert measured["changes"][-1][1] == pytest.approx(training.CHANGE, rel=0.1)
 
 
 @pytest.mark.parametrize("start", ["offset", "zero"])
