@@ -26,7 +26,7 @@ class Training:
 
     Attributes:
         method: of METHODS, with its `options`; `start` and `alpha` are among them.
-        lr: the first one, which falls linearly to zero over `steps`; "auto" measures it.
+        lr: the first one, which falls linearly to zero over `steps`; "auto" measures it, and 0 steps do no more.
         rank, scale: of the adapter, `scale` being lora_alpha / rank.
         seed: of the start and of the order of the rows.
     """
@@ -62,9 +62,10 @@ def train(bed: Bed, run: Training, training: Sequence[int], held_out: Sequence[i
         wall, cpu = time.perf_counter(), time.process_time()
         order = torch.Generator().manual_seed(run.seed)
         turns: list[int] = []
-        while len(turns) < run.steps * run.batch:
+        count = max(run.steps, _MEASURED_BATCHES)
+        while len(turns) < count * run.batch:
             turns += torch.randperm(len(training), generator=order).tolist()
-        batches = [[training[turn] for turn in turns[i * run.batch :][: run.batch]] for i in range(run.steps)]
+        batches = [[training[turn] for turn in turns[i * run.batch :][: run.batch]] for i in range(count)]
         measured = {}
         if run.lr == "auto":
             rate, changes = measured_rate(bed, optimizer, [bed.batch(chosen) for chosen in batches[:_MEASURED_BATCHES]])
@@ -72,7 +73,7 @@ def train(bed: Bed, run: Training, training: Sequence[int], held_out: Sequence[i
             _set_rate(optimizer, rate)
         rates = [group["lr"] for group in optimizer.param_groups]
         losses = []
-        for step, chosen in enumerate(batches):
+        for step, chosen in enumerate(batches[: run.steps]):
             for group, first in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = first * (1 - step / run.steps)
             batch = bed.batch(chosen)
@@ -89,7 +90,7 @@ def train(bed: Bed, run: Training, training: Sequence[int], held_out: Sequence[i
             **evaluate(bed, held_out),
             "rate": rates[0],
             **measured,
-            "training_loss": sum(last) / len(last),
+            "training_loss": sum(last) / len(last) if last else None,
             **{key: round(value, 1) for key, value in seconds.items()},
         }
     finally:

@@ -88,6 +88,14 @@ def test_a_run_learns_repeats_and_leaves_the_model_as_it_was(model, rows, method
     assert all(torch.equal(weight, before[name]) for name, weight in bed.tail.state_dict().items())
 
 
+def test_no_steps_measure_the_rate_alone(model, rows):
+    bed = make_bed(model, rows, 2)
+    measured = training.train(bed, training.Training("riemannion", "auto", steps=0, rank=4), range(8, 24), range(8))
+    trained = training.train(bed, training.Training("riemannion", "auto", steps=2, rank=4), range(8, 24), range(8))
+    assert measured["loss"] == pytest.approx(training.evaluate(bed, range(8))["loss"], rel=1e-5)
+    assert measured["rate"] == trained["rate"]
+
+
 @pytest.mark.parametrize("start", ["offset", "zero"])
 def test_the_measured_rate_makes_the_wanted_change_in_one_step(model, rows, start):
     from peft import LoraConfig, get_peft_model
