@@ -37,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(qriemann.__version__)
         return 0
-    debug = "--debug" in words
-    return reporting(lambda: _run([word for word in words if word != "--debug"]), debug=debug)
+    return reporting(lambda: _run([word for word in words if word != "--debug"]), debug="--debug" in words)
 
 
 def _run(words: list[str]) -> int:
@@ -47,8 +46,7 @@ def _run(words: list[str]) -> int:
     known, pairs = parser.parse_known_args(words)
     if pairs and not known.takes_pairs:
         parser.error(f"{known.command} takes no argument {pairs[0]!r}")
-    if known.takes_pairs:
-        known.pairs = pairs
+    known.pairs = pairs
     return known.run(known) or 0
 
 
@@ -88,9 +86,7 @@ def _command(
 def _add_train(commands: Any) -> None:
     parser = _command(commands, "train", _train, "train an adapter as a YAML file says", takes_pairs=True)
     parser.add_argument("file", nargs="?", metavar="FILE.yaml", help="the settings; --key value overrides them")
-    parser.add_argument(
-        "--help-keys", action="store_true", help="list the keys of this project; SFTConfig's are taken too"
-    )
+    parser.add_argument("--help-keys", action="store_true", help="list this project's keys; SFTConfig's are taken too")
 
 
 def _train(arguments: argparse.Namespace) -> int:
