@@ -185,7 +185,7 @@ def _adapter_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     check_exists(arguments.adapter, "the adapter")
     if arguments.data is not None:
         check_exists(arguments.data, "--data")
-    check_output(Path(arguments.out))
+    check_output(Path(arguments.out).expanduser())
     return {name: getattr(arguments, name) for name in ("adapter", "out", "base", "revision", "data", "max_kl")}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,10 +123,8 @@ def prepare(
         found = _free_folder(settings) if to_train else FoundCheckpoint(None)
         with view.doing("reading the rows"):
             sources = read_rows(settings, train_dataset, eval_dataset)
-        if model is None:
-            with view.doing(f"loading {settings.model_name_or_path} on {device.type}"):
-                model, tokenizer = read_base(settings, model, tokenizer)
-        else:
+        loads = model is None and settings.model_name_or_path
+        with view.doing(f"loading {loads} on {device.type}") if loads else nullcontext():
             model, tokenizer = read_base(settings, model, tokenizer)
         dense = _dense_weights(model)
         adjust_tokenizer(tokenizer, eos_token=args.eos_token, chat_template_path=settings.trl.get("chat_template_path"))

@@ -3,32 +3,18 @@
 from pathlib import Path
 
 import pytest
-import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tests.models import fill_lora, with_lora
-from tests.recipe_fixtures import make_tokenizer
+from tests.recipe_fixtures import chat_llama, make_tokenizer
 
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=640,
-        initializer_range=0.3,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
+    model = chat_llama(tokenizer, max_position_embeddings=640, initializer_range=0.3)
     # The end of a turn is never the most likely token.
     model.lm_head.weight.data[tokenizer.eos_token_id] = 0
     model.save_pretrained(folder)
