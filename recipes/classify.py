@@ -22,8 +22,8 @@ from torch.utils.data import TensorDataset
 from transformers import PrinterCallback, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 import qriemann
-from qriemann.cli import reporting
 from qriemann.optim.methods import METHODS, find_method
+from qriemann.reporting import reporting
 
 _SIZE, _DIRECTIONS = 24, 8
 _TRAIN_IMAGES, _TEST_IMAGES = 2048, 512

@@ -5,9 +5,9 @@ Calls the same function as `qriemann train FILE.yaml`. Options override keys of 
 
 import sys
 
+from qriemann.cli.training import run_training
 from qriemann.errors import InputError
 from qriemann.reporting import reporting
-from qriemann.training.commands import run_training
 
 
 def main(arguments: list[str]) -> int:

@@ -16,7 +16,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from qriemann.data.chat_mask import end_of_turn
-from qriemann.data.formats import IGNORED, TokenizedData
+from qriemann.data.tokenized import IGNORED, TokenizedData
 from qriemann.errors import InputError
 
 # Below this share of rows, an end token that is rarely trained is worth a line.

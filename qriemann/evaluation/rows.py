@@ -10,8 +10,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.data.formats import IGNORED, prepare
 from qriemann.data.sources import Source, load_sources
+from qriemann.data.tokenized import IGNORED, tokenize_rows
 from qriemann.evaluation.reload import Row
 
 _EXTRA = ("question", "metadata")
@@ -66,7 +66,7 @@ def load_rows(
     if max_rows is not None and max_rows < len(source.rows):
         source.rows = source.rows.select(range(max_rows))
     text_field = "prompt" if "completion" not in source.rows.column_names else "text"
-    prepared = prepare(source, None, tokenizer, text_field=text_field, max_length=max_length)
+    prepared = tokenize_rows(source, None, tokenizer, text_field=text_field, max_length=max_length)
     rows: list[Row] = []
     counted = 0
     for example in prepared.train:

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qriemann.adapters.loi import preserved_rng
 from qriemann.data.defects import Defect, refuse
-from qriemann.data.formats import TokenizedData
+from qriemann.data.tokenized import TokenizedData
 from qriemann.errors import InputError
 from qriemann.folder.records import peak_gib
 from qriemann.memory.live_bytes import count_peak

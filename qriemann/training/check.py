@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from qriemann.data.defects import Defect, preview, refuse
-from qriemann.data.formats import trained_token_count
+from qriemann.data.tokenized import trained_token_count
 from qriemann.memory.dry_run import (
     Measured,
     evaluation_too_large,

@@ -11,8 +11,8 @@ from trl import SFTConfig
 
 from qriemann.base.load import load_base
 from qriemann.config import Settings
-from qriemann.data.formats import TokenizedData, prepare
 from qriemann.data.sources import Source, load_sources
+from qriemann.data.tokenized import TokenizedData, tokenize_rows
 from qriemann.errors import InputError
 
 
@@ -74,7 +74,7 @@ def tokenize(
     """The tokens and labels of all rows, held-out rows split off where the settings ask for an evaluation."""
     train, held_out = sources
     evaluated = args.eval_strategy != IntervalStrategy.NO
-    data = prepare(
+    data = tokenize_rows(
         train,
         held_out if evaluated else None,
         tokenizer,

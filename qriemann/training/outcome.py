@@ -14,7 +14,7 @@ from trl import SFTTrainer
 
 from qriemann.checkpoints.fingerprints import describe_base
 from qriemann.config.arguments import describe_settings
-from qriemann.data.formats import trained_token_count
+from qriemann.data.tokenized import trained_token_count
 from qriemann.folder import records
 from qriemann.folder.contents import curve, read_json
 from qriemann.training.display import summary_table

@@ -30,7 +30,7 @@ from qriemann.config import Settings
 from qriemann.config.arguments import describe_settings, training_arguments
 from qriemann.data.chat_mask import adjust_tokenizer
 from qriemann.data.defects import Defect, find_defects
-from qriemann.data.formats import TokenizedData, fingerprint, token_count
+from qriemann.data.tokenized import TokenizedData, fingerprint, token_count
 from qriemann.distributed import is_main_process, process_count, run_on_main
 from qriemann.folder.lock import refuse_if_held
 from qriemann.optim.methods import find_method, rate_for_steps

@@ -12,7 +12,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from qriemann.cli import reporting
+from qriemann.reporting import reporting
 
 _MODULES = {"step": "bench_step", "train": "bench_train", "beds": "beds", "study": "study", "report": "report"}
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from report import RUNS, read_runs
 
-from qriemann.cli import reporting
 from qriemann.errors import InputError
+from qriemann.reporting import reporting
 from tests.recipe_fixtures import train_on
 
 
@@ -132,15 +132,15 @@ def run_job(job: Job, results: Path) -> dict[str, Any]:
 def _test(result: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     from datasets import Dataset
 
-    from qriemann.data.formats import prepare
     from qriemann.data.sources import Source
+    from qriemann.data.tokenized import tokenize_rows
     from qriemann.evaluation.evaluate import greedy_answers
     from qriemann.evaluation.reload import Row
     from qriemann.evaluation.rows import Rows
 
     tokenizer = result.tokenizer
     table = Source(Dataset.from_list([{"messages": row["messages"]} for row in rows]), "test")
-    loss = result.trainer.evaluate(prepare(table, None, tokenizer).train, metric_key_prefix="test")["test_loss"]
+    loss = result.trainer.evaluate(tokenize_rows(table, None, tokenizer).train, metric_key_prefix="test")["test_loss"]
     prompts = [
         tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, return_dict=False)
         for row in rows

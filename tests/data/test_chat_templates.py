@@ -9,8 +9,8 @@ import pytest
 
 from qriemann.data.chat_mask import AssistantTokenizer
 from qriemann.data.defects import end_tokens, find_defects
-from qriemann.data.formats import IGNORED, prepare
 from qriemann.data.sources import load_sources
+from qriemann.data.tokenized import IGNORED, tokenize_rows
 from qriemann.errors import InputError
 from tests.models import tiny_llama
 from tests.recipe_fixtures import CHATML, make_tokenizer
@@ -196,7 +196,7 @@ def by_turns(ids, trained, tokenizer):
 def test_the_trained_tokens_are_the_assistants_and_the_end_of_its_turn(family, turns, expected, write_rows):
     tokenizer = tokenizer_of(family)
     path = write_rows([{"messages": as_messages(turns)}])
-    rows = prepare(*load_sources(str(path)), tokenizer)
+    rows = tokenize_rows(*load_sources(str(path)), tokenizer)
     ids, labels = rows.train[0]["input_ids"], rows.train[0]["labels"]
     trained = [label != IGNORED for label in labels]
     assert by_turns(ids, trained, tokenizer) == expected
@@ -207,7 +207,7 @@ def test_the_trained_tokens_are_the_assistants_and_the_end_of_its_turn(family, t
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_end_of_a_turn_is_known_and_no_defect_is_found(family, write_rows):
     tokenizer = tokenizer_of(family)
-    rows = prepare(*load_sources(str(write_rows([{"messages": as_messages(ONE)}]))), tokenizer)
+    rows = tokenize_rows(*load_sources(str(write_rows([{"messages": as_messages(ONE)}]))), tokenizer)
     model = tiny_llama(vocabulary=len(tokenizer))
     assert find_defects(rows, tokenizer, model) == []
     last = [label for label in rows.train[0]["labels"] if label != IGNORED][-1]
@@ -229,7 +229,7 @@ def test_qwen3_without_thinking_trains_the_answer_alone():
 def test_qwen3_reads_each_answer_of_a_conversation_after_the_history_as_it_will_be_then(write_rows):
     path = write_rows([{"messages": as_messages(turns)} for turns in (ONE, SEVERAL)])
     tokenizer = tokenizer_of("qwen3")
-    data = prepare(*load_sources(str(path)), tokenizer)
+    data = tokenize_rows(*load_sources(str(path)), tokenizer)
     rows = [by_turns(row["input_ids"], [label != IGNORED for label in row["labels"]], tokenizer) for row in data.train]
     empty = "<think>\n\n</think>\n\n"
     history = f"<|im_start|>user\na{_CHATML}b\n\nb<|im_end|>\n<|im_start|>user\nc{_CHATML}"
@@ -250,7 +250,7 @@ def test_a_conversation_that_became_several_rows_is_held_out_whole(write_rows):
     talks = [[(role, f"{text}{number}") for role, text in SEVERAL] for number in range(6)]
     path = write_rows([{"messages": as_messages(turns)} for turns in talks])
     tokenizer = tokenizer_of("qwen3")
-    data = prepare(*load_sources(str(path)), tokenizer, eval_size=2)
+    data = tokenize_rows(*load_sources(str(path)), tokenizer, eval_size=2)
     assert (len(data.train), len(data.held_out)) == (12, 6)
     # The first question names the conversation.
     first = [
@@ -271,6 +271,6 @@ REFUSED = {
 def test_what_a_template_cannot_carry_is_refused_by_its_row(family, turns, line, write_rows):
     path = write_rows([{"messages": as_messages(ONE)}, {"messages": as_messages(turns)}])
     with pytest.raises(InputError, match=line) as caught:
-        prepare(*load_sources(str(path)), tokenizer_of(family))
+        tokenize_rows(*load_sources(str(path)), tokenizer_of(family))
     assert "row 2" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from qriemann import cli
 from qriemann.data.defects import end_tokens, find_defects, preview, refuse
-from qriemann.data.formats import TokenizedData, prepare
 from qriemann.data.sources import Source
+from qriemann.data.tokenized import TokenizedData, tokenize_rows
 from qriemann.errors import InputError
 from tests.recipe_fixtures import CHATML, chat_rows, make_tokenizer
 
@@ -52,7 +52,7 @@ def tokenized(rows, held_out=None):
 
 
 def test_rows_without_a_defect_have_none(model, tokenizer):
-    data = prepare(Source(Dataset.from_list(chat_rows()), "rows"), None, tokenizer, eval_size=3)
+    data = tokenize_rows(Source(Dataset.from_list(chat_rows()), "rows"), None, tokenizer, eval_size=3)
     assert find_defects(data, tokenizer, model) == []
 
 
@@ -71,7 +71,7 @@ def test_an_end_token_that_is_never_trained_stops_the_run_unless_it_is_allowed(r
 
 
 def test_an_end_token_that_truncation_cuts_off_counts_as_untrained(model, tokenizer):
-    data = prepare(Source(Dataset.from_list(chat_rows()), "rows"), None, tokenizer)
+    data = tokenize_rows(Source(Dataset.from_list(chat_rows()), "rows"), None, tokenizer)
     shortest = min(len(ids) for ids in data.train["input_ids"])
     # The end token is the last but a newline.
     assert names(find_defects(data, tokenizer, model, max_length=shortest - 2)) == ["end-token-untrained"]
@@ -133,7 +133,7 @@ def test_a_token_outside_the_embedding_stops_the_run(model, tokenizer):
 def test_a_bos_token_that_the_template_doubles_is_said(model):
     tokenizer = make_tokenizer("{{ '<|im_start|><|im_start|>' }}" + CHATML)
     tokenizer.bos_token = "<|im_start|>"
-    data = prepare(Source(Dataset.from_list(chat_rows(5)), "rows"), None, tokenizer)
+    data = tokenize_rows(Source(Dataset.from_list(chat_rows(5)), "rows"), None, tokenizer)
     (found,) = find_defects(data, tokenizer, model)
     assert found.name == "doubled-bos"
     assert "5 of 5" in found.problem
@@ -142,14 +142,14 @@ def test_a_bos_token_that_the_template_doubles_is_said(model):
 def test_a_pad_token_that_ends_turns_is_said(model):
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    data = prepare(Source(Dataset.from_list(chat_rows()), "rows"), None, tokenizer)
+    data = tokenize_rows(Source(Dataset.from_list(chat_rows()), "rows"), None, tokenizer)
     assert names(find_defects(data, tokenizer, model)) == ["pad-is-end"]
 
 
 def test_held_out_rows_that_are_trained_on_are_counted(model, tokenizer):
     rows = chat_rows(8)
     train, held_out = Dataset.from_list(rows), Dataset.from_list([*rows[2:4], *chat_rows(20)[15:]])
-    data = prepare(Source(train, "train"), Source(held_out, "test"), tokenizer)
+    data = tokenize_rows(Source(train, "train"), Source(held_out, "test"), tokenizer)
     (found,) = find_defects(data, tokenizer, model)
     assert found.name == "rows-in-both-splits"
     assert found.problem.startswith("2 of 7")
@@ -168,7 +168,7 @@ def test_all_defects_are_noted_before_the_first_error_stops(model, tokenizer):
 
 
 def test_the_preview_sets_off_exactly_the_trained_tokens(tokenizer):
-    data = prepare(Source(Dataset.from_list(chat_rows(3)), "rows"), None, tokenizer)
+    data = tokenize_rows(Source(Dataset.from_list(chat_rows(3)), "rows"), None, tokenizer)
     first, second = preview(data.train, tokenizer)
     for number, text in enumerate((first, second)):
         coloured = "".join(text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style))

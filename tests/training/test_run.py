@@ -13,8 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from qriemann.data.formats import prepare
 from qriemann.data.sources import Source
+from qriemann.data.tokenized import tokenize_rows
 from tests.recipe_fixtures import chat_rows, make_tokenizer, run_cli, train_on
 
 
@@ -38,7 +38,7 @@ def test_plain_trl_builds_the_same_labels_for_prompt_and_completion(model_folder
         args=SFTConfig(output_dir=str(tmp_path), bf16=False, activation_checkpointing=False, report_to="none"),
         train_dataset=rows,
     )
-    ours = prepare(Source(rows, "rows"), None, tokenizer).train
+    ours = tokenize_rows(Source(rows, "rows"), None, tokenizer).train
     assert ours["input_ids"][:] == trainer.train_dataset["input_ids"][:]
     assert ours["labels"][:] == trainer.train_dataset["labels"][:]
 
@@ -69,7 +69,7 @@ def test_a_run_leaves_an_adapter_whose_loss_under_plain_peft_is_the_reported_one
 def held_out_loss(adapter, model_folder, run):
     """Mean loss a trained token over the held-out rows, computed row by row with PEFT alone."""
     source = Source(Dataset.from_list(chat_rows(24)), "rows")
-    rows = prepare(source, None, make_tokenizer(), eval_size=4, seed=42).held_out
+    rows = tokenize_rows(source, None, make_tokenizer(), eval_size=4, seed=42).held_out
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter).eval()
     total = count = 0
     for row in rows:

@@ -41,7 +41,7 @@ class TokenizedData:
     notices: list[str] = field(default_factory=list)
 
 
-def prepare(
+def tokenize_rows(
     train: Source,
     held_out: Source | None,
     tokenizer: PreTrainedTokenizerBase,

@@ -6,8 +6,8 @@ import json
 import pytest
 from datasets import Dataset
 
-from qriemann.data.formats import fingerprint, prepare
 from qriemann.data.sources import Source, load_sources
+from qriemann.data.tokenized import fingerprint, tokenize_rows
 from qriemann.errors import InputError
 from tests.recipe_fixtures import chat_rows, make_tokenizer
 
@@ -15,7 +15,7 @@ ROWS = [("say 1", "it is 1"), ("say 2", "it is 2")]
 
 
 def tokens_of(path, tokenizer, **options):
-    return prepare(*load_sources(str(path)), tokenizer, **options)
+    return tokenize_rows(*load_sources(str(path)), tokenizer, **options)
 
 
 def turn(role, content):
@@ -137,7 +137,9 @@ def test_a_missing_file_an_odd_suffix_and_an_unknown_split_are_named(tmp_path, w
 
 def test_columns_can_be_renamed_to_what_is_recognized(write_rows, tokenizer):
     path = write_rows([{"question": q, "solution": a, "output": "?"} for q, a in ROWS])
-    renamed = prepare(*load_sources(str(path), columns={"question": "instruction", "solution": "output"}), tokenizer)
+    renamed = tokenize_rows(
+        *load_sources(str(path), columns={"question": "instruction", "solution": "output"}), tokenizer
+    )
     expected = tokens_of(write_rows(as_formats()["alpaca"], "alpaca.jsonl"), tokenizer)
     assert renamed.train["input_ids"][:] == expected.train["input_ids"][:]
     with pytest.raises(InputError, match="'answer'; its columns are question, solution, output"):
@@ -147,4 +149,4 @@ def test_columns_can_be_renamed_to_what_is_recognized(write_rows, tokenizer):
 def test_conversations_need_a_chat_template():
     source = Source(Dataset.from_list(chat_rows(1)), "rows")
     with pytest.raises(InputError, match="chat_template_path"):
-        prepare(source, None, make_tokenizer(None))
+        tokenize_rows(source, None, make_tokenizer(None))

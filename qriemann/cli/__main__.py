@@ -1,0 +1,5 @@
+import sys
+
+from qriemann.cli import main
+
+sys.exit(main())
