@@ -182,7 +182,7 @@ def chat_rows(task: str, count: int, tokenizer: Any) -> list[Row]:
 def _conversations(task: str) -> Iterator[list[tuple[str, str]]]:
     """The turns of each row, role and content, the answer last."""
     if task not in CHAT_TASKS:
-        for line in Path(task).read_text(encoding="utf-8").splitlines():
+        for line in Path(task).read_text(encoding="utf-8").strip().split("\n"):
             yield [(turn["role"], turn["content"]) for turn in json.loads(line)["messages"]]
         return
     (system, make), source, seen = CHAT_TASKS[task], random.Random(0), set()
