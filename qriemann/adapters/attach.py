@@ -29,7 +29,7 @@ Start = Literal["zero", "offset"]
 
 
 def attach(
-    model: nn.Module, *, start: Start = "offset", alpha: float = 1.0, seed: int | None = None
+    model: nn.Module, *, start: Start = "zero", alpha: float = 1.0, seed: int | None = None
 ) -> list[FixedRankParameter]:
     """Makes every LoRA layer of the active adapter a point U S V^T with float32 orthonormal factors, in place.
 
@@ -38,9 +38,9 @@ def attach(
 
     Args:
         model: a PEFT model with a LoRA adapter on linear layers, 4-bit or not.
-        start: "offset": random orthonormal bases, S = alpha I, and the same point subtracted as a frozen offset, so that
-            the model's function is unchanged and the manifold is nearly flat around the start; the saved adapter has
-            rank 2 r. "zero": S = 0; the saved adapter has rank r.
+        start: "zero": random orthonormal bases, S = 0; the saved adapter has rank r. "offset": S = alpha I, and the same
+            point subtracted as a frozen offset, so that the model's function is unchanged and the manifold is nearly flat
+            around the start; the saved adapter has rank 2 r.
         alpha: the scale of S for "offset", > 0.
         seed: of the random bases; None takes one from torch's global generator.
 

@@ -14,31 +14,51 @@ from qriemann.upstream import get_pattern_key, name_of
 _ALL_LINEAR = "all-linear"
 
 
-def adapter_config(settings: Any) -> LoraConfig:
-    """PEFT's configuration of an adapter.
+def adapter_config(settings: Any, *, offset: bool) -> LoraConfig:
+    """PEFT's configuration of an adapter that is saved with rank lora_r.
 
     Args:
         settings: anything with the attributes lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save,
             use_rslora, rank_pattern and alpha_pattern.
+        offset: the adapter starts with an offset, which doubles the rank that is saved: it gets half of each rank.
+
+    Raises:
+        InputError: a rank is odd that has to be halved.
     """
+    parts = 2 if offset else 1
+    alpha = settings.lora_r if settings.lora_alpha is None else settings.lora_alpha
+    ranks = {"lora_r": settings.lora_r, **(settings.rank_pattern or {})}
+    for name, rank in ranks.items():
+        # check_targets says what else may be wrong with a rank.
+        if offset and isinstance(rank, int) and rank % 2:
+            raise InputError(
+                f"{name} must be even with start: offset, whose point has half of the saved rank, got {rank}"
+            )
     names = list(settings.lora_target_modules)
     # One word names a layer, as several do; anything else alone is PEFT's: a pattern for the whole path, or all-linear.
     alone = len(names) == 1 and (names[0] == _ALL_LINEAR or not re.fullmatch(r"[\w.]+", names[0]))
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha if settings.lora_alpha is not None else settings.lora_r,
+        r=settings.lora_r // parts,
+        lora_alpha=_divided(alpha, parts),
         lora_dropout=settings.lora_dropout,
         target_modules=names[0] if alone else names or _ALL_LINEAR,
         use_rslora=settings.use_rslora,
         modules_to_save=settings.lora_modules_to_save and list(settings.lora_modules_to_save),
-        rank_pattern=settings.rank_pattern or {},
-        alpha_pattern=settings.alpha_pattern or {},
+        rank_pattern={key: _divided(rank, parts) for key, rank in (settings.rank_pattern or {}).items()},
+        alpha_pattern={key: _divided(value, parts) for key, value in (settings.alpha_pattern or {}).items()},
     )
 
 
-def check_targets(model: nn.Module, config: LoraConfig) -> list[str]:
-    """The layers that get an adapter, each name in the configuration matching one and each rank fitting its layer.
+def _divided(number: Any, parts: int) -> Any:
+    """A whole number where it can be; anything but a number as it is, for check_targets to refuse."""
+    if isinstance(number, bool) or not isinstance(number, int | float) or parts == 1:
+        return number
+    return number / parts if number % parts else int(number // parts)
+
+
+def check_targets(model: nn.Module, config: LoraConfig) -> None:
+    """Raises unless every name in the configuration matches a layer and every rank fits its layer.
 
     Raises:
         InputError: naming what would match, or the layer whose rank is too high.
@@ -73,7 +93,6 @@ def check_targets(model: nn.Module, config: LoraConfig) -> list[str]:
                 f"lora_modules_to_save must not name the input embeddings with offload_embeddings, got {wanted!r}; in host "
                 "memory they are frozen; remove one of the two keys"
             )
-    return list(matched)
 
 
 def _matched(model: Any, target: Any, linear: dict[str, nn.Module]) -> dict[str, nn.Module]:

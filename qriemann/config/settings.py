@@ -97,7 +97,7 @@ class Settings:
     trust_remote_code: bool = _key(False, "Run the code of the model's repository; on the command line only.")
     use_cpu: bool = _key(False, "Compute on the CPU though there is a GPU.")
 
-    lora_r: Positive = _key(16, "Rank of the adapter.")
+    lora_r: Positive = _key(16, "Rank of the adapter that is saved.")
     lora_alpha: Positive | None = _key(None, "Numerator of the adapter's scaling. Default: lora_r, a scaling of 1.")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = _key(0.05, "Dropout before the adapter.")
     use_rslora: bool = _key(False, "Scale by lora_alpha / sqrt(lora_r).")
@@ -127,7 +127,7 @@ class Settings:
         "riemannion", "The optimizer; see qriemann.for_trainer."
     )
     start: Literal["offset", "zero"] = _key(
-        "offset", "Where an adapter on the manifold starts: at alpha I with a frozen offset, or at zero."
+        "zero", "Where an adapter on the manifold starts: at zero, or at alpha I with a frozen offset of the same rank."
     )
     alpha: float = _key(1.0, "Size of the offset start: S = alpha I.")
     init: Literal["random", "loi"] = _key(

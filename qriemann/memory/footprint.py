@@ -116,7 +116,7 @@ def read_run(settings: Settings, *, dense_copies: bool = True) -> tuple[Footprin
     )
     name = settings.model_name_or_path
     shape = read_config(name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code)
-    footprint = Footprint(name, shape, adapter_config(settings))
+    footprint = Footprint(name, shape, adapter_config(settings, offset=workload.start == "offset"))
     if workload.offload_embeddings:
         refuse_tied_embeddings(footprint.model(workload).get_base_model(), name)
     return footprint, workload

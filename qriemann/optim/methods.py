@@ -81,7 +81,7 @@ METHODS: dict[str, Method] = {
         state_blocks=1,
         take_when="the default; one rate for all layers and ranks, no dependence on how X is factored",
         defaults={
-            "lr": Default(None, "`default_rate` of the number of adapted matrices: recipes/results/beds"),
+            "lr": Default(5e-3, "recipes/results/beds: 100 to 1,000 steps; few adapted layers take more"),
             "momentum": Default(0.9, _PAPER),
             "weight_decay": _NO_DECAY,
         },
@@ -92,7 +92,7 @@ METHODS: dict[str, Method] = {
         state_blocks=1,
         take_when="its paper is to be compared with; at the default start it trains as riemannion does, loss for loss",
         defaults={
-            "lr": Default(None, "as riemannion: recipes/results/cpu, the same losses at the same rates"),
+            "lr": Default(5e-3, "as riemannion: recipes/results/cpu, the same losses at the same rates"),
             "momentum": Default(0.9, "as riemannion"),
             "weight_decay": _NO_DECAY,
             "tangent_iterations": Default(3, "arXiv 2609.02734: 3 to 5"),

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
-from qriemann.adapters.lora_layers import lora_layers
 from qriemann.adapters.targets import adapter_config, check_targets
 from qriemann.base.on_cpu import keep_freed_memory
 from qriemann.checkpoints.fingerprints import check_same_run, fingerprints
@@ -34,7 +33,6 @@ from qriemann.data.tokenized import TokenizedData, fingerprint
 from qriemann.distributed import is_main_process, run_on_main
 from qriemann.folder.lock import refuse_if_held
 from qriemann.optim.methods import find_method
-from qriemann.optim.riemannion import default_rate
 from qriemann.training.display import PlainView, make_view, no_view
 from qriemann.training.inputs import read_base, read_rows, tokenize
 from qriemann.training.loi_callback import recipe_callbacks
@@ -129,20 +127,15 @@ def prepare(
             model, tokenizer = read_base(settings, model, tokenizer)
         dense = _dense_weights(model)
         adjust_tokenizer(tokenizer, eos_token=args.eos_token, chat_template_path=settings.trl.get("chat_template_path"))
-        adapter = None if isinstance(model, PeftModel) else adapter_config(settings)
-        targets = None if adapter is None else check_targets(model, adapter)
+        offset = settings.start == "offset" and find_method(settings.method).on_manifold
+        adapter = None if isinstance(model, PeftModel) else adapter_config(settings, offset=offset)
+        if adapter is not None:
+            check_targets(model, adapter)
         with view.doing("tokenizing and fingerprinting the rows"):
             data = tokenize(settings, args, sources, tokenizer)
             defects = find_defects(data, tokenizer, model, args.max_length)
             data_print = fingerprint(data.train, data.held_out)
-        notices = [*data.notices] if dense is None else [str(dense), *data.notices]
-        if optimizer[1]["lr"] is None:
-            matrices = len(lora_layers(model) if targets is None else targets)
-            optimizer = (optimizer[0], {**optimizer[1], "lr": default_rate(matrices)})
-            notices.append(
-                f"learning_rate {optimizer[1]['lr']:g}, the default of {settings.method} for {matrices} adapted matrices"
-            )
-        for notice in notices:
+        for notice in [*data.notices] if dense is None else [str(dense), *data.notices]:
             view.note(notice)
         args = _fitted_arguments(args, optimizer[1]["lr"], data, resuming=found.path is not None)
         prints = fingerprints(describe_settings(settings, args), model, data_print)

@@ -52,8 +52,8 @@ def for_trainer(
         method: a name in `qriemann.optim.methods.METHODS`: riemannion, lora-tsd, riemannlora, scaled-gd, scaled-adamw,
             adamw or muon.
         lr: on the method's own scale; None takes the method's default. The trainer's scheduler scales it.
-        start: for a method on the manifold, "offset" (random bases, S = alpha I, the same point subtracted as a frozen
-            offset; saves rank 2 r; the default) or "zero" (S = 0); see `qriemann.attach`.
+        start: for a method on the manifold, "zero" (S = 0; the default) or "offset" (S = alpha I, the same point
+            subtracted as a frozen offset; saves rank 2 r); see `qriemann.attach`.
         alpha: scale of S for "offset"; 1 by default.
         seed: of the random bases; None takes one from torch's global generator, which the trainer seeds.
         **options: as in the method's optimizer class.
@@ -63,7 +63,7 @@ def for_trainer(
     """
     resolved = resolve_options(method, {"lr": lr, "start": start, "alpha": alpha, "seed": seed, **options})
     if find_method(method).on_manifold:
-        resolved = {"start": "offset", "alpha": 1.0, **resolved}
+        resolved = {"start": "zero", "alpha": 1.0, **resolved}
         check_start(resolved["start"], resolved["alpha"])
     return OptimizerFactory, {"method": method, **resolved}
 

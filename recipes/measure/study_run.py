@@ -13,6 +13,7 @@ from typing import Any
 from report import RUNS, read_runs
 
 from qriemann.errors import InputError
+from qriemann.optim.methods import find_method
 from qriemann.reporting import reporting
 from tests.recipe_fixtures import train_on
 
@@ -100,6 +101,9 @@ def run_job(job: Job, results: Path) -> dict[str, Any]:
     folder = _work(results, job)
     resume = any(folder.glob("checkpoint-*"))
     values = {**job.values, "output_dir": str(folder), "resume": resume, "overwrite": not resume}
+    if find_method(values["method"]).on_manifold and values.setdefault("start", "offset") == "offset":
+        # The studies' rank is the point's, and an offset was the default start when they were made.
+        values |= {"lora_r": 2 * values["lora_r"], "lora_alpha": 2 * values["lora_alpha"]}
     result = train_on(
         values,
         train_dataset=Dataset.from_list([{"messages": row["messages"]} for row in train_rows]),
