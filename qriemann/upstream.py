@@ -148,6 +148,23 @@ class TrainerCounts:
         return self.trainer._prepare_inputs(batch)
 
 
+def token_sums(trainer: Any, model: Any, inputs: Any) -> Any:
+    """Summed over the counted tokens of a batch: negative log likelihood, number, entropy and right predictions.
+
+    They come from the head that TRL fuses with its loss, which never holds all logits; tests/training/test_held_out_loss.py
+
+    Returns:
+        float64, of shape (4,).
+    """
+    import torch
+
+    inputs = trainer._prepare_inputs(inputs)
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+    parts = (-outputs.log_probs, outputs.label_mask, outputs.entropy, outputs.is_top1)
+    return torch.stack([part.double().sum() for part in parts])
+
+
 def keep_input_dtype(layer: Any) -> None:
     """Lets a PEFT layer hand its input on as it came while every active variant has `takes_any_dtype`.
 
@@ -190,6 +207,18 @@ def has_causal_lm(config: Any) -> bool:
     from transformers import AutoModelForCausalLM
 
     return type(config) in AutoModelForCausalLM._model_mapping
+
+
+def names_of_experts(model: Any) -> frozenset[str]:
+    """Names of layers that PEFT takes for the fused experts of this kind of model, even where a linear layer has the name.
+
+    Their adapters would sit on three-dimensional parameters and take no dropout; tests/adapters/test_experts.py
+    """
+    from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+
+    kind = _MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", None))
+    return frozenset(_MOE_TARGET_MODULE_MAPPING.get(kind, ()))
 
 
 @contextmanager

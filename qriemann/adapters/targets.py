@@ -1,5 +1,6 @@
 """Which layers get an adapter, checked on the base model before it is built."""
 
+import copy
 import re
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qriemann.base.host_embedding import HostEmbedding
 from qriemann.errors import InputError
-from qriemann.upstream import get_pattern_key, name_of
+from qriemann.upstream import get_pattern_key, name_of, names_of_experts
 
 _ALL_LINEAR = "all-linear"
 
@@ -37,14 +38,57 @@ def adapter_config(settings: Any) -> LoraConfig:
     )
 
 
+def without_experts(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The configuration without the layers that PEFT would take for experts; itself where there are none."""
+    experts = names_of_experts(model)
+    if not experts:
+        return config
+    target = config.target_modules
+    if isinstance(target, str):
+        matched = _matched(model, target, _linear_layers(model))
+        target = {name.rpartition(".")[2] for name in matched} if target == _ALL_LINEAR else set(matched)
+    kept = {name for name in target or () if name.rpartition(".")[2] not in experts}
+    if not kept:
+        _refuse(config.target_modules, _linear_layers(model), model)
+    config = copy.copy(config)
+    config.target_modules = kept
+    return config
+
+
+def describe_left_out(model: Any, config: LoraConfig) -> str | None:
+    """A line about the weights of experts, which are stored and trained as they are; None for a model without any.
+
+    Args:
+        model: the base, before PEFT wraps it.
+        config: from `without_experts`.
+    """
+    linear, sizes = _linear_layers(model), {}
+    for name, module in model.named_modules():
+        if name in linear or isinstance(module, nn.Embedding) or type(module).__module__.startswith("torch.nn."):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3:
+                kind = re.sub(r"\.\d+\.", ".*.", f"{name}.{key}")
+                sizes[kind] = sizes.get(kind, 0) + parameter.numel()
+    if not sizes:
+        return None
+    adapted = _matched(model, config.target_modules, linear)
+    named = names_of_experts(model)
+    skipped = {re.sub(r"\.\d+\.", ".*.", name) for name in linear.keys() - adapted.keys() if name.rpartition(".")[2] in named}
+    also = f"; nor are {', '.join(sorted(skipped))} adapted, whose names PEFT takes for experts" if skipped else ""
+    return (
+        f"the experts, {', '.join(sizes)}, {sum(sizes.values()) / model.num_parameters():.0%} of the weights, are neither "
+        f"quantized nor adapted: only linear layers are{also}"
+    )
+
+
 def check_targets(model: nn.Module, config: LoraConfig) -> None:
     """Raises unless every name in the configuration matches a layer and every rank fits its layer.
 
     Raises:
         InputError: naming what would match, or the layer whose rank is too high.
     """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    matched = _matched(model, config.target_modules, linear)
+    matched = _matched(model, config.target_modules, _linear_layers(model))
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, number in getattr(config, key).items():
             if not any(get_pattern_key([pattern], name) == pattern for name in matched):
@@ -73,6 +117,10 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
                 f"lora_modules_to_save must not name the input embeddings with offload_embeddings, got {wanted!r}; in host "
                 "memory they are frozen; remove one of the two keys"
             )
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def _matched(model: Any, target: Any, linear: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -21,13 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
-from qriemann.adapters.targets import adapter_config, check_targets
+from qriemann.adapters.targets import adapter_config, check_targets, describe_left_out, without_experts
 from qriemann.base.on_cpu import keep_freed_memory
 from qriemann.checkpoints.fingerprints import check_same_run, fingerprints
 from qriemann.checkpoints.manifest import FoundCheckpoint
 from qriemann.checkpoints.starting_point import starting_point
 from qriemann.config import Settings
-from qriemann.config.arguments import describe_settings, training_arguments
+from qriemann.config.arguments import check_schedule, describe_settings, idle_without_rows, training_arguments
 from qriemann.data.chat_mask import adjust_tokenizer
 from qriemann.data.defects import Defect, find_defects
 from qriemann.data.tokenized import TokenizedData, fingerprint, token_count
@@ -112,6 +112,7 @@ def prepare(
         args = training_arguments(settings)
         push_to = push_target(settings, model)
         optimizer = _optimizer(settings, args)
+        check_schedule(args, optimizer[1]["lr"])
         initialization = recipe_callbacks(
             settings.init, settings.init_kwargs, start=settings.start, alpha=settings.alpha
         )
@@ -129,8 +130,11 @@ def prepare(
         dense = _dense_weights(model)
         adjust_tokenizer(tokenizer, eos_token=args.eos_token, chat_template_path=settings.trl.get("chat_template_path"))
         adapter = None if isinstance(model, PeftModel) else adapter_config(settings)
+        experts = None
         if adapter is not None:
+            adapter = without_experts(model, adapter)
             check_targets(model, adapter)
+            experts = describe_left_out(model, adapter)
         with view.doing("tokenizing and fingerprinting the rows"):
             data = tokenize(settings, args, sources, tokenizer)
             defects = find_defects(data, tokenizer, model, args.max_length)
@@ -138,13 +142,15 @@ def prepare(
         rate = _fitted_rate(settings, args, optimizer, data)
         if rate is not None:
             optimizer = (optimizer[0], {**optimizer[1], "lr": rate[0]})
-        for notice in (dense, *data.notices, rate and rate[1]):
+        idle = idle_without_rows(args) if data.held_out is None else None
+        for notice in (dense, experts, *data.notices, rate and rate[1], idle):
             if notice is not None:
                 view.note(str(notice))
         args = _fitted_arguments(args, optimizer[1]["lr"], data, resuming=found.path is not None)
         prints = fingerprints(describe_settings(settings, args), model, data_print)
     if found.path is not None:
-        check_same_run(found.path, prints, settings.allow)
+        for change in check_same_run(found.path, prints, settings.allow):
+            view.note(f"going on with {change}")
     return Prepared(
         settings=settings,
         args=args,

@@ -9,13 +9,14 @@ from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from qriemann.errors import InputError
+from qriemann.training.held_out_loss import HeldOutLoss
 from qriemann.training.prepare import Prepared
 
 
 def build_trainer(
     prepared: Prepared, callbacks: Sequence[TrainerCallback] = (), *, args: SFTConfig | None = None
 ) -> SFTTrainer:
-    """The trainer of a run, without the callbacks that draw bars and print dicts.
+    """The trainer of a run, with one held-out loss and without the callbacks that draw bars and print dicts.
 
     Args:
         prepared: from `prepare`.
@@ -46,4 +47,5 @@ def build_trainer(
         raise InputError(f"the training arguments do not fit the model and the data: {error}") from error
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    HeldOutLoss(trainer)
     return trainer
