@@ -11,6 +11,7 @@ import copy
 import functools
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -42,12 +43,28 @@ _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # PEFT warns of trained biases when an adapter is disabled; the evaluation puts the base's own back. Goes when
     # tests/release passes without it.
     ("Careful, disabling adapter layers", UserWarning),
+    # PEFT warns of every adapter on a tied layer; what of them cannot be merged or read later is refused by name.
+    ("Model has `tie_word_embeddings=True` and a tied layer is part", UserWarning),
 )
 
-# Log lines of the same kind: the logger, and how the line begins.
+# Log lines of the same kind: the logger, and words of the line.
 _NOTICES = (
     # bitsandbytes 0.50, imported on a CPU with AVX512-BF16: it looks on the Hub for a kernel that nothing here uses.
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
+    # A table of the tensors that a model's files lack or have too many; `check_loaded` names those that matter.
+    ("transformers.modeling_utils", "LOAD REPORT"),
+    # A share of the steps against the steps it came to, and what a resumed run takes from its settings anyway.
+    ("transformers.trainer_utils", "The following arguments do not match the ones"),
+    # `find_best_again` finds it, or says so.
+    ("transformers.trainer", "recorded in the resumed state does not"),
+    # Of the base's own generation_config.json.
+    ("transformers.generation.configuration_utils", "The following generation flags are not valid"),
+    # A card without a heading of its own gets one.
+    ("huggingface_hub.repocard", "Repo card metadata block was not found"),
+    # What datasets does about a number of processes that is too large.
+    ("datasets.builder", "Setting num_proc from"),
+    ("datasets.arrow_dataset", "num_proc must be <="),
+    ("datasets.arrow_dataset", "Setting TOKENIZERS_PARALLELISM=false"),
 )
 
 
@@ -70,8 +87,9 @@ def quiet(*, bars: bool | None = None) -> Iterator[None]:
     with warnings.catch_warnings():
         for message, category in _WARNINGS:
             warnings.filterwarnings("ignore", message=message, category=category)
-        for logger, beginning in _NOTICES:
-            logging.getLogger(logger).addFilter(functools.partial(_begins_otherwise, beginning))
+        # They stay hidden after the block: a library may be imported only then. The same filter is added once.
+        for logger in {name for name, _ in _NOTICES}:
+            logging.getLogger(logger).addFilter(_says_something)
         if sys.stderr.isatty() if bars is None else bars:
             yield
             return
@@ -90,8 +108,27 @@ def quiet(*, bars: bool | None = None) -> Iterator[None]:
             tqdm.__init__ = draw
 
 
-def _begins_otherwise(beginning: str, record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(beginning)
+def _says_something(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(record.name == name and words in message for name, words in _NOTICES)
+
+
+@contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Within the block, TRL's trainers report to nobody unless HF_HUB_DISABLE_TELEMETRY is set to 0.
+
+    TRL sends the kind of trainer, model, GPU and data source to a server of its own for each trainer that it makes;
+    tests/training/test_reporting.py
+    """
+    from trl.trainer import base_trainer
+
+    send = base_trainer.send_telemetry
+    if os.environ.get("HF_HUB_DISABLE_TELEMETRY", "1").upper() not in ("0", "OFF", "NO", "FALSE"):
+        base_trainer.send_telemetry = lambda **_: None
+    try:
+        yield
+    finally:
+        base_trainer.send_telemetry = send
 
 
 def _attribute(name: str) -> Any:

@@ -74,7 +74,9 @@ def describe_left_out(model: Any, config: LoraConfig) -> str | None:
         return None
     adapted = _matched(model, config.target_modules, linear)
     named = names_of_experts(model)
-    skipped = {re.sub(r"\.\d+\.", ".*.", name) for name in linear.keys() - adapted.keys() if name.rpartition(".")[2] in named}
+    skipped = {
+        re.sub(r"\.\d+\.", ".*.", name) for name in linear.keys() - adapted.keys() if name.rpartition(".")[2] in named
+    }
     also = f"; nor are {', '.join(sorted(skipped))} adapted, whose names PEFT takes for experts" if skipped else ""
     return (
         f"the experts, {', '.join(sizes)}, {sum(sizes.values()) / model.num_parameters():.0%} of the weights, are neither "

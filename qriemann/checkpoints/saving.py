@@ -62,9 +62,7 @@ class CompleteCheckpoints(TrainerCallback):
             find_best_again(args, state, self._report)
         self.begun = True
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.load_best_model_at_end and self._completed_step != state.global_step:
             control.should_save |= is_new_best(args, state, kwargs["metrics"])
 

@@ -39,7 +39,9 @@ def refuse_changed(found: FoundCheckpoint, folder: Path, *, resume: str | None, 
 
 def _files(folder: Path, resume: str | None) -> dict[str, tuple[int, int]]:
     """Size and time of change, in ns, of every file of the checkpoints that a run may resume from."""
-    folders = [] if resume is None else [*records.checkpoint_folders(folder), *([] if resume == "auto" else [Path(resume)])]
+    folders = (
+        [] if resume is None else [*records.checkpoint_folders(folder), *([] if resume == "auto" else [Path(resume)])]
+    )
     status = {str(path): path.stat() for inner in folders for path in inner.rglob("*") if path.is_file()}
     return {path: (found.st_size, found.st_mtime_ns) for path, found in status.items()}
 

@@ -83,9 +83,11 @@ def idle_without_rows(args: SFTConfig) -> str | None:
         in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY),
     }
     names = ", ".join(name for name, chosen in idle.items() if chosen)
-    return None if not names else (
-        f"without held-out rows there is no effect of {names}, and the last step is kept; set eval_size, dataset_test_split "
-        "or dataset_eval_name to hold some out"
+    if not names:
+        return None
+    return (
+        f"without held-out rows there is no effect of {names}, and the last step is kept; set eval_size, "
+        "dataset_test_split or dataset_eval_name to hold some out"
     )
 
 

@@ -182,7 +182,10 @@ class Footprint:
         rows = [
             ("4-bit weights and scales", sum(nf4_bytes(weight.numel()) for weight in weights)),
             ("4-bit weights, dequantized for the CPU", total_bytes(weights) if workload.holds_dense_copies else 0),
-            (f"not quantized: embeddings, head, norms{', experts' if self.left_out else ''} ({dtype})", total_bytes([*frozen, *model.buffers()])),
+            (
+                f"not quantized: embeddings, head, norms{', experts' if self.left_out else ''} ({dtype})",
+                total_bytes([*frozen, *model.buffers()]),
+            ),
             ("adapter (float32)", factor_bytes + other_bytes),
             ("cores and frozen offset (float32)", total_bytes(adapter_tensors(model))),
             ("optimizer state", (workload.state_blocks + kept) * factor_bytes + 2 * other_bytes),
