@@ -38,50 +38,60 @@ def adapter_config(settings: Any) -> LoraConfig:
     )
 
 
-def without_experts(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """The configuration without the layers that PEFT would take for experts; itself where there are none."""
-    experts = names_of_experts(model)
-    if not experts:
-        return config
-    target = config.target_modules
-    if isinstance(target, str):
-        matched = _matched(model, target, _linear_layers(model))
-        target = {name.rpartition(".")[2] for name in matched} if target == _ALL_LINEAR else set(matched)
-    kept = {name for name in target or () if name.rpartition(".")[2] not in experts}
-    if not kept:
-        _refuse(config.target_modules, _linear_layers(model), model)
-    config = copy.copy(config)
-    config.target_modules = kept
-    return config
+def without_experts(model: Any, config: LoraConfig) -> tuple[LoraConfig, str | None]:
+    """The configuration without what no adapter can sit on, and a line about that; itself and None where all is linear.
 
-
-def describe_left_out(model: Any, config: LoraConfig) -> str | None:
-    """A line about the weights of experts, which are stored and trained as they are; None for a model without any.
+    Fused experts are parameters of three dimensions. PEFT takes some names of linear layers for them, too, and all-linear
+    would match gates of one output, which have no rank.
 
     Args:
         model: the base, before PEFT wraps it.
-        config: from `without_experts`.
     """
-    linear, sizes = _linear_layers(model), {}
+    linear, experts = _linear_layers(model), names_of_experts(model)
+    target = config.target_modules
+    if isinstance(target, str):
+        asked = _matched(model, target, linear)
+        one = {name for name in asked if target == _ALL_LINEAR and 1 in _shape(linear[name])}
+        kept = {name for name in asked if _last(name) not in experts} - one
+        wanted = {_last(name) for name in kept} if target == _ALL_LINEAR else kept
+    else:
+        wanted = {name for name in target or () if _last(name) not in experts}
+        asked = {name: linear[name] for word in target or () for name in linear if f".{name}".endswith(f".{word}")}
+        kept = {name for name in asked if _last(name) not in experts}
+    if experts or len(kept) < len(asked):
+        if not wanted:
+            _refuse(target, linear, model)
+        config = copy.copy(config)
+        config.target_modules = wanted
+    return config, _describe_left_out(model, sorted(asked.keys() - kept))
+
+
+def _describe_left_out(model: Any, layers: list[str]) -> str | None:
+    sizes: dict[str, int] = {}
     for name, module in model.named_modules():
-        if name in linear or isinstance(module, nn.Embedding) or type(module).__module__.startswith("torch.nn."):
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3:
-                kind = re.sub(r"\.\d+\.", ".*.", f"{name}.{key}")
-                sizes[kind] = sizes.get(kind, 0) + parameter.numel()
-    if not sizes:
-        return None
-    adapted = _matched(model, config.target_modules, linear)
-    named = names_of_experts(model)
-    skipped = {
-        re.sub(r"\.\d+\.", ".*.", name) for name in linear.keys() - adapted.keys() if name.rpartition(".")[2] in named
-    }
-    also = f"; nor are {', '.join(sorted(skipped))} adapted, whose names PEFT takes for experts" if skipped else ""
-    return (
-        f"the experts, {', '.join(sizes)}, {sum(sizes.values()) / model.num_parameters():.0%} of the weights, are neither "
-        f"quantized nor adapted: only linear layers are{also}"
-    )
+        if not type(module).__module__.startswith("torch.nn."):
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3:
+                    kind = _of_all_layers(f"{name}.{key}")
+                    sizes[kind] = sizes.get(kind, 0) + parameter.numel()
+    lines = []
+    if sizes:
+        share = sum(sizes.values()) / model.num_parameters()
+        lines.append(
+            f"the experts, {', '.join(sizes)}, {share:.0%} of the weights, are neither quantized nor adapted: only linear "
+            "layers are"
+        )
+    if layers:
+        lines.append(f"left without an adapter: {', '.join(dict.fromkeys(map(_of_all_layers, layers)))}")
+    return "; ".join(lines) or None
+
+
+def _of_all_layers(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def check_targets(model: nn.Module, config: LoraConfig) -> None:
@@ -152,7 +162,7 @@ def _refuse(target: Any, inner: dict[str, nn.Module], model: nn.Module) -> None:
 
 
 def _names(layers: dict[str, nn.Module]) -> str:
-    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers)) or "none"
+    return ", ".join(dict.fromkeys(map(_last, layers))) or "none"
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qriemann.adapters.layer import FixedRankVariant
-from qriemann.adapters.targets import adapter_config, check_targets, describe_left_out, without_experts
+from qriemann.adapters.targets import adapter_config, check_targets, without_experts
 from qriemann.base.host_embedding import has_tied_embeddings, refuse_tied_embeddings
 from qriemann.base.load import read_config
 from qriemann.errors import InputError
@@ -126,7 +126,7 @@ class Footprint:
     """The bytes of one model with one adapter under any workload; models and counts are kept for the next question.
 
     Attributes:
-        left_out: a line about experts, as `describe_left_out` gives it, once a model was made.
+        left_out: the line of `without_experts`, once a model was made.
     """
 
     def __init__(self, name: str, shape: PreTrainedConfig, adapter: LoraConfig) -> None:
@@ -148,9 +148,8 @@ class Footprint:
         shape = self.shape if layers is None else _shallow(self.shape, layers)
         quantized, eager = workload.quantized, workload.attn_implementation == "eager"
         base = meta_model(shape, workload.dtype, quantized=quantized, eager=eager)
-        adapter = without_experts(base, copy.deepcopy(self.adapter))
+        adapter, self.left_out = without_experts(base, copy.deepcopy(self.adapter))
         check_targets(base, adapter)
-        self.left_out = describe_left_out(base, adapter)
         with quiet():
             model = get_peft_model(base, adapter, low_cpu_mem_usage=True)
         for name, parameter in model.named_parameters():

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
-from qriemann.adapters.targets import adapter_config, check_targets, describe_left_out, without_experts
+from qriemann.adapters.targets import adapter_config, check_targets, without_experts
 from qriemann.base.on_cpu import keep_freed_memory
 from qriemann.checkpoints.fingerprints import check_same_run, fingerprints
 from qriemann.checkpoints.manifest import FoundCheckpoint
@@ -132,9 +132,8 @@ def prepare(
         adapter = None if isinstance(model, PeftModel) else adapter_config(settings)
         experts = None
         if adapter is not None:
-            adapter = without_experts(model, adapter)
+            adapter, experts = without_experts(model, adapter)
             check_targets(model, adapter)
-            experts = describe_left_out(model, adapter)
         with view.doing("tokenizing and fingerprinting the rows"):
             data = tokenize(settings, args, sources, tokenizer)
             defects = find_defects(data, tokenizer, model, args.max_length)

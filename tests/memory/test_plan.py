@@ -153,7 +153,7 @@ def test_the_planned_peak_is_the_allocators(
     base = load_nf4(folders[name]) if quantize == "nf4" else AutoModelForCausalLM.from_pretrained(folders[name])
     copies = hold_dequantized(base) if dense else 0
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
-    model = get_peft_model(base, without_experts(base, adapter_config(config)))
+    model = get_peft_model(base, without_experts(base, adapter_config(config))[0])
     optimizer = Riemannion(model, start="offset", seed=0)
     if checkpointing:
         base.activation_checkpointing_enable()
