@@ -141,7 +141,8 @@ class AdapterOptimizer(torch.optim.Optimizer):
         """Restores options and state; subclasses move the adapter to the saved one.
 
         Raises:
-            InputError: the state of another method, or of parameters of other shapes.
+            InputError: the state of another method.
+            ValueError: the state of parameters of other shapes.
         """
         missing = self._saved_keys.difference(*(group.keys() for group in state_dict["param_groups"]))
         if missing:
@@ -155,9 +156,9 @@ class AdapterOptimizer(torch.optim.Optimizer):
             for key in _SHAPED:
                 # A point keeps the momentum of its V upright, and V itself transposed.
                 if key in entry and sorted(entry[key].shape) != sorted(parameter.shape):
-                    raise InputError(
+                    raise ValueError(
                         f"optimizer state must fit the parameters, got {key} of shape {tuple(entry[key].shape)} for one of "
-                        f"shape {tuple(parameter.shape)}; resume from another checkpoint"
+                        f"shape {tuple(parameter.shape)}"
                     )
 
 
