@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from qriemann.errors import InputError
+from qriemann.upstream import quiet
 
 
 class _WithoutCredentials:
@@ -31,11 +33,18 @@ class _WithoutCredentials:
 
 
 def reporting(run: Callable[[], int], *, debug: bool = False) -> int:
-    """The exit status of `run`. Its errors are told in one line; with `debug` they keep their traceback."""
+    """The exit status of `run`. Its errors are told in one line; with `debug` they keep their traceback.
+
+    Other libraries are quiet meanwhile, and a console shows a question mark for what its encoding cannot show.
+    """
     sys.excepthook = _print_traceback
+    for stream in (sys.stdout, sys.stderr):
+        # Not there where a notebook or a test has put something of its own.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     out: Any = _WithoutCredentials(sys.stdout)
     err: Any = _WithoutCredentials(sys.stderr)
-    with redirect_stdout(out), redirect_stderr(err):
+    with redirect_stdout(out), redirect_stderr(err), quiet():
         return _exit_status(run, debug=debug)
 
 

@@ -11,6 +11,7 @@ import copy
 import functools
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -42,12 +43,28 @@ _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # PEFT warns of trained biases when an adapter is disabled; the evaluation puts the base's own back. Goes when
     # tests/release passes without it.
     ("Careful, disabling adapter layers", UserWarning),
+    # PEFT warns of every adapter on a tied layer; what of them cannot be merged or read later is refused by name.
+    ("Model has `tie_word_embeddings=True` and a tied layer is part", UserWarning),
 )
 
-# Log lines of the same kind: the logger, and how the line begins.
+# Log lines of the same kind: the logger, and words of the line.
 _NOTICES = (
     # bitsandbytes 0.50, imported on a CPU with AVX512-BF16: it looks on the Hub for a kernel that nothing here uses.
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
+    # A table of the tensors that a model's files lack or have too many; `check_loaded` names those that matter.
+    ("transformers.modeling_utils", "LOAD REPORT"),
+    # A share of the steps against the steps it came to, and what a resumed run takes from its settings anyway.
+    ("transformers.trainer_utils", "The following arguments do not match the ones"),
+    # `find_best_again` finds it, or says so.
+    ("transformers.trainer", "recorded in the resumed state does not"),
+    # Of the base's own generation_config.json.
+    ("transformers.generation.configuration_utils", "The following generation flags are not valid"),
+    # A card without a heading of its own gets one.
+    ("huggingface_hub.repocard", "Repo card metadata block was not found"),
+    # What datasets does about a number of processes that is too large.
+    ("datasets.builder", "Setting num_proc from"),
+    ("datasets.arrow_dataset", "num_proc must be <="),
+    ("datasets.arrow_dataset", "Setting TOKENIZERS_PARALLELISM=false"),
 )
 
 
@@ -70,8 +87,9 @@ def quiet(*, bars: bool | None = None) -> Iterator[None]:
     with warnings.catch_warnings():
         for message, category in _WARNINGS:
             warnings.filterwarnings("ignore", message=message, category=category)
-        for logger, beginning in _NOTICES:
-            logging.getLogger(logger).addFilter(functools.partial(_begins_otherwise, beginning))
+        # They stay hidden after the block: a library may be imported only then. The same filter is added once.
+        for logger in {name for name, _ in _NOTICES}:
+            logging.getLogger(logger).addFilter(_says_something)
         if sys.stderr.isatty() if bars is None else bars:
             yield
             return
@@ -90,8 +108,27 @@ def quiet(*, bars: bool | None = None) -> Iterator[None]:
             tqdm.__init__ = draw
 
 
-def _begins_otherwise(beginning: str, record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(beginning)
+def _says_something(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(record.name == name and words in message for name, words in _NOTICES)
+
+
+@contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Within the block, TRL's trainers report to nobody unless HF_HUB_DISABLE_TELEMETRY is set to 0.
+
+    TRL sends the kind of trainer, model, GPU and data source to a server of its own for each trainer that it makes;
+    tests/training/test_reporting.py
+    """
+    from trl.trainer import base_trainer
+
+    send = base_trainer.send_telemetry
+    if os.environ.get("HF_HUB_DISABLE_TELEMETRY", "1").upper() not in ("0", "OFF", "NO", "FALSE"):
+        base_trainer.send_telemetry = lambda **_: None
+    try:
+        yield
+    finally:
+        base_trainer.send_telemetry = send
 
 
 def _attribute(name: str) -> Any:
@@ -148,6 +185,23 @@ class TrainerCounts:
         return self.trainer._prepare_inputs(batch)
 
 
+def token_sums(trainer: Any, model: Any, inputs: Any) -> Any:
+    """Summed over the counted tokens of a batch: negative log likelihood, number, entropy and right predictions.
+
+    They come from the head that TRL fuses with its loss, which never holds all logits; tests/training/test_held_out_loss.py
+
+    Returns:
+        float64, of shape (4,).
+    """
+    import torch
+
+    inputs = trainer._prepare_inputs(inputs)
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+    parts = (-outputs.log_probs, outputs.label_mask, outputs.entropy, outputs.is_top1)
+    return torch.stack([part.double().sum() for part in parts])
+
+
 def keep_input_dtype(layer: Any) -> None:
     """Lets a PEFT layer hand its input on as it came while every active variant has `takes_any_dtype`.
 
@@ -190,6 +244,18 @@ def has_causal_lm(config: Any) -> bool:
     from transformers import AutoModelForCausalLM
 
     return type(config) in AutoModelForCausalLM._model_mapping
+
+
+def names_of_experts(model: Any) -> frozenset[str]:
+    """Names of layers that PEFT takes for the fused experts of this kind of model, even where a linear layer has the name.
+
+    Their adapters would sit on three-dimensional parameters and take no dropout; tests/adapters/test_experts.py
+    """
+    from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+
+    kind = _MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", None))
+    return frozenset(_MOE_TARGET_MODULE_MAPPING.get(kind, ()))
 
 
 @contextmanager

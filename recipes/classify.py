@@ -10,7 +10,6 @@ import math
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,8 +127,6 @@ def main(arguments: Sequence[str]) -> int:
     """The exit status: 0, or 2 for bad input, which one line names."""
     options = parse(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # PEFT 0.21 reads an attribute that transformers 5.23 renamed; a user can do nothing about it.
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
 
     def run() -> int:
         shares = classify(options.method, lr=options.lr, steps=options.steps, seed=options.seed)

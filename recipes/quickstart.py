@@ -263,11 +263,9 @@ def main(arguments: Sequence[str]) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     from qriemann.reporting import reporting
-    from qriemann.upstream import quiet
 
     def run() -> int:
-        with quiet():
-            quickstart(options, started)
+        quickstart(options, started)
         return 0
 
     return reporting(run, debug=options.debug)

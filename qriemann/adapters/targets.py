@@ -1,5 +1,6 @@
 """Which layers get an adapter, checked on the base model before it is built."""
 
+import copy
 import re
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qriemann.base.host_embedding import HostEmbedding
 from qriemann.errors import InputError
-from qriemann.upstream import get_pattern_key, name_of
+from qriemann.upstream import get_pattern_key, name_of, names_of_experts
 
 _ALL_LINEAR = "all-linear"
 
@@ -57,14 +58,69 @@ def _divided(number: Any, parts: int) -> Any:
     return number / parts if number % parts else int(number // parts)
 
 
+def without_experts(model: Any, config: LoraConfig) -> tuple[LoraConfig, str | None]:
+    """The configuration without what no adapter can sit on, and a line about that; itself and None where all is linear.
+
+    Fused experts are parameters of three dimensions. PEFT takes some names of linear layers for them, too, and all-linear
+    would match gates of one output, which have no rank.
+
+    Args:
+        model: the base, before PEFT wraps it.
+    """
+    linear, experts = _linear_layers(model), names_of_experts(model)
+    target = config.target_modules
+    if isinstance(target, str):
+        asked = _matched(model, target, linear)
+        one = {name for name in asked if target == _ALL_LINEAR and 1 in _shape(linear[name])}
+        kept = {name for name in asked if _last(name) not in experts} - one
+        wanted = {_last(name) for name in kept} if target == _ALL_LINEAR else kept
+    else:
+        wanted = {name for name in target or () if _last(name) not in experts}
+        asked = {name: linear[name] for word in target or () for name in linear if f".{name}".endswith(f".{word}")}
+        kept = {name for name in asked if _last(name) not in experts}
+    if experts or len(kept) < len(asked):
+        if not wanted:
+            _refuse(target, linear, model)
+        config = copy.copy(config)
+        config.target_modules = wanted
+    return config, _describe_left_out(model, sorted(asked.keys() - kept))
+
+
+def _describe_left_out(model: Any, layers: list[str]) -> str | None:
+    sizes: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if not type(module).__module__.startswith("torch.nn."):
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3:
+                    kind = _of_all_layers(f"{name}.{key}")
+                    sizes[kind] = sizes.get(kind, 0) + parameter.numel()
+    lines = []
+    if sizes:
+        share = sum(sizes.values()) / model.num_parameters()
+        lines.append(
+            f"the experts, {', '.join(sizes)}, {share:.0%} of the weights, are neither quantized nor adapted: only linear "
+            "layers are"
+        )
+    if layers:
+        lines.append(f"left without an adapter: {', '.join(dict.fromkeys(map(_of_all_layers, layers)))}")
+    return "; ".join(lines) or None
+
+
+def _of_all_layers(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def check_targets(model: nn.Module, config: LoraConfig) -> None:
     """Raises unless every name in the configuration matches a layer and every rank fits its layer.
 
     Raises:
         InputError: naming what would match, or the layer whose rank is too high.
     """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    matched = _matched(model, config.target_modules, linear)
+    matched = _matched(model, config.target_modules, _linear_layers(model))
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, number in getattr(config, key).items():
             if not any(get_pattern_key([pattern], name) == pattern for name in matched):
@@ -95,6 +151,10 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
             )
 
 
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
 def _matched(model: Any, target: Any, linear: dict[str, nn.Module]) -> dict[str, nn.Module]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     inner = {name: module for name, module in linear.items() if module is not head}
@@ -122,7 +182,7 @@ def _refuse(target: Any, inner: dict[str, nn.Module], model: nn.Module) -> None:
 
 
 def _names(layers: dict[str, nn.Module]) -> str:
-    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers)) or "none"
+    return ", ".join(dict.fromkeys(map(_last, layers))) or "none"
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

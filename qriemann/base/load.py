@@ -32,7 +32,7 @@ from qriemann.base.host_embedding import keep_embeddings_on_host
 from qriemann.base.load_errors import explain
 from qriemann.base.quantized import protect_quantized_weights
 from qriemann.errors import InputError, MissingExtraError
-from qriemann.upstream import gguf_parsed_once, has_causal_lm, is_4_bit, set_compute_dtype, set_name
+from qriemann.upstream import gguf_parsed_once, has_causal_lm, is_4_bit, quiet, set_compute_dtype, set_name
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
 
 
+@quiet()
 def load_base(
     name_or_path: str | os.PathLike[str],
     *,

@@ -30,6 +30,8 @@ _FREE = re.compile(
     r"|metric_for_best_model|greater_is_better|use_cpu|debug|skip_memory_metrics|local_rank|torch_empty_cache_steps"
     r"|chat_template_path|eos_token|pad_token|push"
 )
+# Settings that a run which goes on has no use for.
+_OF_THE_START = ("start", "alpha", "init", "init_kwargs")
 # Entries of a model's configuration that shape no step, or that the settings and the weights' fingerprint cover.
 _FREE_OF_MODEL = re.compile(
     r"_.*|.*name_or_path|.*version|(torch_)?dtype|quantization_config|architectures|use_cache|(pad|bos|eos)_token_id"
@@ -168,8 +170,8 @@ def check_same_run(
     allow: Collection[str],
     *,
     remedy: str = "start anew with --overwrite, or add --allow {}",
-) -> None:
-    """Raises InputError, naming it, if anything changed since the checkpoint that is not in `allow`.
+) -> list[str]:
+    """What changed since the checkpoint, each in a few words; InputError for what is not in `allow`.
 
     Args:
         checkpoint: one without a manifest, or of an older version, says less or nothing.
@@ -192,12 +194,13 @@ def check_same_run(
         changes["processes"] = f"{now['processes']} processes instead of {before['processes']}"
     old, new = before["settings"], now["settings"]
     changes |= _changes(old, new, old.keys() | new.keys())
-    changes = {name: text for name, text in changes.items() if name not in allow}
-    if changes:
+    refused = {name: text for name, text in changes.items() if name not in allow}
+    if refused:
         raise InputError(
-            f"resume must continue the run that wrote {checkpoint}, got {', '.join(changes.values())}; restore that, "
-            f"{remedy.format(' '.join(changes))} if you mean it"
+            f"resume must continue the run that wrote {checkpoint}, got {', '.join(refused.values())}; restore that, "
+            f"{remedy.format(' '.join(refused))} if you mean it"
         )
+    return [f"{text} (it shaped the start alone)" if name in _OF_THE_START else text for name, text in changes.items()]
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], keys: Collection[str]) -> dict[str, str]:

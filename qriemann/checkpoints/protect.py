@@ -15,6 +15,7 @@ import torch
 from transformers import Trainer
 
 from qriemann.adapters.attach import accept_offset_checkpoints
+from qriemann.checkpoints.continued import keep_options
 from qriemann.checkpoints.fingerprints import check_same_run, fingerprints_of_trainer
 from qriemann.checkpoints.manifest import find_content_defect, whole_checkpoint
 from qriemann.checkpoints.saving import CompleteCheckpoints
@@ -36,13 +37,14 @@ def protect(
     """Adds complete checkpoints, exact resume and skipping of non-finite steps to a trainer of transformers or TRL.
 
     Call it once, before `train`. It switches logging_nan_inf_filter off, takes over save_total_limit, and makes
-    `train(resume_from_checkpoint=True)` resume from the newest checkpoint that verifies instead of the highest number.
+    `train(resume_from_checkpoint=True)` resume from the newest checkpoint that verifies instead of the highest number. With
+    load_best_model_at_end, every evaluation that is the best so far is saved.
 
     Args:
         trainer: of transformers or TRL, before it trains.
         max_skipped_steps: more steps in a row without finite loss and gradient stop the run.
-        run: what every checkpoint's manifest says about this run, if the caller compares it. By default arguments, rows,
-            base and number of processes, and a run that resumes must not change them.
+        run: what every checkpoint's manifest says about this run, if the caller compares it and verifies what it resumes
+            from. By default arguments, rows, base and number of processes, and a run that resumes must not change them.
         allow: names of what may change all the same, as the refusal names them: "max_steps", "data", "base".
         on_event: called when a step is skipped or is a spike; logs a warning by default.
         note: takes lines for the reader; logs a warning by default.
@@ -64,6 +66,7 @@ def protect(
     note = note or (lambda line: logger.warning("%s", line))
     checkpoints = CompleteCheckpoints(note, run)
     trainer.add_callback(checkpoints)
+    keep_options(trainer)
     trainer.train = _verified_train(trainer, checkpoints, allow, note)  # type: ignore[method-assign]
     return guard
 
@@ -88,7 +91,7 @@ def _verified_train(
             for line in found.passed_over:
                 note(f"passed over {line}")
             resume_from_checkpoint = str(found.path)
-        elif resume_from_checkpoint:
+        elif resume_from_checkpoint and compares:
             defect = find_content_defect(Path(resume_from_checkpoint))
             if defect is not None:
                 raise InputError(

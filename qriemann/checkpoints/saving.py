@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qriemann.base.finite import find_not_finite
+from qriemann.checkpoints.continued import find_best_again, follow_settings, is_new_best
 from qriemann.checkpoints.manifest import commit, last_complete, rotate
 from qriemann.distributed import wait_for_all
 from qriemann.errors import InputError
@@ -25,6 +26,9 @@ DRIFT_LIMIT = 1e-3
 
 class CompleteCheckpoints(TrainerCallback):
     """Completes what the trainer saves, and deletes older checkpoints in its place.
+
+    With load_best_model_at_end it saves at every evaluation that is the best so far: the trainer would load the best of
+    those steps that happen to be saved.
 
     A point that left the manifold, or a trained tensor or optimizer state that is not finite, stops the run before its
     checkpoint is complete.
@@ -42,7 +46,9 @@ class CompleteCheckpoints(TrainerCallback):
         self._keep: int | None = None
         self._completed_step: int | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # The trainer deletes older checkpoints before the new one is known to be whole.
         if args.save_total_limit:
             self._keep, args.save_total_limit = args.save_total_limit, None
@@ -51,7 +57,14 @@ class CompleteCheckpoints(TrainerCallback):
                 f"resume must find a checkpoint within the run's {state.max_steps} steps, got one of step "
                 f"{state.global_step}; raise max_steps or num_train_epochs, or name an older one"
             )
+        if state.global_step:
+            follow_settings(args, state, kwargs["optimizer"], kwargs["lr_scheduler"])
+            find_best_again(args, state, self._report)
         self.begun = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.load_best_model_at_end and self._completed_step != state.global_step:
+            control.should_save |= is_new_best(args, state, kwargs["metrics"])
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # Saving this step again would overwrite its complete checkpoint.

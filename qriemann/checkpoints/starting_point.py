@@ -1,6 +1,7 @@
 """Where a run starts: whether it may use its output folder, which checkpoint it resumes from, what it clears."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,28 @@ def starting_point(folder: Path, *, resume: str | None, overwrite: bool, allow: 
         InputError: the folder holds a run that is neither resumed nor replaced, or nothing to resume from.
     """
     check_folder(folder, resume=resume, overwrite=overwrite)
+    files = _files(folder, resume)
+    found = _starting_point(folder, resume, allow)
+    return replace(found, files=files)
+
+
+def refuse_changed(found: FoundCheckpoint, folder: Path, *, resume: str | None, overwrite: bool) -> None:
+    """Raises InputError where `starting_point` might find something else by now; reads no file, only sizes and times."""
+    check_folder(folder, resume=resume, overwrite=overwrite)
+    if found.files != _files(folder, resume):
+        raise InputError(f"{folder} changed while the run was being prepared; start the run again")
+
+
+def _files(folder: Path, resume: str | None) -> dict[str, tuple[int, int]]:
+    """Size and time of change, in ns, of every file of the checkpoints that a run may resume from."""
+    folders = (
+        [] if resume is None else [*records.checkpoint_folders(folder), *([] if resume == "auto" else [Path(resume)])]
+    )
+    status = {str(path): path.stat() for inner in folders for path in inner.rglob("*") if path.is_file()}
+    return {path: (found.st_size, found.st_mtime_ns) for path, found in status.items()}
+
+
+def _starting_point(folder: Path, resume: str | None, allow: Sequence[str]) -> FoundCheckpoint:
     if resume is None:
         return FoundCheckpoint(None)
     if resume == "auto" and _nothing_was_saved(folder):

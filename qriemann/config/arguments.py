@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import get_scheduler
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 from trl import SFTConfig
 
 from qriemann.config.settings import FIXED, Settings
 from qriemann.config.values import PUBLIC_TOKEN_KEYS, redact
 from qriemann.distributed import refuse_sharding
-from qriemann.errors import InputError
+from qriemann.errors import InputError, MissingExtraError
 from qriemann.folder.private import hide_credentials
 
 # What this project does itself. The trainer would send every save to the Hub, with training_args.bin and its own card, and
 # write the token into that file in clear; the chat template is in place before the trainer sees the tokenizer.
 _KEPT_BACK = ("push_to_hub", "hub_token", "chat_template_path")
+# What an evaluation measures that a model can be chosen by.
+_METRICS = ("loss", "entropy", "mean_token_accuracy")
+# Trackers that transformers tells by more than a package.
+_UNLISTED = ("azure_ml", "flyte", "kubeflow")
 
 
 def training_arguments(settings: Settings) -> SFTConfig:
@@ -32,11 +40,71 @@ def training_arguments(settings: Settings) -> SFTConfig:
     written = {key: value for key, value in settings.trl.items() if key not in _KEPT_BACK}
     own = {key: getattr(settings, key) for key in ("output_dir", "use_cpu", "trust_remote_code")}
     try:
-        return SFTConfig(**{**_defaults(settings.written, use_cpu=settings.use_cpu), **written, **own})
+        args = SFTConfig(**{**_defaults(written, use_cpu=settings.use_cpu), **written, **own})
     # Some values are read as the name of a file or a package.
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"the training arguments do not go together: {reason:.300}") from error
+    _check_packages(args)
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in _METRICS:
+        raise InputError(f"metric_for_best_model must be one of {', '.join(_METRICS)}, got {metric!r}")
+    return args
+
+
+def check_schedule(args: SFTConfig, rate: float) -> None:
+    """Raises InputError where lr_scheduler_type and lr_scheduler_kwargs make no schedule of the rate."""
+    steps = args.max_steps if args.max_steps > 0 else 1000
+    try:
+        schedule = get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=rate),
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+        for factor in getattr(schedule, "lr_lambdas", ()):
+            for step in (1, steps // 2, steps):
+                float(factor(step))
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"lr_scheduler_type {args.lr_scheduler_type.value} must come with lr_scheduler_kwargs that it can use, got "
+            f"{args.lr_scheduler_kwargs or 'none'}: {reason:.300}"
+        ) from error
+
+
+def idle_without_rows(args: SFTConfig) -> str | None:
+    """A line about the settings that go by held-out losses, for a run without held-out rows; None without any."""
+    idle = {
+        "load_best_model_at_end": args.load_best_model_at_end,
+        "save_strategy best": args.save_strategy == SaveStrategy.BEST,
+        f"lr_scheduler_type {args.lr_scheduler_type.value}": args.lr_scheduler_type
+        in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY),
+    }
+    names = ", ".join(name for name, chosen in idle.items() if chosen)
+    if not names:
+        return None
+    return (
+        f"without held-out rows there is no effect of {names}, and the last step is kept; set eval_size, "
+        "dataset_test_split or dataset_eval_name to hold some out"
+    )
+
+
+def _check_packages(args: SFTConfig) -> None:
+    """Raises InputError for a tracker that does not exist, and for a package that is not installed."""
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise InputError(f"report_to must be none, all or among {', '.join(INTEGRATION_TO_CALLBACK)}, got {name!r}")
+        if name not in (*get_available_reporting_integrations(), *_UNLISTED):
+            package = name.replace("_", "-")
+            raise MissingExtraError(
+                f"report_to {name} needs the package {package}; pip install {package}, or set report_to: none"
+            )
+    if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise MissingExtraError(
+            "use_liger_kernel needs the package liger-kernel; pip install liger-kernel, or leave the key out"
+        )
 
 
 def describe_settings(settings: Settings, args: SFTConfig) -> dict[str, Any]:
@@ -50,7 +118,7 @@ def describe_settings(settings: Settings, args: SFTConfig) -> dict[str, Any]:
     return json.loads(hide_credentials(json.dumps(redact(merged))))
 
 
-def _defaults(written: Collection[str], *, use_cpu: bool) -> dict[str, Any]:
+def _defaults(written: Mapping[str, Any], *, use_cpu: bool) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available() and not use_cpu
     defaults: dict[str, Any] = {
         # TRL's default is bf16 everywhere; on a CPU that is slower and less exact than float32.
@@ -75,4 +143,9 @@ def _defaults(written: Collection[str], *, use_cpu: bool) -> dict[str, Any]:
         del defaults["bf16"]
     if "eval_strategy" in written:
         del defaults["eval_steps"]
+    strategy = written.get("eval_strategy", "steps")
+    if written.get("load_best_model_at_end") and strategy != "no" and not {"save_strategy", "save_steps"} & {*written}:
+        # The trainer chooses among what is saved. Without eval_steps, it evaluates at every log.
+        known = {**defaults, **written}
+        defaults |= {"save_strategy": strategy, "save_steps": known.get("eval_steps", known["logging_steps"])}
     return defaults

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qriemann.adapters.layer import FixedRankVariant
-from qriemann.adapters.targets import adapter_config, check_targets
+from qriemann.adapters.targets import adapter_config, check_targets, without_experts
 from qriemann.base.host_embedding import has_tied_embeddings, refuse_tied_embeddings
 from qriemann.base.load import read_config
 from qriemann.errors import InputError
@@ -123,12 +123,17 @@ def read_run(settings: Settings, *, dense_copies: bool = True) -> tuple[Footprin
 
 
 class Footprint:
-    """The bytes of one model with one adapter under any workload; models and counts are kept for the next question."""
+    """The bytes of one model with one adapter under any workload; models and counts are kept for the next question.
+
+    Attributes:
+        left_out: the line of `without_experts`, once a model was made.
+    """
 
     def __init__(self, name: str, shape: PreTrainedConfig, adapter: LoraConfig) -> None:
         if hasattr(shape, "quantization_config"):
             del shape.quantization_config
         self.name, self.shape, self.adapter = name, shape, adapter
+        self.left_out: str | None = None
         self._models: dict[tuple[int | None, bool], PeftModel] = {}
         self._peaks: dict[tuple[Workload, bool], Counter[str]] = {}
 
@@ -143,7 +148,7 @@ class Footprint:
         shape = self.shape if layers is None else _shallow(self.shape, layers)
         quantized, eager = workload.quantized, workload.attn_implementation == "eager"
         base = meta_model(shape, workload.dtype, quantized=quantized, eager=eager)
-        adapter = copy.deepcopy(self.adapter)
+        adapter, self.left_out = without_experts(base, copy.deepcopy(self.adapter))
         check_targets(base, adapter)
         with quiet():
             model = get_peft_model(base, adapter, low_cpu_mem_usage=True)
@@ -176,7 +181,10 @@ class Footprint:
         rows = [
             ("4-bit weights and scales", sum(nf4_bytes(weight.numel()) for weight in weights)),
             ("4-bit weights, dequantized for the CPU", total_bytes(weights) if workload.holds_dense_copies else 0),
-            (f"not quantized: embeddings, head, norms ({dtype})", total_bytes([*frozen, *model.buffers()])),
+            (
+                f"not quantized: embeddings, head, norms{', experts' if self.left_out else ''} ({dtype})",
+                total_bytes([*frozen, *model.buffers()]),
+            ),
             ("adapter (float32)", factor_bytes + other_bytes),
             ("cores and frozen offset (float32)", total_bytes(adapter_tensors(model))),
             ("optimizer state", (workload.state_blocks + kept) * factor_bytes + 2 * other_bytes),

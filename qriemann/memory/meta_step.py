@@ -15,13 +15,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from qriemann.memory.live_bytes import LiveBytes, held_tensors
 
-_ATTENTION = "qriemann_counted"
+# The name under which transformers knows the functions that only count.
+_COUNTED = "qriemann_counted"
 # The width of TRL's tile of the vocabulary, and the float32 copies of a tile that its functions for devices without Triton
 # hold beside it (trl/kernels/chunked_logprob.py; a mask takes a quarter).
 _VOCABULARY_CHUNK, _TILES_FORWARD, _TILES_BACKWARD = 32768, 3.25, 7.25
@@ -106,6 +108,23 @@ def _counted_attention(
     return _FusedAttention.apply(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
 
 
+def _counted_experts(module: Any, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+    """Every token goes through as many experts as are chosen for it, and one stands for all."""
+    each = chosen.shape[-1]
+    # By the expert, which a tensor without content does not know.
+    order = torch.empty(chosen.numel(), dtype=torch.int64, device=hidden.device)
+    inner = _expert_product(module, hidden[order], module.gate_up_proj if module.has_gate else module.up_proj)
+    if module.has_gate:
+        gate, up = inner.chunk(2, dim=-1)
+        inner = module.act_fn(gate) * up
+    weighted = _expert_product(module, inner, module.down_proj) * shares.reshape(-1, 1)
+    return weighted[order].view(len(hidden), each, -1).sum(1).to(hidden.dtype)
+
+
+def _expert_product(module: Any, x: Tensor, weights: Tensor) -> Tensor:
+    return x.to(weights.dtype) @ (weights[0] if module.is_transposed else weights[0].mT)
+
+
 class _TiledLogProb(torch.autograd.Function):
     """TRL's tiled loss allocates a tile of logits, seven float32 a token, and the gradient in float32.
 
@@ -148,10 +167,11 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype, *, quantized: bool,
         quantized: every linear layer but the output head is 4-bit.
         eager: use transformers' eager attention, with its matrix of tokens by tokens.
     """
-    AttentionInterface.register(_ATTENTION, _counted_attention)
-    attention = "eager" if eager else _ATTENTION
+    AttentionInterface.register(_COUNTED, _counted_attention)
+    ALL_EXPERTS_FUNCTIONS.register(_COUNTED, _counted_experts)
+    options = {"attn_implementation": "eager" if eager else _COUNTED, "experts_implementation": _COUNTED}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     if quantized:
         head = model.get_output_embeddings()
         for module in model.modules():

@@ -36,6 +36,7 @@ class Plan:
         computed: the same for what a step allocates, at its peak.
         phase: when that peak is: "training", "evaluation" or "optimizer step".
         assumptions: what was assumed rather than counted.
+        left_out: a line about the experts of the model, which are neither quantized nor adapted.
         vram_gib: the card, or None.
         longest: most tokens a row that fit the card at this batch; None without a card.
         largest_batch: most rows that fit the card at this length.
@@ -48,6 +49,7 @@ class Plan:
     computed: list[tuple[str, int]]
     phase: str
     assumptions: list[str]
+    left_out: str | None = None
     vram_gib: float | None = None
     longest: int | None = None
     largest_batch: int | None = None
@@ -129,7 +131,8 @@ def _plan(footprint: Footprint, workload: Workload) -> Plan:
         notes.append(f"the input embeddings take {size / GIB:.2f} GiB of host memory instead of the card's")
     if workload.activation_offloading:
         notes.append("activation_offloading is not counted: the run needs less")
-    return Plan(footprint.name, workload, footprint.stored(workload), computed, phase, notes)
+    stored = footprint.stored(workload)
+    return Plan(footprint.name, workload, stored, computed, phase, notes, footprint.left_out)
 
 
 def _on_card(result: Plan, footprint: Footprint, vram_gib: float) -> Plan:
@@ -266,10 +269,11 @@ def describe_cards(results: list[Plan]) -> Table:
 
 
 def _verdict(result: Plan) -> list[str]:
+    lines = [] if result.left_out is None else [result.left_out]
     if result.vram_gib is None:
-        return []
+        return lines
     load = result.workload
-    lines = [
+    lines += [
         f"{'fits' if result.fits else 'does not fit'} {result.vram_gib:g} GiB; at batch {load.per_device_train_batch_size} "
         f"the longest row is {result.longest or 'none'}, at {load.max_length} tokens the largest batch is "
         f"{result.largest_batch or 'none'}"

@@ -14,6 +14,8 @@ from qriemann.optim.options import check_options, warn_of_another_scale
 
 #: Marks the param groups that hold nothing but an adapter's factors; AdamW trains the others.
 ON_ADAPTER = "on_adapter"
+# Entries of a parameter's state that have its shape.
+_SHAPED = ("factor", "momentum", "momentum_buffer", "exp_avg", "exp_avg_sq")
 
 
 class AdapterOptimizer(torch.optim.Optimizer):
@@ -140,6 +142,7 @@ class AdapterOptimizer(torch.optim.Optimizer):
 
         Raises:
             InputError: the state of another method.
+            ValueError: the state of parameters of other shapes.
         """
         missing = self._saved_keys.difference(*(group.keys() for group in state_dict["param_groups"]))
         if missing:
@@ -148,6 +151,15 @@ class AdapterOptimizer(torch.optim.Optimizer):
                 "resume with the method that saved it"
             )
         super().load_state_dict(state_dict)
+        # A kernel of the first step would notice, or worse, broadcast.
+        for parameter, entry in self.state.items():
+            for key in _SHAPED:
+                # A point keeps the momentum of its V upright, and V itself transposed.
+                if key in entry and sorted(entry[key].shape) != sorted(parameter.shape):
+                    raise ValueError(
+                        f"optimizer state must fit the parameters, got {key} of shape {tuple(entry[key].shape)} for one of "
+                        f"shape {tuple(parameter.shape)}"
+                    )
 
 
 def adapter_and_rest(

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from rich.console import Console
 from torch import Tensor
+from transformers import GenerationConfig
 
 from qriemann.adapters.saved import read_adapter
 from qriemann.errors import InputError
@@ -240,7 +241,10 @@ def _write_4bit(
                 parameter.data = replaced.get(name, parameter.data).to(parameter.device, dtype)
     model.config.quantization_config.bnb_4bit_compute_dtype = dtype
     model.config.dtype = dtype
-    model.save_pretrained(folder, max_shard_size=shard_bytes)
+    # Its generation settings are written as they are by the caller, and names as the model has them, experts fused.
+    generation, model.generation_config = model.generation_config, GenerationConfig()
+    model.save_pretrained(folder, max_shard_size=shard_bytes, save_original_format=False)
+    model.generation_config = generation
 
     def expected(name: str) -> Tensor:
         module = name.removesuffix(".weight")

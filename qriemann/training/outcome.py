@@ -30,6 +30,7 @@ class TrainResult:
     Attributes:
         output_dir: holds the adapter, its tokenizer, `metrics.jsonl`, `run.json`, `loss.png` and `report.html`.
         steps: optimizer steps in all.
+        kept_step: the step after which the adapter was as it is saved: the last, or the best with load_best_model_at_end.
         train_loss: last logged loss, in nats a token; None if nothing was logged.
         eval_loss_before, eval_loss: held-out loss before the first step and at the end; None without held-out rows.
         tokens_per_s: tokens through the model per second of training, without padding and evaluations.
@@ -41,6 +42,7 @@ class TrainResult:
 
     output_dir: Path
     steps: int
+    kept_step: int
     train_loss: float | None
     eval_loss_before: float | None
     eval_loss: float | None
@@ -98,6 +100,7 @@ def summarize(prepared: Prepared, trainer: SFTTrainer, monitor: Monitor) -> Trai
     return TrainResult(
         output_dir=Path(prepared.settings.output_dir),
         steps=trainer.state.global_step,
+        kept_step=_kept_step(trainer),
         train_loss=losses[-1][1] if losses else None,
         eval_loss_before=next((value for step, value in curve(monitor.records, "eval_loss") if step == 0), None),
         eval_loss=eval_loss,
@@ -111,6 +114,11 @@ def summarize(prepared: Prepared, trainer: SFTTrainer, monitor: Monitor) -> Trai
     )
 
 
+def _kept_step(trainer: SFTTrainer) -> int:
+    best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
+    return trainer.state.best_global_step if best else trainer.state.global_step
+
+
 def _final_eval_loss(trainer: SFTTrainer) -> float:
     last = next((record for record in reversed(trainer.state.log_history) if "eval_loss" in record), None)
     if last is not None and last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
@@ -122,6 +130,7 @@ def figures(result: TrainResult) -> dict[str, Any]:
     """The result as `run.json` has it."""
     return {
         "steps": result.steps,
+        "kept_step": result.kept_step,
         "train_loss": result.train_loss,
         "eval_loss_before": result.eval_loss_before,
         "eval_loss": result.eval_loss,
@@ -133,6 +142,7 @@ def figures(result: TrainResult) -> dict[str, Any]:
 
 def show_result(result: TrainResult, console: Console) -> None:
     """Draws the result as a table."""
+    kept = "" if result.kept_step == result.steps else f", as it was after step {result.kept_step}"
     rows = [
         ("steps", str(result.steps)),
         ("training loss", _number(result.train_loss)),
@@ -141,7 +151,7 @@ def show_result(result: TrainResult, console: Console) -> None:
         ("peak memory", f"{result.peak_gib:.2f} GiB"),
         ("orthonormality drift", _number(result.orthonormality_drift, "{:.1e}")),
         ("wall clock", f"{result.wall_clock_s:.0f} s"),
-        ("adapter", str(result.output_dir)),
+        ("adapter", f"{result.output_dir}{kept}"),
         ("records", f"report.html, {records.METRICS}, {records.RUN}, {records.PLOT}"),
     ]
     console.print(summary_table(rows, title="run finished"))

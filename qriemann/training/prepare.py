@@ -20,13 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
-from qriemann.adapters.targets import adapter_config, check_targets
+from qriemann.adapters.targets import adapter_config, check_targets, without_experts
 from qriemann.base.on_cpu import keep_freed_memory
 from qriemann.checkpoints.fingerprints import check_same_run, fingerprints
 from qriemann.checkpoints.manifest import FoundCheckpoint
 from qriemann.checkpoints.starting_point import starting_point
 from qriemann.config import Settings
-from qriemann.config.arguments import describe_settings, training_arguments
+from qriemann.config.arguments import check_schedule, describe_settings, idle_without_rows, training_arguments
 from qriemann.data.chat_mask import adjust_tokenizer
 from qriemann.data.defects import Defect, find_defects
 from qriemann.data.tokenized import TokenizedData, fingerprint
@@ -111,6 +111,7 @@ def prepare(
         args = training_arguments(settings)
         push_to = push_target(settings, model)
         optimizer = _optimizer(settings, args)
+        check_schedule(args, optimizer[1]["lr"])
         initialization = recipe_callbacks(
             settings.init, settings.init_kwargs, start=settings.start, alpha=settings.alpha
         )
@@ -129,18 +130,23 @@ def prepare(
         adjust_tokenizer(tokenizer, eos_token=args.eos_token, chat_template_path=settings.trl.get("chat_template_path"))
         offset = settings.start == "offset" and find_method(settings.method).on_manifold
         adapter = None if isinstance(model, PeftModel) else adapter_config(settings, offset=offset)
+        experts = None
         if adapter is not None:
+            adapter, experts = without_experts(model, adapter)
             check_targets(model, adapter)
         with view.doing("tokenizing and fingerprinting the rows"):
             data = tokenize(settings, args, sources, tokenizer)
             defects = find_defects(data, tokenizer, model, args.max_length)
             data_print = fingerprint(data.train, data.held_out)
-        for notice in [*data.notices] if dense is None else [str(dense), *data.notices]:
-            view.note(notice)
+        idle = idle_without_rows(args) if data.held_out is None else None
+        for notice in (dense, experts, *data.notices, idle):
+            if notice is not None:
+                view.note(str(notice))
         args = _fitted_arguments(args, optimizer[1]["lr"], data, resuming=found.path is not None)
         prints = fingerprints(describe_settings(settings, args), model, data_print)
     if found.path is not None:
-        check_same_run(found.path, prints, settings.allow)
+        for change in check_same_run(found.path, prints, settings.allow):
+            view.note(f"going on with {change}")
     return Prepared(
         settings=settings,
         args=args,

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from qriemann.checkpoints.protect import protect
 from qriemann.checkpoints.saving import find_numeric_defect, is_failed_save, save_adapter, save_failed
 from qriemann.checkpoints.signals import GracefulStop
-from qriemann.checkpoints.starting_point import begin_run, starting_point
+from qriemann.checkpoints.starting_point import begin_run, refuse_changed
 from qriemann.checkpoints.step_guard import StepEvent
 from qriemann.data.defects import refuse
 from qriemann.distributed import is_main_process, run_on_main
@@ -57,7 +57,7 @@ def train(
         refuse(prepared.defects, settings.allow, view.note)
         # Nothing is written before this, and the lock takes with it what an error leaves empty.
         run_on_main(lambda: held.enter_context(hold(folder)))
-        _refuse_changed_folder(prepared, folder)
+        refuse_changed(prepared.found, folder, resume=settings.resume, overwrite=settings.overwrite)
         for line in prepared.found.passed_over:
             view.note(f"passed over {line}")
         if settings.resume is not None:
@@ -67,13 +67,6 @@ def train(
         if result.trainer.is_world_process_zero():
             publish(settings, prepared.push_to, view)
     return result
-
-
-def _refuse_changed_folder(prepared: Prepared, folder: Path) -> None:
-    settings = prepared.settings
-    found = starting_point(folder, resume=settings.resume, overwrite=settings.overwrite, allow=settings.allow)
-    if found != prepared.found:
-        raise InputError(f"{folder} changed while the run was being prepared; start the run again")
 
 
 class _Recorder:

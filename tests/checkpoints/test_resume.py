@@ -228,6 +228,59 @@ def test_what_changed_under_a_stock_trainer_is_named_and_can_be_allowed(run):
     assert allowed.state.global_step == 4
 
 
+def rates(trainer):
+    return [rate for _, rate in logged(trainer, "learning_rate")]
+
+
+def test_a_run_that_is_extended_decays_over_its_new_length(run):
+    longer, _ = protected_trainer(run, max_steps=8, save_steps=5, protection={"allow": ["max_steps"]})
+    longer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    # Linear to 0 over eight steps, from the rate that the first step had; the log has each step's own.
+    whole = rates(longer)[0]
+    assert rates(longer)[4:] == pytest.approx([whole * (8 - taken) / 8 for taken in range(4, 8)], rel=1e-12)
+    # Intervals are the settings' too: the checkpoint's save every step.
+    assert (run / "checkpoint-5").exists()
+    assert not (run / "checkpoint-6").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "allowed"),
+    [
+        ("riemannion", {"lr": 1e-3, "momentum": 0.5, "weight_decay": 0.1}, ["lr", "momentum", "weight_decay"]),
+        ("scaled-adamw", {"lr": 1e-4, "betas": (0.5, 0.9), "damping": 1e-3}, ["lr", "betas", "damping"]),
+        ("adamw", {"lr": 1e-4, "lora_plus_ratio": 4.0}, ["lr", "lora_plus_ratio"]),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau"])
+def test_an_option_that_was_allowed_to_change_takes_effect(tmp_path, method, options, allowed, schedule):
+    settings = {"lr_scheduler_type": schedule, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 1}
+    first, _ = protected_trainer(tmp_path, method=method, **settings)
+    first.train()
+    allow = [f"optimizer_{name}" for name in allowed]
+    changed, _ = protected_trainer(tmp_path, method=method, options=options, protection={"allow": allow}, **settings)
+    changed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    group = changed.optimizer.param_groups[0]
+    assert {name: group[name] for name in allowed if name != "lr"} == {n: options[n] for n in allowed if n != "lr"}
+    # Of the linear schedule, half is left after two of four steps.
+    left = [0.5, 0.25] if schedule == "linear" else [1.0, 1.0]
+    assert rates(changed)[2:] == pytest.approx([options["lr"] * share for share in left], rel=1e-12)
+
+
+@pytest.mark.parametrize(("method", "key"), [("riemannion", "momentum"), ("adamw", "exp_avg"), ("muon", "factor")])
+def test_an_optimizer_state_of_another_shape_is_one_line(tmp_path, method, key):
+    trainer, _ = protected_trainer(tmp_path, method=method, max_steps=1)
+    trainer.train()
+    path = tmp_path / "checkpoint-1" / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    entry = next(entry for entry in state["state"].values() if key in entry)
+    entry[key] = torch.zeros(2, 2)
+    torch.save(state, path)
+    again, _ = protected_trainer(tmp_path, method=method, max_steps=2, protection={"allow": ["max_steps"]})
+    with pytest.raises(InputError, match=rf"{key} of shape \(2, 2\) for one of shape") as caught:
+        again.train(resume_from_checkpoint=str(path.parent))
+    assert "\n" not in str(caught.value)
+
+
 def test_another_number_of_processes_is_named(tmp_path):
     now = {"settings": {}, "processes": 1, "data": "a", "base": "b", "base_floats": "c", "base_config": {}}
     (tmp_path / "checkpoint-1").mkdir()

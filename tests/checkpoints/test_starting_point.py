@@ -11,8 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qriemann.checkpoints import manifest
 from qriemann.checkpoints.manifest import MANIFEST
-from tests.recipe_fixtures import run_cli
+from qriemann.config import settings_from
+from qriemann.errors import InputError
+from qriemann.folder.files import sha256
+from qriemann.training.prepare import prepare
+from qriemann.training.train import train
+from tests.recipe_fixtures import run_cli, train_on
 
 
 @pytest.fixture
@@ -69,6 +75,34 @@ def test_auto_begins_nothing_anew_over_somebodys_work(tmp_path, settings, capfd)
     (out / "checkpoint-500").mkdir()
     assert run_cli(tmp_path, settings, "--resume", "auto") == 2
     assert "checkpoint-500" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_checkpoint_is_verified_once_and_a_change_before_the_first_step_is_noticed(tmp_path, settings, monkeypatch):
+    train_on(settings)
+    read = []
+    monkeypatch.setattr(manifest, "sha256", lambda path: read.append(path) or sha256(path))
+    again = {**settings, "resume": True, "save_strategy": "no"}
+    train_on(again)
+    assert {path.parent for path in read} == {tmp_path / "out" / "checkpoint-2"}
+    assert len(read) == len(set(read)) > 0
+    prepared = prepare(settings_from(again))
+    os.utime(tmp_path / "out" / "checkpoint-2" / "optimizer.pt", (1, 1))
+    with pytest.raises(InputError, match="changed while the run was being prepared"):
+        train(prepared)
+    prepared = prepare(settings_from(again))
+    shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-3")
+    with pytest.raises(InputError, match="changed while the run was being prepared"):
+        train(prepared)
+
+
+def test_what_was_allowed_to_change_is_said(tmp_path, settings, capsys):
+    settings = {**settings, "display": "plain", "learning_rate": 0.02}
+    assert run_cli(tmp_path, settings) == 0
+    words = ("--learning_rate", "0.001", "--alpha", "2", "--allow", "learning_rate", "alpha")
+    assert run_cli(tmp_path, settings, "--resume", *words) == 0
+    printed = capsys.readouterr().out
+    assert "going on with learning_rate 0.001 instead of 0.02" in printed
+    assert "going on with alpha 2.0 instead of 1.0 (it shaped the start alone)" in printed
 
 
 def edit_config(folder: Path) -> None:

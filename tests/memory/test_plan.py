@@ -10,11 +10,19 @@ import torch.nn.functional as F
 import yaml
 from bitsandbytes.functional import dequantize_4bit
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from trl.trainer.utils import add_fused_lm_head
 
 from qriemann import Riemannion, cli
-from qriemann.adapters.targets import adapter_config
+from qriemann.adapters.targets import adapter_config, without_experts
 from qriemann.config import settings_from
 from qriemann.errors import InputError
 from qriemann.memory.footprint import GIB, Footprint, read_run
@@ -47,6 +55,20 @@ MODELS = {
     # Never given weights: embeddings that outweigh what a step computes.
     "wordy": shape(LlamaConfig, 60000, 256, 256, 2, 4, 4, 512),
     "qwen": shape(Qwen2Config, 500, 64, 160, 3, 4, 4, pad_token_id=0, tie_word_embeddings=True),
+    "experts": shape(
+        Qwen3MoeConfig,
+        300,
+        128,
+        256,
+        3,
+        4,
+        2,
+        pad_token_id=0,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=192,
+    ),
 }
 
 
@@ -55,7 +77,7 @@ def folders(tmp_path_factory):
     """Each model with weights."""
     torch.manual_seed(0)
     made = {}
-    for name, kind in (("llama", LlamaForCausalLM), ("qwen", Qwen2ForCausalLM)):
+    for name, kind in (("llama", LlamaForCausalLM), ("qwen", Qwen2ForCausalLM), ("experts", Qwen3MoeForCausalLM)):
         made[name] = tmp_path_factory.mktemp(name)
         kind(MODELS[name]).save_pretrained(made[name])
     return made
@@ -106,6 +128,8 @@ CONFIGURATIONS = {
     "one long row": ("llama", "nf4", 1, 512, False, False, False),
     "many short rows, checkpointing": ("qwen", "nf4", 8, 64, True, True, False),
     "an unquantized base": ("qwen", "none", 2, 256, False, True, True),
+    "experts": ("experts", "nf4", 2, 256, False, True, False),
+    "experts, checkpointing": ("experts", "none", 2, 256, True, True, False),
 }
 
 
@@ -129,7 +153,7 @@ def test_the_planned_peak_is_the_allocators(
     base = load_nf4(folders[name]) if quantize == "nf4" else AutoModelForCausalLM.from_pretrained(folders[name])
     copies = hold_dequantized(base) if dense else 0
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
-    model = get_peft_model(base, adapter_config(config))
+    model = get_peft_model(base, without_experts(base, adapter_config(config))[0])
     optimizer = Riemannion(model, start="offset", seed=0)
     if checkpointing:
         base.activation_checkpointing_enable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import qriemann
 from qriemann.cli import main
@@ -26,7 +27,8 @@ from qriemann.errors import InputError
 from qriemann.release.atomic_folder import move_into_place, written_or_nothing
 from qriemann.release.merge import merge
 from qriemann.release.weights import Checkpoint, write_checkpoint
-from tests.models import relative
+from tests.models import fill_lora, relative
+from tests.recipe_fixtures import make_tokenizer
 from tests.release.conftest import Merged, greedy_elsewhere, save_adapter, save_chat_base
 
 # float32 sums of four products, in another order.
@@ -217,6 +219,35 @@ def test_a_damaged_merge_is_rejected(damage: Callable, into: Any, base: Path, ad
     assert f"{worst} is not the base's plus the adapter's" in report["merged"][0]["reasons"][0]
     assert not report["accepted"]
     assert report["prefer"] is None
+
+
+@pytest.mark.slow
+def test_generation_settings_that_transformers_does_not_save_are_kept_in_4_bit(base: Path, adapter: Path, tmp_path):
+    odd = Path(shutil.copytree(base, tmp_path / "base"))
+    settings = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 257}
+    (odd / "generation_config.json").write_text(json.dumps(settings))
+    result = merge(adapter, tmp_path / "merged", base=str(odd), into="nf4")
+    assert result.accepted
+    written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert {key: written[key] for key in settings} == settings
+
+
+@pytest.mark.slow
+def test_experts_are_written_in_4_bit_as_the_model_holds_them(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    shape = {"hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_experts": 4, "head_dim": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 2}
+    config = Qwen3MoeConfig(vocab_size=len(tokenizer), pad_token_id=258, eos_token_id=257, **shape, **heads)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    fill_lora(peft)
+    peft.save_pretrained(tmp_path / "adapter")
+    result = merge(tmp_path / "adapter", tmp_path / "merged", into=["nf4", "nf4-dequantized"])
+    assert result.accepted
+    assert all(verdict.written.weights_are_right for verdict in result.verdicts)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")

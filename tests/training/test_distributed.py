@@ -83,7 +83,9 @@ def run(settings: dict[str, Any], name: str, *, processes: int, **changes: Any) 
         "per_device_train_batch_size": 4 // processes,
         "gradient_accumulation_steps": 2,
         "loss_on": "all",
-        "eval_size": 4,
+        # In two processes the last batch of one row is one process' alone.
+        "eval_size": 5,
+        "per_device_eval_batch_size": 2,
         "eval_steps": 2,
         "save_steps": STEPS,
         "logging_steps": 1,
@@ -171,7 +173,7 @@ def ranks(settings):
     )
     assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank"))
     # One process prints, notes included; the resumed case is two runs.
-    assert done.stdout.count("4 of 40 rows") == len(CASES) + 1
+    assert done.stdout.count("5 of 40 rows") == len(CASES) + 1
     return [torch.load(Path(settings["root"]) / f"rank{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 

@@ -77,5 +77,5 @@ def test_lora_r_is_the_rank_of_what_is_saved(settings, tmp_path, changes):
 
 
 def test_an_offset_needs_an_even_rank(settings):
-    with pytest.raises(InputError, match="lora_r must be even with start: offset, .* got 5"):
+    with pytest.raises(InputError, match=r"lora_r must be even with start: offset, .* got 5"):
         train_on({**settings, "max_steps": 2, "lora_r": 5, "start": "offset"})

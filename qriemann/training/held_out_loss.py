@@ -1,0 +1,48 @@
+"""One held-out loss: the mean over all counted tokens of all rows, whatever the batches and the number of processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from trl import SFTTrainer
+
+from qriemann.distributed import sum_over_processes
+from qriemann.upstream import token_sums
+
+
+class HeldOutLoss:
+    """Makes a trainer's evaluations count every token once.
+
+    transformers averages the means of batches and repeats rows to fill the last batch of each process, so its loss depends
+    on the size of a batch. TRL also adds what belongs to training alone: the auxiliary loss of experts, label smoothing.
+
+    Args:
+        trainer: its `evaluation_loop` and `prediction_step` are wrapped.
+    """
+
+    def __init__(self, trainer: SFTTrainer) -> None:
+        self._trainer = trainer
+        self._run_loop, self._take_step = trainer.evaluation_loop, trainer.prediction_step
+        trainer.evaluation_loop, trainer.prediction_step = self._loop, self._step
+        self._sums = torch.zeros(())
+
+    def _loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        if dataloader.batch_sampler is not None:
+            # accelerate would fill the last batches with rows of the first.
+            dataloader.batch_sampler.even_batches = False
+        self._sums = torch.zeros(4, dtype=torch.float64, device=self._trainer.args.device)
+        output = self._run_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        negative_log_likelihood, tokens, entropy, right = sum_over_processes(self._sums).tolist()
+        if tokens:
+            output.metrics[f"{metric_key_prefix}_loss"] = negative_log_likelihood / tokens
+            output.metrics[f"{metric_key_prefix}_entropy"] = entropy / tokens
+            output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = right / tokens
+        return output
+
+    def _step(self, model: Any, inputs: Any, prediction_loss_only: bool, **kwargs: Any) -> tuple[Any, Any, Any]:
+        if not prediction_loss_only:
+            return self._take_step(model, inputs, prediction_loss_only, **kwargs)
+        self._sums = self._sums + token_sums(self._trainer, model, inputs)
+        # Without a loss the loop gathers nothing, so the processes may have different numbers of batches.
+        return None, None, None
