@@ -8,13 +8,16 @@ used, so importing this module costs nothing.
 from __future__ import annotations
 
 import copy
+import datetime
 import functools
+import glob
 import importlib
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -213,6 +216,43 @@ def watching_quantization(watch: Callable[[str, Any], None]) -> Iterator[None]:
         yield
     finally:
         Bnb4bitQuantize.convert = convert
+
+
+@contextmanager
+def today_is(day: datetime.date) -> Iterator[None]:
+    """Within the block, chat templates that ask transformers for the date (`strftime_now`) get this day.
+
+    transformers hands no function from outside to a template. tests/data/test_chat_templates.py
+    """
+    from transformers.utils import chat_template_utils as module
+
+    clock = module.datetime
+    module.datetime = SimpleNamespace(now=lambda: datetime.datetime.combine(day, datetime.time()))
+    try:
+        yield
+    finally:
+        module.datetime = clock
+
+
+@contextmanager
+def literal_folders() -> Iterator[None]:
+    """Within the block, datasets takes the path of a local folder as it is, and only what follows as a pattern.
+
+    It writes its patterns behind the folder's path and reads `data[v2]` as a pattern as well. tests/data/test_files.py
+    """
+    from datasets import data_files as module
+
+    resolve = module.resolve_pattern
+
+    @functools.wraps(resolve)
+    def literal(pattern: str, base_path: str, *args: Any, **options: Any) -> list[str]:
+        return resolve(pattern, base_path if "://" in base_path else glob.escape(base_path), *args, **options)
+
+    module.resolve_pattern = literal
+    try:
+        yield
+    finally:
+        module.resolve_pattern = resolve
 
 
 @contextmanager

@@ -1,0 +1,62 @@
+"""What is said of rows that were tokenized: those that cannot be trained, those that must not be, and what is left over."""
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+from datasets import Dataset
+
+from qriemann.data.sources import Source
+from qriemann.errors import InputError
+
+_SHOWN_ROWS, _SHOWN_COLUMNS = 3, 12
+
+
+def without_rejected(source: Source, examples: Dataset, allow: Collection[str], notices: list[str]) -> Dataset:
+    """The examples that no column of theirs rejects: InputError if one does, a notice if `allow` leaves it out."""
+    found = [(number, column) for number, column in zip(examples["row"], examples["rejected"], strict=True) if column]
+    if not found:
+        return examples
+    numbers, column = [number for number, _ in found], found[0][1]
+    verb, them = ("has", "it") if len(found) == 1 else ("have", "them")
+    said = f"{len(found)} of {len(source.rows)} rows of {source.name} ({rows_in_words(numbers)}) {verb} {column} false or 0"
+    if "rejected-rows" not in allow or len(found) == len(source.rows):
+        raise InputError(
+            f"{said}: a row that is not to be learnt; remove {them}, --allow rejected-rows to leave {them} out, or rename "
+            f"the column with dataset_columns if it means something else"
+        )
+    notices.append(f"{said} and {'is' if len(found) == 1 else 'are'} left out")
+    return examples.select([index for index, column in enumerate(examples["rejected"]) if not column])
+
+
+def unused_notices(unused: Counter[str], rows: int) -> list[str]:
+    """A line for columns that are not trained, and one for what of the turns the chat template does not write."""
+    turns = {name for name in unused if "[]." in name or name == "tools"}
+    beginnings = (("not trained: ", {*unused} - turns), ("the chat template does not write ", turns))
+    lines = []
+    for beginning, names in beginnings:
+        shown = [f"{name} ({unused[name]} of {rows} rows)" for name in unused if name in names]
+        more = f" and {len(shown) - _SHOWN_COLUMNS} more" if len(shown) > _SHOWN_COLUMNS else ""
+        lines += [beginning + ", ".join(shown[:_SHOWN_COLUMNS]) + more] if shown else []
+    return lines
+
+
+def raise_first_problem(source: Source, examples: Dataset) -> None:
+    """Raises InputError if a row has a problem, and names all rows that have the same one as the first."""
+    found = zip(examples["row"], examples["problem"], strict=True)
+    problems = [(number, text) for number, text in found if text]
+    if not problems:
+        return
+    first = problems[0][1]
+    problem, remedy = json.loads(first)
+    same = [number for number, text in problems if text == first]
+    verb = "has" if len(same) == 1 else "have"
+    raise InputError(f"{rows_in_words(same)} of {source.name} {verb} {problem}; {remedy}")
+
+
+def rows_in_words(indices: Iterable[int]) -> str:
+    """ "row 3" or "rows 3, 4, 9 and 20 more", counted from 1 as an editor counts lines."""
+    numbers = [index + 1 for index in indices]
+    shown = ", ".join(map(str, numbers[:_SHOWN_ROWS]))
+    more = f" and {len(numbers) - _SHOWN_ROWS} more" if len(numbers) > _SHOWN_ROWS else ""
+    return f"row{'s' if len(numbers) > 1 else ''} {shown}{more}"
