@@ -14,31 +14,34 @@ _SHOWN_ROWS, _SHOWN_COLUMNS = 3, 12
 
 def without_rejected(source: Source, examples: Dataset, allow: Collection[str], notices: list[str]) -> Dataset:
     """The examples that no column of theirs rejects: InputError if one does, a notice if `allow` leaves it out."""
-    found = [(number, column) for number, column in zip(examples["row"], examples["rejected"], strict=True) if column]
+    found = [(number, cell) for number, cell in zip(examples["row"], examples["rejected"], strict=True) if cell]
     if not found:
         return examples
-    numbers, column = [number for number, _ in found], found[0][1]
-    verb, them = ("has", "it") if len(found) == 1 else ("have", "them")
-    said = f"{len(found)} of {len(source.rows)} rows of {source.name} ({rows_in_words(numbers)}) {verb} {column} false or 0"
+    numbers, cells = [number for number, _ in found], dict.fromkeys(cell for _, cell in found)
+    shown, them = ", ".join([*cells][:_SHOWN_ROWS]), "it" if len(found) == 1 else "them"
+    said = f"{len(found)} of {len(source.rows)} rows of {source.name} say that they are not to be learnt ({shown}; "
+    said += f"{rows_in_words(numbers)})"
     if "rejected-rows" not in allow or len(found) == len(source.rows):
         raise InputError(
-            f"{said}: a row that is not to be learnt; remove {them}, --allow rejected-rows to leave {them} out, or rename "
-            f"the column with dataset_columns if it means something else"
+            f"{said}; remove {them}, --allow rejected-rows to leave {them} out, or rename the column with dataset_columns "
+            "if it means something else"
         )
-    notices.append(f"{said} and {'is' if len(found) == 1 else 'are'} left out")
-    return examples.select([index for index, column in enumerate(examples["rejected"]) if not column])
+    notices.append(f"{said} and are left out")
+    return examples.select([index for index, cell in enumerate(examples["rejected"]) if not cell])
 
 
 def unused_notices(unused: Counter[str], rows: int) -> list[str]:
     """A line for columns that are not trained, and one for what of the turns the chat template does not write."""
-    turns = {name for name in unused if "[]." in name or name == "tools"}
-    beginnings = (("not trained: ", {*unused} - turns), ("the chat template does not write ", turns))
-    lines = []
-    for beginning, names in beginnings:
-        shown = [f"{name} ({unused[name]} of {rows} rows)" for name in unused if name in names]
+    of_turns = [name for name in unused if "[]." in name or name == "tools"]
+    columns = [name for name in unused if name not in of_turns]
+    remedy = "; name a template that does with chat_template_path if the model is to learn it"
+    lines = (("not trained: ", columns, ""), ("the chat template does not write ", of_turns, remedy))
+    notices = []
+    for beginning, names, end in lines:
+        shown = [f"{name} ({unused[name]} of {rows} rows)" for name in names]
         more = f" and {len(shown) - _SHOWN_COLUMNS} more" if len(shown) > _SHOWN_COLUMNS else ""
-        lines += [beginning + ", ".join(shown[:_SHOWN_COLUMNS]) + more] if shown else []
-    return lines
+        notices += [beginning + ", ".join(shown[:_SHOWN_COLUMNS]) + more + end] if shown else []
+    return notices
 
 
 def raise_first_problem(source: Source, examples: Dataset) -> None:

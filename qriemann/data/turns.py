@@ -61,14 +61,15 @@ class Row(dict[str, Any]):
         return _string(self.get(key), key)
 
     def rejected(self, *, rated: bool) -> str | None:
-        """The column that says that this row is not to be learnt; `rated` says whether the row has an answer to rate."""
+        """The cell that says that this row is not to be learnt; `rated` says whether the row has an answer to rate."""
         for key in _RATINGS if rated else ():
             value = str(super().get(key)).lower()
             if value == "false":
-                return key
+                return f"{key}: {value}"
             if value == "true":
                 self.used.add(key)
-        return next((key for key in _ROW_MARKS if key in self and not self.learnt(self, key, key)), None)
+        marks = [key for key in _ROW_MARKS if key in self and not self.learnt(self, key, key)]
+        return f"{marks[0]}: {self[marks[0]]}" if marks else None
 
     def learnt(self, holder: dict[str, Any], key: str, label: str) -> bool:
         """What a mark says; one that is neither yes nor no, such as a weight of 0.5, counts as not used."""
