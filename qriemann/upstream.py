@@ -15,8 +15,9 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -256,8 +257,11 @@ def literal_folders() -> Iterator[None]:
 
 
 @contextmanager
-def gguf_parsed_once() -> Iterator[None]:
-    """Within the block, gguf parses each file once and builds each table of tensor names once.
+def gguf_parsed_once(parts: Sequence[Path] = ()) -> Iterator[None]:
+    """Within the block, gguf parses each file once, joins split ones, and builds each table of tensor names once.
+
+    transformers reads the first file of a split model alone: with `parts`, all files of one model in order, the reader of the
+    first has the tensors of all. tests/base/test_load.py
 
     transformers parses the header (50,000 tokens and as many merges) four times while it loads a model and its tokenizer,
     4 s each on one core, and builds the table for every module of the model. Shared, and with the file seen as a plain array
@@ -270,6 +274,11 @@ def gguf_parsed_once() -> Iterator[None]:
     reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
 
     class ArrayReader(reader):  # type: ignore[misc, valid-type]
+        def __init__(self, path: str, *args: Any) -> None:
+            super().__init__(path, *args)
+            if parts and Path(path) == parts[0]:
+                self.tensors += [tensor for part in parts[1:] for tensor in ArrayReader(str(part)).tensors]
+
         @property
         def data(self) -> np.ndarray:
             return self._array

@@ -295,7 +295,14 @@ class AssistantTokenizer:
         for index in range(1, len(ids)):
             if mask[index - 1] and ids[index] in self.special_ids and ids[index - 1] not in self.special_ids:
                 mask[index] = True
-        return self._without(context, mask, messages, text, ids, options)
+        # What comes before the first trained answer may be written differently once more follows; only its length counts.
+        answers = (i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i not in context)
+        first = next(answers, len(messages))
+        if any(index < first for index in context):
+            prompt_ids = self._encode(self._render(messages[:first], options, prompt=True))
+            start = _common_prefix_length(prompt_ids, ids)
+            mask[:start] = [False] * start
+        return self._without([i for i in context if i > first], mask, messages, text, ids, options)
 
 
 def _names(messages: Sequence[Message]) -> set[str]:

@@ -156,9 +156,10 @@ def fingerprint(*datasets: Dataset | None) -> str:
             continue
         for batch in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
             for name in ("input_ids", "labels"):
-                for chunk in batch.column(name).chunks:
-                    digest.update(chunk.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
-                    digest.update(chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+                # Several processes leave chunks of other lengths.
+                column = batch.column(name).combine_chunks()
+                digest.update(column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+                digest.update(column.flatten().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
     return digest.hexdigest()
 
 
