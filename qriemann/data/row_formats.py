@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.base.chat_template import template_texts
 from qriemann.data.chat_mask import AssistantTokenizer, Example, RowError
 from qriemann.data.turns import ANSWERS, Row, history_turns, parse_json, read_conversation, read_tools, system_prompt
 
@@ -25,8 +24,8 @@ class RowEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: str, text_field: str) -> None:
         self.text_field = text_field
         self.has_template = bool(tokenizer.chat_template)
-        self.writes_date = any("strftime_now" in text for text in template_texts(tokenizer))
         self._tokens, self._loss_on = AssistantTokenizer(tokenizer), loss_on
+        self.writes_date = self._tokens.writes_date
 
     def conversation(self, row: Row, parts: Sequence[tuple[str, Any]]) -> list[Example]:
         """One example, or one for each answer where the chat template rewrites earlier turns.

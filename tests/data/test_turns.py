@@ -337,6 +337,7 @@ def test_the_roles_of_other_tools_are_known(role, name):
     )
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_same_rows_and_account(tmp_path, write_rows):
     rows = [{**row, "score": n, "system": "S."} for n, row in enumerate(chat_rows(6))]
     sources = load_sources(str(write_rows(rows)))
