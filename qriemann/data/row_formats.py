@@ -10,7 +10,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qriemann.data.chat_mask import AssistantTokenizer, Example, RowError
-from qriemann.data.turns import ANSWERS, Row, history_turns, parse_json, read_conversation, read_tools, system_prompt
+from qriemann.data.turns import (
+    ANSWERS,
+    Row,
+    history_turns,
+    parse_json,
+    read_conversation,
+    read_tools,
+    system_prompt,
+    turns_in_text,
+)
 
 
 class RowEncoder:
@@ -97,7 +106,7 @@ def _from_conversations(encoder: RowEncoder, row: Row) -> list[Example]:
 
 
 def _from_prompt_and_completion(encoder: RowEncoder, row: Row) -> list[Example]:
-    prompt, completion = row.get("prompt"), row.get("completion")
+    prompt, completion = (turns_in_text(row.get(key)) for key in ("prompt", "completion"))
     if not isinstance(prompt, list):
         return encoder.completion(row.string("prompt"), row.string("completion"))
     if isinstance(completion, str):
