@@ -155,7 +155,7 @@ def read_tools(row: Row) -> list[Any] | None:
     tools = [parse_json(tool, "tools") for tool in (tools if isinstance(tools, list) else [tools])] if tools else []
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowError("tools that are no list of JSON objects", "correct them")
-    return tools or None
+    return [_tool(tool) for tool in tools] or None
 
 
 def parse_json(value: Any, what: str) -> Any:
@@ -255,6 +255,14 @@ def _call(call: Any, style: AssistantTokenizer, what: str) -> dict[str, Any]:
         arguments = {} if arguments is None else arguments
         arguments = json.dumps(arguments, ensure_ascii=False) if style.argument_text else arguments
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """The tool with its parameters as a mapping, where they are written as JSON text."""
+    if isinstance(tool.get("function"), dict):
+        return {**tool, "function": _tool(tool["function"])}
+    parameters = tool.get("parameters")
+    return {**tool, "parameters": parse_json(parameters, "tools")} if isinstance(parameters, str) else tool
 
 
 def _content(turn: dict[str, Any]) -> str:

@@ -19,8 +19,6 @@ TOOLS = (
     "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function | tojson + '</call>' }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Takes the arguments as text alone, as DeepSeek's do.
-TEXT_TOOLS = TOOLS.replace("c.function | tojson", "c.function.name + ' ' + c.function.arguments")
 
 
 def read(rows, template=CHATML, **options):
@@ -213,94 +211,6 @@ def test_a_reasoning_under_two_names_is_written_once_and_not_named():
     rows = [{"messages": ask("4", reasoning="x", reasoning_content="x")}]
     assert len(read(rows, TOOLS).unused) == 1
     assert "messages[].reasoning_content" not in read(rows, TOOLS).unused
-
-
-OSLO = {"city": "Oslo"}
-
-
-def calling(arguments, **more):
-    return {"type": "function", "function": {"name": "weather", "arguments": arguments}, **more}
-
-
-CALLS = {
-    "a mapping": ask("", tool_calls=[calling(OSLO)]),
-    "JSON text": ask(None, tool_calls=[calling('{"city": "Oslo"}')]),
-    "all calls as JSON text": ask("", tool_calls=json.dumps([calling('{"city": "Oslo"}')])),
-    "a call without a wrapper": ask("", tool_calls=[{"name": "weather", "arguments": OSLO}]),
-    "OpenAI's older key": ask(None, function_call={"name": "weather", "arguments": '{"city": "Oslo"}'}),
-    "ShareGPT's role": [
-        {"from": "human", "value": "a"},
-        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
-    ],
-    "ms-swift's role": [
-        turn("user", "a"),
-        turn("tool_call", '{"name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}'),
-    ],
-}
-
-
-@pytest.mark.parametrize("turns", CALLS.values(), ids=CALLS)
-def test_the_arguments_of_a_tool_are_parsed_once_however_they_are_written(turns):
-    data = read([{"messages": turns}], TOOLS)
-    assert shown(data, TOOLS)[0].endswith(
-        '[<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call><|im_end|>]\n'
-    )
-    assert data.unused == {}
-    text = shown(read([{"messages": turns}], TEXT_TOOLS), TEXT_TOOLS)[0]
-    assert text.endswith('[<call>weather {"city": "Oslo"}</call><|im_end|>]\n')
-
-
-@pytest.mark.parametrize("arguments", ["", None, {}, "{}", " "])
-def test_a_call_without_arguments_has_an_empty_mapping(arguments):
-    text = shown(read([{"messages": ask("", tool_calls=[calling(arguments)])}], TOOLS), TOOLS)[0]
-    assert '[<call>{"name": "weather", "arguments": {}}</call><|im_end|>]' in text
-
-
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [
-        {"tools": [TOOL]},
-        {"tools": json.dumps([TOOL])},
-        {"tools": TOOL},
-        {"tools": [json.dumps(TOOL)]},
-        {"functions": [TOOL["function"]]},
-    ],
-    ids=["list", "JSON", "one", "JSON in a list", "OpenAI's older column"],
-)
-def test_tools_reach_the_template_however_they_are_written(columns):
-    data = read([{"messages": ask(), **columns}], TOOLS)
-    assert shown(data, TOOLS)[0].startswith(f"<tools>{json.dumps([TOOL])}</tools>")
-    assert data.unused == {}
-    assert read([{"messages": ask(), "tools": [TOOL]}]).unused == {"tools": 1}
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"messages": ask(), "tools": '[{"type": '},
-        {"messages": ask(), "tools": ["f"]},
-        {"messages": ask("", tool_calls=[calling('{"city": ')])},
-        {"messages": ask("", tool_calls=[{"type": "function"}])},
-        {"messages": '[{"role": "user"'},
-        {"messages": ask(), "chat_template_kwargs": "{"},
-        {"instruction": "a", "output": "b", "history": [["a", "b", "c"]]},
-    ],
-)
-def test_broken_json_in_a_cell_is_one_line_with_the_row(row):
-    good = {**row, "messages": ask()} if "messages" in row else {**row, "history": []}
-    good = {key: value for key, value in good.items() if key not in ("tools", "chat_template_kwargs")}
-    with pytest.raises(InputError, match=r"^row 2 of rows has .*; (correct it|correct them|rewrite it)") as caught:
-        read([good, row], TOOLS)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_tool_call_that_the_template_drops_is_no_answer():
-    with pytest.raises(InputError, match=r"an empty assistant turn, because .* does not write its tool_calls"):
-        read([{"messages": ask("", tool_calls=[calling(OSLO)])}])
-    assert read([{"messages": ask("here", tool_calls=[calling(OSLO)])}]).unused == {"messages[].tool_calls": 1}
 
 
 def test_a_function_call_is_trained_as_text_where_the_template_knows_no_calls():
