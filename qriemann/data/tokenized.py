@@ -168,11 +168,6 @@ def trained_token_count(dataset: Dataset) -> int:
     return sum(int((np.asarray(labels) != IGNORED).sum()) for labels in _label_rows(dataset))
 
 
-def token_count(dataset: Dataset) -> int:
-    """Number of tokens, with a label or without."""
-    return sum(map(len, _label_rows(dataset)))
-
-
 def _label_rows(dataset: Dataset) -> Iterator[np.ndarray]:
     for batch in dataset.select_columns(["labels"]).with_format("numpy").iter(batch_size=1000):
         yield from batch["labels"]
