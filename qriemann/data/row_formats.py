@@ -51,7 +51,9 @@ class RowEncoder:
         talk = read_conversation(row, self._tokens, parts)
         messages, tools = talk.messages, read_tools(row)
         template_kwargs = parse_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
-        options = {"tools": tools, "template_kwargs": template_kwargs}
+        if not isinstance(template_kwargs, dict | None):
+            raise RowError("chat_template_kwargs that are no mapping", "correct them")
+        options: dict[str, Any] = {"tools": tools, "template_kwargs": template_kwargs}
         if self._loss_on == "all":
             examples = [self._tokens.whole_conversation(messages, context=talk.marked, **options)]
         else:

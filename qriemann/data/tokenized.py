@@ -108,7 +108,7 @@ def tokenize_rows(
     for name in read_elsewhere:
         del unused[name]
     notices += unused_notices(unused, len(train.rows) + (0 if held_out is None else len(held_out.rows)))
-    if encoder.writes_date:
+    if encoder.writes_date and row_format not in ("text", "input_ids"):
         notices.append(f"the chat template writes today's date: rows have {TODAY:%d %B %Y} instead, on any day")
     if kept is not None:
         return TokenizedData(_without_numbers(tokens), kept, row_format, notices, dict(unused))

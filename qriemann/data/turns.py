@@ -20,8 +20,8 @@ _ROLES = {
     ),
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
-# A turn that is not to be learnt says so with 0 or false: OpenAI and Mistral, Axolotl, ms-swift.
-_MARKS = ("weight", "train", "training", "trainable", "loss")
+#: A turn that is not to be learnt says so with 0 or false: OpenAI and Mistral, Axolotl, ms-swift.
+MARKS = ("weight", "train", "training", "trainable", "loss")
 _ROW_MARKS = ("weight", "train")
 # What rates the answer of a row: TRL's KTO, LLaMA-Factory's.
 _RATINGS = ("label", "kto_tag")
@@ -206,8 +206,8 @@ def _add_turn(talk: Conversation, row: Row, style: AssistantTokenizer, column: s
         raise RowError(
             f"the unknown role {written!r} in turn {number}", f"rename it to one of {', '.join(sorted(_ROLES))}"
         )
-    message = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value", *_MARKS)}
-    marks = {key: turn[key] for key in _MARKS if turn.get(key) is not None}
+    message = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value", *MARKS)}
+    marks = {key: turn[key] for key in MARKS if turn.get(key) is not None}
     content = _content(turn)
     if role == "call":
         role = "assistant"

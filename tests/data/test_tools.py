@@ -95,6 +95,7 @@ def test_tools_of_a_typed_column_have_their_own_keys_alone():
         {"messages": ask("", tool_calls=[{"type": "function"}])},
         {"messages": '[{"role": "user"'},
         {"messages": ask(), "chat_template_kwargs": "{"},
+        {"messages": ask(), "chat_template_kwargs": [1]},
         {"instruction": "a", "output": "b", "history": [["a", "b", "c"]]},
     ],
 )

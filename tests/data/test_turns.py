@@ -123,6 +123,7 @@ def test_a_marked_answer_is_context_where_all_tokens_are_trained_and_in_the_midd
 def test_a_mark_that_is_neither_yes_nor_no_is_named():
     data = read([{"messages": ask(weight=0.5)}, {"messages": [turn("user", "a", train=True), *ask()[1:]]}])
     assert data.unused == {"messages[].weight": 1, "messages[].train": 1}
+    assert data.notices == ["not used: messages[].weight (1 of 2 rows), messages[].train (1 of 2 rows)"]
 
 
 REJECTED = {
@@ -166,8 +167,8 @@ def test_every_column_that_is_not_trained_is_named_once_with_its_rows():
     ]
     data = tokenize_rows(Source.of(rows[:2], "rows"), Source.of(rows[2:], "more"), make_tokenizer())
     assert data.unused == {"rejected_response": 1, "score": 2, "images": 1}
-    (line,) = [notice for notice in data.notices if notice.startswith("not trained")]
-    assert line == "not trained: rejected_response (1 of 3 rows), score (2 of 3 rows), images (1 of 3 rows)"
+    (line,) = [notice for notice in data.notices if notice.startswith("not used")]
+    assert line == "not used: rejected_response (1 of 3 rows), score (2 of 3 rows), images (1 of 3 rows)"
 
 
 def test_columns_beside_tokens_are_named():
