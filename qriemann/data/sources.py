@@ -1,32 +1,106 @@
-"""Finds and reads the splits of a local file, a folder or a Hub dataset.
+"""Finds the splits of a local file, a folder or a Hub dataset, and gives their rows as plain objects.
 
-`datasets` does the reading; this adds errors that a user can act on: which line of a file is broken, which splits exist,
-whether the Hub was reached.
+Local files are read by `files`; `datasets` reads what else there is. What goes wrong becomes an error that a user can act on:
+which splits exist, whether the Hub was reached, whether the cache can be written.
 """
 
+import dataclasses
+import functools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
+import datasets
+from datasets import Dataset, DatasetDict, Features, List, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from qriemann.data.files import ENDINGS, TEXT, first_line, read_files
+from qriemann.data.turns import Row
 from qriemann.errors import InputError
+from qriemann.upstream import literal_folders
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _HELD_OUT_SPLITS = ("test", "validation", "eval")
-_SHOWN_ERRORS = 3
+
+Batch = dict[str, list[Any]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
-    """One split, with its name for messages."""
+    """One split.
+
+    Attributes:
+        rows: a dataset with columns, or one whose only column, `files.TEXT`, holds each row as a JSON object.
+        name: for messages.
+        keys: the columns of rows that are JSON objects.
+        renamed: their new names.
+    """
 
     rows: Dataset
     name: str
+    keys: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Any]], name: str) -> "Source":
+        """Rows that are in memory, each with the keys that it has."""
+        kept = list(rows)
+        keys = dict.fromkeys(key for row in kept for key in row)
+        return cls(Dataset.from_dict({TEXT: [json.dumps(row, default=str) for row in kept]}), name, tuple(keys))
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the rows are JSON objects."""
+        return self.rows.column_names == [TEXT]
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns."""
+        return [*_renamed(dict.fromkeys(self.keys), self.renamed)] if self.is_text else self.rows.column_names
+
+    @property
+    def read(self) -> Callable[[Batch], list[Row]]:
+        """Makes rows of a batch of the dataset."""
+        if self.is_text:
+            return functools.partial(_from_text, renamed=self.renamed)
+        return functools.partial(_from_columns, features=self.rows.features)
+
+    def first(self, count: int | None) -> "Source":
+        """The first rows; all of them without a count."""
+        if count is None or count >= len(self.rows):
+            return self
+        return dataclasses.replace(self, rows=self.rows.select(range(count)))
+
+    def __iter__(self) -> Iterator[Row]:
+        for batch in self.rows.iter(1000):
+            yield from self.read(batch)
+
+
+def _from_text(batch: Batch, renamed: Mapping[str, str]) -> list[Row]:
+    return [Row(_renamed(json.loads(text), renamed)) for text in batch[TEXT]]
+
+
+def _from_columns(batch: Batch, features: Features) -> list[Row]:
+    """Rows without what Arrow adds: every object of a column has the keys of all, those that it lacked with null."""
+    count = len(next(iter(batch.values())))
+    return [Row({key: _as_written(batch[key][i], features[key]) for key in batch}) for i in range(count)]
+
+
+def _as_written(value: Any, feature: Any) -> Any:
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {key: _as_written(item, feature[key]) for key, item in value.items() if item is not None}
+    if isinstance(feature, List | datasets.LargeList) and isinstance(value, list):
+        return [_as_written(item, feature.feature) for item in value]
+    return value
+
+
+def _renamed(row: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """The row under its columns' new names; a column that has such a name already is replaced."""
+    replaced = {new for old, new in renamed.items() if old in row}
+    return {renamed.get(key, key): value for key, value in row.items() if key in renamed or key not in replaced}
 
 
 def load_sources(
@@ -42,7 +116,7 @@ def load_sources(
 
     Args:
         name: a Hub id, a local file or a local folder.
-        config: the configuration of a Hub dataset.
+        config: the configuration of a Hub dataset, or of a folder that is a copy of one.
         train_split: the split to train on; a file is one split, called train.
         test_split: the split to hold out; None takes test, validation or eval if one exists.
         eval_name: a second dataset or file to hold out, instead of a split.
@@ -51,10 +125,10 @@ def load_sources(
     Raises:
         InputError: the dataset does not exist, cannot be reached or read, or lacks the split, or the split is empty.
     """
-    splits = _load(name, config)
+    splits = _load(name, config, columns or {})
     train = _pick(splits, train_split, name, "dataset_train_split", columns)
     if eval_name is not None:
-        held_out_splits = _load(eval_name, config)
+        held_out_splits = _load(eval_name, config, columns or {})
         # A file is one split called train, although these rows are held out.
         fallback = test_split or next((split for split in _HELD_OUT_SPLITS if split in held_out_splits), "train")
         return train, _pick(held_out_splits, fallback, eval_name, "dataset_test_split", columns)
@@ -64,49 +138,77 @@ def load_sources(
     return train, _pick(splits, wanted, name, "dataset_test_split", columns)
 
 
-def _pick(splits: DatasetDict, split: str, name: str, key: str, columns: Mapping[str, str] | None) -> Source:
+def _pick(splits: Mapping[str, Source], split: str, name: str, key: str, columns: Mapping[str, str] | None) -> Source:
     if split not in splits:
         raise InputError(f"{key} must be a split of {name}, got {split!r}; its splits are {', '.join(splits)}")
-    rows = splits[split]
-    if len(rows) == 0:
+    source = splits[split]
+    if len(source.rows) == 0:
         raise InputError(f"split {split!r} of {name} must hold at least one row, got an empty split; check the dataset")
-    for old, new in (columns or {}).items():
-        if old not in rows.column_names:
+    for old in columns or {}:
+        if old not in source.columns:
             raise InputError(
-                f"dataset_columns must name columns of {name}, got {old!r}; its columns are {', '.join(rows.column_names)}"
+                f"dataset_columns must name columns of {name}, got {old!r}; its columns are {', '.join(source.columns)}"
             )
+    named = f"{name} ({split})"
+    if source.is_text:
+        return dataclasses.replace(source, name=named, renamed=columns or {})
+    rows = source.rows
+    for old, new in (columns or {}).items():
         # Drop an existing column of that name: the renamed one replaces it.
         rows = rows.remove_columns(new) if new in rows.column_names else rows
         rows = rows.rename_column(old, new)
-    return Source(rows, f"{name} ({split})")
+    return Source(rows, named)
 
 
-def _load(name: str, config: str | None) -> DatasetDict:
+def _load(name: str, config: str | None, columns: Mapping[str, str]) -> dict[str, Source]:
     path = Path(name).expanduser()
     if path.is_file():
-        return DatasetDict(train=_read_file(path))
+        if path.suffix.lower() not in ENDINGS:
+            raise InputError(f"a dataset file must end in {', '.join(ENDINGS)}, got {path}; convert it to one of them")
+        return {"train": _from_files([path], columns)}
     if path.is_dir():
-        return _read_folder(path)
-    if path.suffix.lower() in _BUILDERS or name.startswith((".", "/", "~")):
+        return _read_folder(path, config, columns)
+    if path.suffix.lower() in ENDINGS or name.startswith((".", "/", "~")):
         raise InputError(f"dataset_name: {name}: no such file or folder")
-    return _load_from_hub(name, config)
+    return _as_sources(_load_from_hub(name, config))
 
 
-def _read_folder(path: Path) -> DatasetDict:
+def _from_files(paths: Iterable[Path], columns: Mapping[str, str]) -> Source:
+    rows, keys = read_files(paths, columns)
+    return Source(rows, "", tuple(keys))
+
+
+def _as_sources(loaded: Dataset | DatasetDict) -> dict[str, Source]:
+    splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
+    return {name: Source(rows, "") for name, rows in splits.items()}
+
+
+def _read_folder(path: Path, name: str | None, columns: Mapping[str, str]) -> dict[str, Source]:
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             _refuse_outside(path, _saved_files(path))
-            loaded = load_from_disk(str(path))
-        else:
-            # The builder resolves the files that the folder's README names, without reading a row.
-            named = (load_dataset_builder(str(path)).config.data_files or {}).values()
-            _refuse_outside(path.resolve(), (Path(file) for files in named for file in files))
-            loaded = load_dataset(str(path))
+            return _as_sources(load_from_disk(str(path)))
+        # The builder finds the files of each split, and those that the folder's README names, without reading a row.
+        with literal_folders(), tempfile.TemporaryDirectory() as cache:
+            config = load_dataset_builder(str(path), name, cache_dir=cache).config
+        files = {split: [Path(file) for file in found] for split, found in (config.data_files or {}).items()}
+        _refuse_outside(path.resolve(), (file for names in files.values() for file in names))
+        if _is_plain(config) and all(file.suffix.lower() in ENDINGS for names in files.values() for file in names):
+            return {split: _from_files(names, columns) for split, names in files.items()}
+        _check_cache()
+        with literal_folders():
+            return _as_sources(load_dataset(str(path), name))
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"dataset_name: datasets cannot load the folder {path}: {_first_line(error)}") from error
-    return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+        raise InputError(f"dataset_name: datasets cannot load the folder {path}: {first_line(error)}") from error
+
+
+def _is_plain(config: Any) -> bool:
+    """Whether a folder's README says nothing of how its files are to be read, such as the separator of a CSV file."""
+    usual, found = (vars(entry) for entry in (type(config)(), config))
+    named = ("name", "version", "data_dir", "data_files", "description", "features")
+    return all(found[key] == value for key, value in usual.items() if key not in named)
 
 
 def _saved_files(folder: Path) -> Iterator[Path]:
@@ -133,93 +235,36 @@ def _refuse_outside(folder: Path, files: Iterable[Path]) -> None:
 
 def _load_from_hub(name: str, config: str | None) -> DatasetDict:
     try:
+        _check_cache()
         return load_dataset(name, name=config)
+    except InputError:
+        raise
     except DatasetNotFoundError as error:
         raise InputError(
             f"dataset_name: {name}: no such local file, and no such dataset on the Hub; check the name, or log in with "
             "`hf auth login` if it is private"
         ) from error
+    except DatasetGenerationError as error:
+        raise InputError(
+            f"dataset_name: the rows of {name} cannot be read: {first_line(error.__cause__ or error)}; download the "
+            "dataset and name its file"
+        ) from error
     # A DNS failure, an HTTP error or a refused loading script: all of them are about the name or the connection.
     except Exception as error:
+        remedy = "set dataset_config" if "config" in str(error).lower() else "check the name and the connection"
         raise InputError(
-            f"dataset_name: {name} cannot be reached or read: {_first_line(error)}; check the name, dataset_config and the "
-            "connection, or name a local file"
+            f"dataset_name: {name} cannot be reached or read: {first_line(error)}; {remedy}, or name a local file"
         ) from error
 
 
-def _read_file(path: Path) -> Dataset:
-    suffix = path.suffix.lower()
-    if suffix not in _BUILDERS:
-        raise InputError(f"a dataset file must end in {', '.join(_BUILDERS)}, got {path}; convert it to one of them")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty; check the dataset")
-    options: dict[str, Any] = {}
-    if suffix == ".jsonl":
-        _check_json_lines(path)
-    elif suffix == ".json":
-        options = _check_json(path)
+def _check_cache() -> None:
+    """Raises InputError where `datasets` cannot write its cache."""
+    folder = datasets.config.HF_DATASETS_CACHE
     try:
-        return load_dataset(_BUILDERS[suffix], data_files=str(path), split="train", **options)
-    except Exception as error:
-        # The reason is in the cause of a DatasetGenerationError.
-        reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
         raise InputError(
-            f"{path} cannot be read as rows of one shape: {_first_line(reason)}; give every row the same keys and types"
+            f"the cache folder {folder} cannot be written ({error.strerror}); set HF_DATASETS_CACHE, or HF_HOME, to a "
+            "folder that can"
         ) from error
-
-
-def _check_json_lines(path: Path) -> None:
-    problems: list[str] = []
-    count = rows = 0
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            rows += 1
-            problem = _problem_of(line)
-            if problem:
-                count += 1
-                if len(problems) < _SHOWN_ERRORS:
-                    problems.append(f"line {number} ({problem})")
-    if count:
-        more = f" and {count - len(problems)} more" if count > len(problems) else ""
-        raise InputError(f"every line of {path} must be one JSON object, got {', '.join(problems)}{more}; correct them")
-    if rows == 0:
-        raise InputError(f"{path} holds only blank lines; check the dataset")
-
-
-def _problem_of(line: str) -> str | None:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        return f"{error.msg} at column {error.colno}"
-    return None if isinstance(value, dict) else f"a {type(value).__name__}"
-
-
-def _check_json(path: Path) -> dict[str, Any]:
-    """The options that `datasets` needs for this layout: a list of objects, one list inside an object, or JSON lines."""
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        if _problem_of(next((line for line in text.splitlines() if line.strip()), "")) is None:
-            _check_json_lines(path)
-            return {}
-        raise InputError(
-            f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}; correct it"
-        ) from error
-    lists = [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
-    options = {"field": lists[0]} if len(lists) == 1 else {}
-    rows = content[lists[0]] if options else content
-    if isinstance(rows, dict) and not lists:
-        return {}  # One JSON line.
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path} must be a list of JSON objects, got {type(rows).__name__}; write [{{...}}, {{...}}]")
-    if not rows:
-        raise InputError(f"{path} holds an empty list; check the dataset")
-    return options
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -8,21 +8,36 @@ row, because it would silently contribute nothing.
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from datasets import Dataset
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.data.chat_mask import RowError
+from qriemann.data.chat_mask import TODAY, Example, RowError
+from qriemann.data.files import first_line
+from qriemann.data.problems import raise_first_problem, rows_in_words, unused_notices, without_rejected
 from qriemann.data.row_formats import FORMATS, RowEncoder, RowFormat, find_format
-from qriemann.data.sources import Source
+from qriemann.data.sources import Batch, Source
+from qriemann.data.turns import Row
 from qriemann.errors import InputError
 
 IGNORED = -100
-_SHOWN_ROWS = 3
+# What a row becomes: tokens, and beside them what went wrong, which column rejects the row, and what people should know.
+_MADE = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "row": Value("int64"),
+        "straddles": Value("bool"),
+        "problem": Value("string"),
+        "rejected": Value("string"),
+        "unused": List(Value("string")),
+        "told": List(Value("string")),
+    }
+)
 
 
 @dataclass
@@ -33,12 +48,14 @@ class TokenizedData:
         train, held_out: `input_ids` and `labels`, -100 where a token is not trained.
         row_format: the name of the training rows' format.
         notices: what the user should know about the rows, one line each.
+        unused: how many rows hold something under a column or a turn's key (`messages[].name`) that is not trained.
     """
 
     train: Dataset
     held_out: Dataset | None
     row_format: str
     notices: list[str] = field(default_factory=list)
+    unused: dict[str, int] = field(default_factory=dict)
 
 
 def tokenize_rows(
@@ -53,7 +70,8 @@ def tokenize_rows(
     seed: int = 0,
     num_proc: int | None = None,
     max_held_out: int | None = None,
-    allow_untrained: bool = False,
+    allow: Collection[str] = (),
+    read_elsewhere: Collection[str] = (),
 ) -> TokenizedData:
     """Tokens and labels of the training rows and the held-out ones.
 
@@ -68,22 +86,32 @@ def tokenize_rows(
         seed: of the choice of held-out rows.
         num_proc: processes that tokenize.
         max_held_out: upper bound of the rows that a share `eval_size` holds out.
-        allow_untrained: leave rows without a trained token out, with a notice, instead of refusing them.
+        allow: leave rows out, with a notice, instead of refusing them: those without a trained token
+            (`no-trained-token`), and those whose own columns say that they are not to be learnt (`rejected-rows`).
+        read_elsewhere: columns that the caller reads, so that they do not count as unused.
 
     Raises:
-        InputError: rows have no usable columns, an empty turn, no trained token, or turns that the template refuses.
+        InputError: rows have no usable columns, an empty turn, no trained token, or turns that the template refuses,
+            or are not to be learnt.
     """
     notices: list[str] = []
+    unused: Counter[str] = Counter()
     row_format = _recognize(train, text_field).name
     encoder = RowEncoder(tokenizer, loss_on, text_field)
 
     def tokenize(source: Source) -> Dataset:
-        examples = _tokenize(source, tokenizer, encoder, loss_on, num_proc, notices)
-        return _drop_untrained(source, examples, max_length, notices, allow_untrained)
+        examples = _tokenize(source, encoder, loss_on, num_proc, allow, notices, unused)
+        return _drop_untrained(source, examples, max_length, notices, "no-trained-token" in allow)
 
     tokens = tokenize(train)
-    if held_out is not None:
-        return TokenizedData(_without_numbers(tokens), _without_numbers(tokenize(held_out)), row_format, notices)
+    kept = None if held_out is None else _without_numbers(tokenize(held_out))
+    for name in read_elsewhere:
+        del unused[name]
+    notices += unused_notices(unused, len(train.rows) + (0 if held_out is None else len(held_out.rows)))
+    if encoder.writes_date and row_format not in ("text", "input_ids"):
+        notices.append(f"the chat template writes today's date: rows have {TODAY:%d %B %Y} instead, on any day")
+    if kept is not None:
+        return TokenizedData(_without_numbers(tokens), kept, row_format, notices, dict(unused))
     # A conversation that became several rows is held out whole.
     by_row: dict[int, list[int]] = defaultdict(list)
     for index, number in enumerate(tokens["row"]):
@@ -93,7 +121,7 @@ def tokenize_rows(
     count = max(count, 1) if eval_size > 0 else 0
     count = min(count, max_held_out) if max_held_out is not None and eval_size < 1 else count
     if count == 0:
-        return TokenizedData(tokens, None, row_format, notices)
+        return TokenizedData(tokens, None, row_format, notices, dict(unused))
     if count >= len(members):
         raise InputError(
             f"eval_size must leave at least one of the {len(members)} rows of {train.name} to train on, got {eval_size:g}; "
@@ -105,15 +133,15 @@ def tokenize_rows(
         for name in ("train", "test")
     )
     notices.append(f"{count} of {len(members)} rows of {train.name} are held out (eval_size {eval_size:g})")
-    return TokenizedData(trained, kept, row_format, notices)
+    return TokenizedData(trained, kept, row_format, notices, dict(unused))
 
 
 def _recognize(source: Source, text_field: str) -> RowFormat:
     """The format of the rows; raises InputError, naming the columns found and those accepted, if there is none."""
-    row_format = find_format(source.rows.column_names, text_field)
+    row_format = find_format(source.columns, text_field)
     if row_format is None:
         raise InputError(
-            f"{source.name} must have usable columns, got {', '.join(sorted(source.rows.column_names)) or 'none'}; accepted "
+            f"{source.name} must have usable columns, got {', '.join(sorted(source.columns)) or 'none'}; accepted "
             f"are {', or '.join(entry.words for entry in FORMATS)}"
         )
     return row_format
@@ -128,9 +156,10 @@ def fingerprint(*datasets: Dataset | None) -> str:
             continue
         for batch in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
             for name in ("input_ids", "labels"):
-                for chunk in batch.column(name).chunks:
-                    digest.update(chunk.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
-                    digest.update(chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+                # Several processes leave chunks of other lengths.
+                column = batch.column(name).combine_chunks()
+                digest.update(column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+                digest.update(column.flatten().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
     return digest.hexdigest()
 
 
@@ -146,36 +175,39 @@ def _label_rows(dataset: Dataset) -> Iterator[np.ndarray]:
 
 def _tokenize(
     source: Source,
-    tokenizer: PreTrainedTokenizerBase,
     encoder: RowEncoder,
     loss_on: str,
     num_proc: int | None,
+    allow: Collection[str],
     notices: list[str],
+    unused: Counter[str],
 ) -> Dataset:
     """`input_ids`, `labels` and `row`, the number of the row that each example came from."""
     row_format = _recognize(source, encoder.text_field)
     if row_format.convert is None:
-        given = source.rows.select_columns(["input_ids", "labels"])
+        given = _given_tokens(source)
+        unused.update({name: len(given) for name in source.columns if name not in given.column_names})
         return given.add_column("row", list(range(len(given))))
-    turns = row_format.turns
-    if turns is not None and not isinstance(source.rows[0][turns], str) and not encoder.has_template:
-        raise InputError(
-            f"{source.name} holds conversations, but the tokenizer has no chat template; name a template, or a model that "
-            "has one, with chat_template_path"
-        )
     if row_format.name == "text" and loss_on == "assistant":
         notices.append(f"{source.name} has texts without roles: every token is trained")
     examples = source.rows.map(
         _examples,
         with_indices=True,
         batched=True,
-        fn_kwargs={"row_format": row_format, "encoder": encoder},
+        fn_kwargs={"read": source.read, "row_format": row_format, "encoder": encoder},
         remove_columns=source.rows.column_names,
+        features=_MADE,
         num_proc=num_proc,
         load_from_cache_file=False,
+        keep_in_memory=True,
         desc=f"Tokenizing {source.name}",
     )
-    _raise_first_problem(source, examples)
+    raise_first_problem(source, examples)
+    examples = without_rejected(source, examples, allow, notices)
+    for names in examples["unused"]:
+        unused.update(names)
+    for line, count in Counter(line for lines in examples["told"] for line in lines).items():
+        notices.append(f"in {count} of {len(source.rows)} rows of {source.name}, {line}")
     straddling = sum(examples["straddles"])
     if straddling:
         notices.append(
@@ -190,6 +222,20 @@ def _tokenize(
             "template rewrites earlier turns"
         )
     return examples.select_columns(["input_ids", "labels", "row"])
+
+
+def _given_tokens(source: Source) -> Dataset:
+    """The tokens and labels of rows that hold them."""
+    names = ["input_ids", "labels"]
+    if not source.is_text:
+        return source.rows.select_columns(names)
+    features = Features(dict.fromkeys(names, List(Value("int64"))))
+    try:
+        return Dataset.from_list([{name: row.get(name) for name in names} for row in source], features=features)
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise InputError(
+            f"input_ids and labels of {source.name} must be lists of whole numbers: {first_line(error)}; correct them"
+        ) from error
 
 
 def _without_numbers(examples: Dataset) -> Dataset:
@@ -213,7 +259,7 @@ def _drop_untrained(
     if bare and (not allow_untrained or len(bare) == len(examples)):
         raise InputError(
             f"every token is masked in {len(bare)} of {len(examples)} rows of {source.name} "
-            f"({_rows(numbers[i] for i in bare)}), so they train nothing; remove them, set loss_on: all, or --allow "
+            f"({rows_in_words(numbers[i] for i in bare)}), so they train nothing; remove them, set loss_on: all, or --allow "
             "no-trained-token to leave them out"
         )
     if len(cut) == len(examples):
@@ -229,44 +275,32 @@ def _drop_untrained(
     if cut:
         notices.append(
             f"{len(cut)} of {len(examples)} rows of {source.name} have no trained token within max_length {max_length} and "
-            f"are left out: {_rows(numbers[i] for i in cut)}"
+            f"are left out: {rows_in_words(numbers[i] for i in cut)}"
         )
     dropped = {*cut, *bare}
     return examples.select([index for index in range(len(examples)) if index not in dropped])
 
 
-def _raise_first_problem(source: Source, examples: Dataset) -> None:
-    found = zip(examples["row"], examples["problem"], strict=True)
-    problems = [(number, text) for number, text in found if text]
-    if not problems:
-        return
-    first = problems[0][1]
-    problem, remedy = json.loads(first)
-    same = [number for number, text in problems if text == first]
-    verb = "has" if len(same) == 1 else "have"
-    raise InputError(f"{_rows(same)} of {source.name} {verb} {problem}; {remedy}")
-
-
-def _rows(indices: Iterable[int]) -> str:
-    """ "row 3" or "rows 3, 4, 9 and 20 more", counted from 1 as an editor counts lines."""
-    numbers = [index + 1 for index in indices]
-    shown = ", ".join(map(str, numbers[:_SHOWN_ROWS]))
-    more = f" and {len(numbers) - _SHOWN_ROWS} more" if len(numbers) > _SHOWN_ROWS else ""
-    return f"row{'s' if len(numbers) > 1 else ''} {shown}{more}"
-
-
 def _examples(
-    rows: dict[str, list[Any]], numbers: list[int], row_format: RowFormat, encoder: RowEncoder
-) -> dict[str, list[Any]]:
-    made: dict[str, list[Any]] = {"input_ids": [], "labels": [], "problem": [], "straddles": [], "row": []}
-    for place, number in enumerate(numbers):
-        problem = ""
+    batch: Batch, numbers: list[int], read: Callable[[Batch], list[Row]], row_format: RowFormat, encoder: RowEncoder
+) -> Batch:
+    made: Batch = {name: [] for name in _MADE}
+    rated = row_format.name != "text"
+    for row, number in zip(read(batch), numbers, strict=True):
+        examples: list[Example] = [([0], [True], False)]
+        problem, rejected = None, row.rejected(rated=rated)
         try:
-            examples = row_format.convert(encoder, {key: column[place] for key, column in rows.items()})
+            if rejected is None:
+                assert row_format.convert is not None
+                examples = row_format.convert(encoder, row)
         except RowError as error:
-            examples, problem = [([0], [True], False)], json.dumps(error.args)
+            problem = json.dumps(error.args)
+        unused, told = row.unused if rejected is None else [], sorted(row.told)
         for ids, mask, straddles in examples:
             labels = [token if trained else IGNORED for token, trained in zip(ids, mask, strict=True)]
-            for key, value in zip(made, (ids, labels, problem, straddles, number), strict=True):
-                made[key].append(value)
+            values = (ids, labels, number, straddles, problem, rejected, unused, told)
+            for name, value in zip(_MADE, values, strict=True):
+                made[name].append(value)
+            # Once for each row, whatever it became.
+            unused, told = [], []
     return made

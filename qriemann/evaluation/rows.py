@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qriemann.data.sources import Source, load_sources
 from qriemann.data.tokenized import IGNORED, tokenize_rows
-from qriemann.evaluation.reload import Row
+from qriemann.data.turns import Row
+from qriemann.evaluation.reload import Row as ScoredRow
 
 _EXTRA = ("question", "metadata")
+# What the scorers read.
+_READ = ("answer", *_EXTRA)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Rows:
     """
 
     source: str
-    rows: list[Row]
+    rows: list[ScoredRow]
     answers: list[str]
     notices: list[str]
     extra: list[dict[str, Any]] = field(default_factory=list)
@@ -62,51 +65,58 @@ def load_rows(
     Raises:
         InputError: as the recipe does, on rows that cannot be used.
     """
-    source = _built_in(tokenizer) if data is None else _held_out_source(data)
-    if max_rows is not None and max_rows < len(source.rows):
-        source.rows = source.rows.select(range(max_rows))
-    text_field = "prompt" if "completion" not in source.rows.column_names else "text"
-    prepared = tokenize_rows(source, None, tokenizer, text_field=text_field, max_length=max_length)
-    rows: list[Row] = []
+    source = (_built_in(tokenizer) if data is None else _held_out_source(data)).first(max_rows)
+    text_field = "prompt" if "completion" not in source.columns else "text"
+    prepared = tokenize_rows(
+        source,
+        None,
+        tokenizer,
+        text_field=text_field,
+        max_length=max_length,
+        allow=["rejected-rows"],
+        read_elsewhere=_READ,
+    )
+    rows: list[ScoredRow] = []
     counted = 0
     for example in prepared.train:
         ids, labels = example["input_ids"][:max_length], example["labels"][:max_length]
         positions = [index - 1 for index in range(1, len(ids)) if labels[index] != IGNORED]
-        rows.append(Row(ids=ids, positions=positions, targets=[labels[index + 1] for index in positions]))
+        rows.append(ScoredRow(ids=ids, positions=positions, targets=[labels[index + 1] for index in positions]))
         counted += len(positions)
         if max_tokens is not None and counted >= max_tokens:
             break
     notices = list(prepared.notices)
     if len(rows) < len(prepared.train):
         notices.append(f"the first {len(rows)} of {len(prepared.train)} rows are used, {counted} tokens")
-    columns = source.rows.column_names
-    answers = [str(answer).strip() for answer in source.rows["answer"]] if "answer" in columns else []
-    kept = [name for name in _EXTRA if name in columns]
-    extra = (
-        [{name: row[name] for name in kept} for row in source.rows.select_columns(["answer", *kept])] if answers else []
-    )
+    read = [row for row in source if not row.rejected(rated=True)] if "answer" in source.columns else []
+    answers = [_answer(row).strip() for row in read]
+    extra = [{name: row[name] for name in _EXTRA if name in row} for row in read]
     return Rows(source.name, rows, answers, notices, extra)
 
 
 def _held_out_source(data: str) -> Source:
     train, held_out = load_sources(data)
-    source = held_out or train
-    rows, columns = source.rows, set(source.rows.column_names)
-    if "answer" in columns and "completion" not in columns and columns & {"prompt", "messages"}:
-        rows = rows.map(_answer_as_completion, load_from_cache_file=False).select_columns(
-            ["prompt", "completion", "answer", *(name for name in _EXTRA if name in columns)]
-        )
+    source, columns = held_out or train, {*(held_out or train).columns}
     # The file's name without its folder: reports are published.
-    return Source(rows, source.name.replace("\\", "/").rpartition("/")[2])
+    name = source.name.replace("\\", "/").rpartition("/")[2]
+    if "answer" in columns and "completion" not in columns and columns & {"prompt", "messages"}:
+        return Source.of(map(_answer_as_completion, source), name)
+    return dataclasses.replace(source, name=name)
 
 
-def _answer_as_completion(row: dict[str, Any]) -> dict[str, Any]:
+def _answer_as_completion(row: Row) -> dict[str, Any]:
     """`prompt` and `completion`, both conversations or both plain texts; the answer takes the place of a last answer."""
-    prompt = row.get("messages") or row["prompt"]
+    rest = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
+    answer, prompt = _answer(row), row.get("messages") or row.get("prompt") or ""
     if isinstance(prompt, str):
-        return {"prompt": prompt, "completion": str(row["answer"])}
+        return {**rest, "prompt": prompt, "completion": answer}
     turns = prompt[:-1] if prompt[-1].get("role") == "assistant" else prompt
-    return {"prompt": turns, "completion": [{"role": "assistant", "content": str(row["answer"])}]}
+    return {**rest, "prompt": turns, "completion": [{"role": "assistant", "content": answer}]}
+
+
+def _answer(row: Row) -> str:
+    answer = row.get("answer")
+    return "" if answer is None else str(answer)
 
 
 def _built_in(tokenizer: PreTrainedTokenizerBase) -> Source:
@@ -115,4 +125,4 @@ def _built_in(tokenizer: PreTrainedTokenizerBase) -> Source:
     if tokenizer.chat_template:
         roles = {"prompt": "user", "completion": "assistant"}
         rows = [{key: [{"role": roles[key], "content": text}] for key, text in row.items()} for row in rows]
-    return Source(Dataset.from_list(rows), "the built-in prompts")
+    return Source.of(rows, "the built-in prompts")

@@ -38,6 +38,7 @@ _SHARED = [
     "merges.txt",
     "*.model",
     "chat_template.*",
+    "additional_chat_templates/*.jinja",
     CURVE,
     "inspect.png",
     "metrics.jsonl",
@@ -120,7 +121,8 @@ def push(
     api = HfApi(token=token)
     card = make_card(found, repo=repo, base_id=base, license={} if dry_run or base is None else _license(api, base))
     uploads = _uploads(found, card, base)
-    names = {upload.name for upload in uploads}
+    # A folder in which a file goes up does not stay.
+    names = {upload.name.partition("/")[0] for upload in uploads}
     kept = sorted(path.name + "/" * path.is_dir() for path in found.path.iterdir() if path.name not in names)
     table = Table("file", "size", "", title=f"{'would go' if dry_run else 'going'} to {repo}", title_justify="left")
     for upload in uploads:
@@ -193,9 +195,12 @@ def _license(api: HfApi, base: str) -> dict[str, str]:
 
 def _uploads(found: ModelFolder, card: str, base: str | None) -> list[Upload]:
     names = {found.base: base} if found.base and base else {}
-    files = {path.name: path for path in sorted(found.path.iterdir()) if path.is_file()}
+    inside = sorted([*found.path.iterdir(), *found.path.glob("additional_chat_templates/*")])
+    files = {path.relative_to(found.path).as_posix(): path for path in inside if path.is_file()}
     uploads = [Upload(CARD, card.encode(), "the card")]
-    uploads += [_upload(files[name], names) for name in filter_repo_objects(files, allow_patterns=_FILES[found.kind])]
+    uploads += [
+        _upload(name, files[name], names) for name in filter_repo_objects(files, allow_patterns=_FILES[found.kind])
+    ]
     if found.curve is not None and found.curve.parent != found.path:
         uploads.append(Upload(CURVE, found.curve))
     base_path = Path(found.base or "").expanduser()
@@ -209,19 +214,19 @@ def _uploads(found: ModelFolder, card: str, base: str | None) -> list[Upload]:
     return uploads
 
 
-def _upload(path: Path, names: dict[str, str]) -> Upload:
+def _upload(name: str, path: Path, names: dict[str, str]) -> Upload:
     """The file, local paths in it replaced where it is JSON whose strings are names."""
     if path.suffix != ".json" or path.name in _VOCABULARY:
-        return Upload(path.name, path)
+        return Upload(name, path)
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}; save the model again") from error
     after = without_paths(before, names)
     if after == before:
-        return Upload(path.name, path)
+        return Upload(name, path)
     written = json.dumps(after, indent=2, ensure_ascii=False) + "\n"
-    return Upload(path.name, written.encode(), "local names replaced")
+    return Upload(name, written.encode(), "local names replaced")
 
 
 def _text(upload: Upload) -> str:

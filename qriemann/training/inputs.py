@@ -36,13 +36,7 @@ def read_rows(
             eval_name=settings.dataset_eval_name,
             columns=settings.dataset_columns,
         )
-    return _first(train, settings.max_train_rows), held_out and _first(held_out, settings.max_eval_rows)
-
-
-def _first(source: Source, count: int | None) -> Source:
-    if count is None or count >= len(source.rows):
-        return source
-    return Source(source.rows.select(range(count)), source.name)
+    return train.first(settings.max_train_rows), held_out and held_out.first(settings.max_eval_rows)
 
 
 def read_base(
@@ -85,7 +79,7 @@ def tokenize(
         seed=args.seed,
         num_proc=args.dataset_num_proc,
         max_held_out=settings.max_eval_rows,
-        allow_untrained="no-trained-token" in settings.allow,
+        allow=settings.allow,
     )
     if data.held_out is None and evaluated and "eval_strategy" in settings.written:
         raise InputError(

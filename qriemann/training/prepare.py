@@ -21,13 +21,13 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
 from qriemann.adapters.targets import adapter_config, check_targets, without_experts
+from qriemann.base.chat_template import adjust_tokenizer
 from qriemann.base.on_cpu import keep_freed_memory
 from qriemann.checkpoints.fingerprints import check_same_run, fingerprints
 from qriemann.checkpoints.manifest import FoundCheckpoint
 from qriemann.checkpoints.starting_point import starting_point
 from qriemann.config import Settings
 from qriemann.config.arguments import check_schedule, describe_settings, idle_without_rows, training_arguments
-from qriemann.data.chat_mask import adjust_tokenizer
 from qriemann.data.defects import Defect, find_defects
 from qriemann.data.tokenized import TokenizedData, fingerprint
 from qriemann.distributed import is_main_process, run_on_main

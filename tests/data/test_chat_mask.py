@@ -2,7 +2,8 @@
 
 import pytest
 
-from qriemann.data.chat_mask import AssistantTokenizer, RowError, adjust_tokenizer
+from qriemann.base.chat_template import adjust_tokenizer
+from qriemann.data.chat_mask import AssistantTokenizer, RowError
 from tests.recipe_fixtures import CHATML, make_tokenizer
 
 # The same conversation format with the generation markers that transformers understands: the independent truth.
@@ -71,7 +72,7 @@ def test_only_the_completion_is_trained_when_the_prompt_has_assistant_turns(toke
     messages = as_messages(CONVERSATIONS["several turns"])
     for template in (CHATML, MARKED):
         encoder = AssistantTokenizer(make_tokenizer(template))
-        ids, mask, _ = encoder.conversation(messages, first_trained=3)
+        ids, mask, _ = encoder.conversation(messages, context=[1])
         assert tokenizer.decode([token for token, bit in zip(ids, mask, strict=True) if bit]) == "d<|im_end|>"
 
 

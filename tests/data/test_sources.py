@@ -9,6 +9,10 @@ from qriemann.data.sources import load_sources
 from qriemann.errors import InputError
 
 
+def texts(folder):
+    return [row["text"] for row in load_sources(str(folder))[0]]
+
+
 @pytest.mark.parametrize(
     "outside",
     [
@@ -31,7 +35,7 @@ def test_the_readme_of_a_folder_names_no_rows_outside_of_it(tmp_path, monkeypatc
     with pytest.raises(InputError, match="must name files in it"):
         load_sources(str(folder))
     (folder / readme).write_text(f"{mark}configs:\n- config_name: a\n  data_files: rows.jsonl\n{mark}")
-    assert load_sources(str(folder))[0].rows["text"] == ["public"]
+    assert texts(folder) == ["public"]
 
 
 @pytest.mark.parametrize("record", ["state.json", "dataset_dict.json"])
@@ -40,8 +44,8 @@ def test_the_records_of_a_saved_dataset_name_no_rows_outside_of_it(tmp_path, rec
     for name in rows:
         datasets.DatasetDict(train=rows[name]).save_to_disk(str(tmp_path / name))
     folder = tmp_path / "public"
-    assert load_sources(str(folder))[0].rows["text"] == ["public"]
-    assert load_sources(str(folder / "train"))[0].rows["text"] == ["public"]
+    assert texts(folder) == ["public"]
+    assert texts(folder / "train") == ["public"]
     path = folder / record if record == "dataset_dict.json" else folder / "train" / record
     for outside in ("../secret/train", str(tmp_path / "secret" / "train")):
         content = json.loads(path.read_text())

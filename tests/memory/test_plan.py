@@ -153,7 +153,7 @@ def test_the_planned_peak_is_the_allocators(
     base = load_nf4(folders[name]) if quantize == "nf4" else AutoModelForCausalLM.from_pretrained(folders[name])
     copies = hold_dequantized(base) if dense else 0
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
-    model = get_peft_model(base, without_experts(base, adapter_config(config))[0])
+    model = get_peft_model(base, without_experts(base, adapter_config(config, offset=False))[0])
     optimizer = Riemannion(model, start="offset", seed=0)
     if checkpointing:
         base.activation_checkpointing_enable()
@@ -177,7 +177,7 @@ def test_the_planned_peak_is_the_allocators(
 
 def test_the_optimizer_state_is_what_the_optimizer_holds(folders, make_config):
     config = make_config("qwen", max_length=64)
-    model = get_peft_model(load_nf4(folders["qwen"]), adapter_config(config))
+    model = get_peft_model(load_nf4(folders["qwen"]), adapter_config(config, offset=False))
     optimizer = Riemannion(model, start="offset", seed=0)
     blocks = [block for batch in optimizer._batches for block in batch.momentum]
     held = sum(block.numel() * block.element_size() for block in blocks)
