@@ -86,7 +86,10 @@ def describe(result: Check) -> Table:
     for name, batch in (("training", result.training), ("evaluation", result.evaluation)):
         if batch is not None:
             size = f"{batch.rows} x {batch.tokens} tokens"
-            table.add_row(f"longest {name} batch, {size}", f"{batch.seconds:.1f} s, peak {batch.peak_gib:.2f} GiB")
+            card = f" ({batch.card_gib:.2f} GiB of the card)" if batch.card_gib else ""
+            table.add_row(
+                f"longest {name} batch, {size}", f"{batch.seconds:.1f} s, peak {batch.peak_gib:.2f} GiB{card}"
+            )
     table.add_row("optimizer step", f"{result.step_seconds:.2f} s")
     table.add_row("planned peak, all rows at max_length", f"{result.planned_gib:.2f} GiB")
     return table
@@ -132,7 +135,7 @@ def _too_large(training: Measured, evaluation: Measured | None, planned: Plan, v
     for name, batch in (("training", training), ("evaluation", evaluation)):
         if batch is None:
             continue
-        needed = batch.peak_gib if batch.counted is None else (held + batch.counted) / GIB
+        needed = batch.card_gib if batch.counted is None else (held + batch.counted) / GIB
         if needed <= vram_gib:
             continue
         reason = f"{needed:.2f} GiB needed, {vram_gib:g} GiB available"

@@ -27,19 +27,21 @@ from qriemann.checkpoints.fingerprints import check_same_run, fingerprints
 from qriemann.checkpoints.manifest import FoundCheckpoint
 from qriemann.checkpoints.starting_point import starting_point
 from qriemann.config import Settings
-from qriemann.config.arguments import describe_settings, training_arguments
+from qriemann.config.arguments import describe_settings, run_dtype, training_arguments
 from qriemann.data.chat_mask import adjust_tokenizer
 from qriemann.data.defects import Defect, find_defects
 from qriemann.data.tokenized import TokenizedData, fingerprint, token_count
+from qriemann.device import describe_device, refuse_unused_gpu
 from qriemann.distributed import is_main_process, process_count, run_on_main
 from qriemann.folder.lock import refuse_if_held
+from qriemann.memory.dry_run import packing_mask
 from qriemann.optim.methods import find_method, rate_for_steps
 from qriemann.training.display import PlainView, make_view, no_view
 from qriemann.training.inputs import read_base, read_rows, tokenize
 from qriemann.training.loi_callback import recipe_callbacks
 from qriemann.training.publishing import push_target
 from qriemann.training.seam import for_trainer
-from qriemann.upstream import quiet
+from qriemann.upstream import attention_of, quiet, take_one_gpu
 
 if TYPE_CHECKING:
     from qriemann.base.dense_weights import DenseWeights
@@ -109,6 +111,8 @@ def prepare(
     started = time.perf_counter()
     view = view or make_view(settings.display)
     with quiet(bars=view.console.is_terminal):
+        if not settings.use_cpu:
+            refuse_unused_gpu()
         args = training_arguments(settings)
         push_to = push_target(settings, model)
         optimizer = _optimizer(settings, args)
@@ -117,7 +121,9 @@ def prepare(
         )
         # Asking for the device is what joins the processes of a launcher.
         device = args.device
+        take_one_gpu(args)
         view = view if is_main_process() else no_view()
+        view.note(f"computing on {describe_device(device, run_dtype(settings, device))}")
         if device.type == "cpu":
             keep_freed_memory()
         found = _free_folder(settings) if to_train else FoundCheckpoint(None)
@@ -134,6 +140,7 @@ def prepare(
         with view.doing("tokenizing and fingerprinting the rows"):
             data = tokenize(settings, args, sources, tokenizer)
             defects = find_defects(data, tokenizer, model, args.max_length)
+            defects += packing_mask(args, attention_of(model.config))
             data_print = fingerprint(data.train, data.held_out)
         rate = _fitted_rate(settings, args, optimizer, data)
         if rate is not None:
