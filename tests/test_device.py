@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from qriemann.config import settings_from
 from qriemann.config.arguments import training_arguments
 from qriemann.device import compute_device, compute_dtype, describe_device, describe_shortage, explaining_memory
 from qriemann.errors import InputError, ShortMemoryError
-from qriemann.memory.dry_run import packing_mask
 from qriemann.memory.plan import plan
 from qriemann.training.prepare import prepare
 from qriemann.upstream import take_one_gpu
@@ -191,18 +189,3 @@ def test_the_allocator_grows_its_blocks_unless_the_user_has_set_it(variables, ex
         [sys.executable, "-c", code], env=clean | variables, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == expected
-
-
-def test_a_packed_batch_whose_mask_is_large_is_noted_with_the_remedy():
-    def defects(attention="sdpa", **changes):
-        usual = {"packing": True, "packing_strategy": "bfd", "per_device_train_batch_size": 8, "max_length": 2048}
-        args = SimpleNamespace(**{**usual, "gradient_accumulation_steps": 2, **changes})
-        return [str(defect) for defect in packing_mask(args, attention)]
-
-    (line,) = defects()
-    # Two bytes for each of 16,384 squared pairs.
-    assert "16384 x 16384 pairs under a mask of 0.50 GiB" in line
-    assert "per_device_train_batch_size: 1 and gradient_accumulation_steps: 16" in line
-    for changes in ({"packing": False}, {"packing_strategy": "wrapped"}, {"per_device_train_batch_size": 1}):
-        assert not defects(**changes)
-    assert not defects("flash_attention_2")

@@ -141,7 +141,12 @@ def trained_token_count(dataset: Dataset) -> int:
 
 def token_count(dataset: Dataset) -> int:
     """Number of tokens, with a label or without."""
-    return sum(map(len, _label_rows(dataset)))
+    return sum(token_lengths(dataset))
+
+
+def token_lengths(dataset: Dataset) -> list[int]:
+    """Number of tokens of each row."""
+    return [len(labels) for labels in _label_rows(dataset)]
 
 
 def _label_rows(dataset: Dataset) -> Iterator[np.ndarray]:

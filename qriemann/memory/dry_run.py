@@ -29,8 +29,6 @@ from qriemann.upstream import TrainerCounts, attention_of
 _PROBE_TOKENS = 32
 # The logits of a sample that does not see the other differ by rounding alone.
 _PROBE_RTOL = 1e-2
-# Tokens of a packed batch from which its mask is worth a line: 0.1 GiB in half precision.
-_LONG_ROW = 8192
 
 
 @dataclass(frozen=True)
@@ -210,24 +208,6 @@ def mixed_samples(trainer: Any, data: TokenizedData) -> list[Defect]:
             f"packing_strategy {trainer.args.packing_strategy})",
             "set packing_strategy: bfd with attn_implementation: sdpa or flash_attention_2, or packing: false",
             error=True,
-        )
-    ]
-
-
-def packing_mask(args: Any, attention: str) -> list[Defect]:
-    """A notice where the rows of a packed batch become one long row whose attention is computed whole, mask and all."""
-    rows = args.per_device_train_batch_size
-    tokens = rows * (args.max_length or 0)
-    one_row = args.packing and args.packing_strategy != "wrapped" and attention in ("sdpa", "eager")
-    if not one_row or rows == 1 or tokens < _LONG_ROW:
-        return []
-    return [
-        Defect(
-            "packing-mask",
-            f"packing lays the {rows} rows of a batch into one of {tokens} tokens, and attention {attention} computes all "
-            f"{tokens} x {tokens} pairs under a mask of {2 * tokens**2 / GIB:.2f} GiB",
-            f"set per_device_train_batch_size: 1 and gradient_accumulation_steps: {rows * args.gradient_accumulation_steps}, "
-            "or attn_implementation: flash_attention_2",
         )
     ]
 

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from qriemann.data.defects import Defect, preview, refuse
-from qriemann.data.tokenized import trained_token_count
+from qriemann.data.tokenized import token_lengths, trained_token_count
 from qriemann.memory.dry_run import (
     Measured,
     evaluation_too_large,
@@ -110,7 +110,7 @@ def _measure(prepared: Prepared, planned: Plan, vram_gib: float | None) -> Check
         if data.held_out is not None:
             evaluation, too_large = measure_evaluation_batch(trainer, counted=on_cpu)
             defects += too_large
-    lengths = [len(ids) for batch in data.train.iter(1000) for ids in batch["input_ids"]]
+    lengths = token_lengths(data.train)
     return Check(
         defects=(*defects, *_too_large(training, evaluation, planned, vram_gib)),
         rows=len(data.train),

@@ -30,11 +30,11 @@ from qriemann.config import Settings
 from qriemann.config.arguments import describe_settings, run_dtype, training_arguments
 from qriemann.data.chat_mask import adjust_tokenizer
 from qriemann.data.defects import Defect, find_defects
-from qriemann.data.tokenized import TokenizedData, fingerprint, token_count
+from qriemann.data.tokenized import TokenizedData, fingerprint, token_count, token_lengths
 from qriemann.device import describe_device, refuse_unused_gpu
 from qriemann.distributed import is_main_process, process_count, run_on_main
 from qriemann.folder.lock import refuse_if_held
-from qriemann.memory.dry_run import packing_mask
+from qriemann.memory.batch_shape import much_padding, packing_mask
 from qriemann.optim.methods import find_method, rate_for_steps
 from qriemann.training.display import PlainView, make_view, no_view
 from qriemann.training.inputs import read_base, read_rows, tokenize
@@ -140,7 +140,7 @@ def prepare(
         with view.doing("tokenizing and fingerprinting the rows"):
             data = tokenize(settings, args, sources, tokenizer)
             defects = find_defects(data, tokenizer, model, args.max_length)
-            defects += packing_mask(args, attention_of(model.config))
+            defects += [*packing_mask(args, attention_of(model.config)), *much_padding(args, token_lengths(data.train))]
             data_print = fingerprint(data.train, data.held_out)
         rate = _fitted_rate(settings, args, optimizer, data)
         if rate is not None:

@@ -33,6 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # NumPy, which interprets the kernels, says so of NaN that the tests put in.
         item.add_marker(pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"))
+        # So does torch, which is asked for deterministic algorithms for the sake of that NaN.
+        item.add_marker(pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation:UserWarning"))
         if torch.cuda.is_available():
             # On a card every test of the kernels is one of the card.
             item.add_marker(pytest.mark.gpu)
