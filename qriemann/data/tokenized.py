@@ -139,11 +139,6 @@ def trained_token_count(dataset: Dataset) -> int:
     return sum(int((np.asarray(labels) != IGNORED).sum()) for labels in _label_rows(dataset))
 
 
-def token_count(dataset: Dataset) -> int:
-    """Number of tokens, with a label or without."""
-    return sum(token_lengths(dataset))
-
-
 def token_lengths(dataset: Dataset) -> list[int]:
     """Number of tokens of each row."""
     return [len(labels) for labels in _label_rows(dataset)]
