@@ -1,4 +1,4 @@
-"""Where the kernels run: on the CUDA device if there is one, else in Triton's interpreter on the CPU.
+"""Where the kernels run: with `-m gpu` on the CUDA device, else in Triton's interpreter on the CPU.
 
 The interpreter has to be chosen before Triton is imported, for the whole process. So these tests are no part of `pytest`
 alone, and without a GPU they refuse to run beside others, whose optimizers would be interpreted too.
