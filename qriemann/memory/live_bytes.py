@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-GIB = 2**30
+from qriemann.device import GIB
+
 # Assumed: the CUDA context with the loaded kernels and cuBLAS' workspace, as current drivers report it for small programs.
 CONTEXT = int(0.5 * GIB)
 
