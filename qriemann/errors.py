@@ -10,3 +10,7 @@ class InputError(ValueError):
 
 class MissingExtraError(InputError, ImportError):
     """An optional dependency is not installed; the message names the `pip install` that brings it."""
+
+
+class ShortMemoryError(InputError):
+    """An allocation failed: the GPU or the machine has too little memory for what was asked."""

@@ -64,9 +64,27 @@ def _exit_status(run: Callable[[], int], *, debug: bool) -> int:
             raise
         print(f"qriemann: this needs the package {name}, which is not installed; pip install {name}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if debug or not _is_shortage(error):
+            raise
+        from qriemann.device import describe_shortage
+
+        print(
+            f"qriemann: out of memory: {describe_shortage(error)}; end what else uses it, or take a smaller batch or model",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt as error:
         print("qriemann: interrupted", file=sys.stderr)
         return getattr(error, "exit_status", 130)
+
+
+def _is_shortage(error: BaseException) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from qriemann.device import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -361,6 +361,15 @@ def gguf_parsed_once(parts: Sequence[Path] = ()) -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
+def take_one_gpu(args: Any) -> None:
+    """Lets a process that no launcher started train on its first visible GPU, the device of the arguments, alone.
+
+    transformers would wrap the model in `nn.DataParallel` for all of them, which TRL refuses. Ask for the arguments' device
+    first. tests/test_device.py
+    """
+    args._n_gpu = min(args.n_gpu, 1)
+
+
 def is_4_bit(layer: Any) -> bool:
     """Whether the layer is a `Linear4bit` of bitsandbytes, told by the switch that `keep_unpacked` needs."""
     return hasattr(layer, "support_avx512bf16_for_cpu")

@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +20,45 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides every GPU but from `-m gpu`: what the other tests say holds for the CPU, whatever the machine has."""
+    if _wants_gpu(config):
+        # Without it cuBLAS warns wherever a test asks for deterministic algorithms, and warnings are errors.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Collects the kernels' tests with `-m gpu`: compiled, they need no process of their own."""
+    if not _wants_gpu(config) or collection_path != Path(__file__).parent / "ops" / "triton":
+        return None
+    import torch
+
+    return False if torch.cuda.is_available() else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu, which shows it"))
+
+
+def _wants_gpu(config: pytest.Config) -> bool:
+    return re.search(r"(?<!not )\bgpu\b", config.option.markexpr or "") is not None
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Two to four processes for whole folders; none for named files, where importing torch again costs more than it saves."""
     named = any(".py" in argument for argument in config.args)
-    return 0 if named else min(4, os.cpu_count() or 1)
+    # One process on the card: each would hold a CUDA context of its own.
+    return 0 if named or _wants_gpu(config) else min(4, os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -31,6 +31,7 @@ from qriemann.base.gguf import load_gguf, resolve_gguf
 from qriemann.base.host_embedding import keep_embeddings_on_host
 from qriemann.base.load_errors import explain
 from qriemann.base.quantized import protect_quantized_weights
+from qriemann.device import compute_device, compute_dtype, describe_device, explaining_memory
 from qriemann.errors import InputError, MissingExtraError
 from qriemann.upstream import gguf_parsed_once, has_causal_lm, is_4_bit, quiet, set_compute_dtype, set_name
 
@@ -85,13 +86,15 @@ def load_base(
     """
     if quantize not in ("nf4", None):
         raise InputError(f"quantize must be 'nf4' or None (no quantization), got {quantize!r}")
-    place = _resolve_device(device)
+    place = compute_device(device)
     if offload_embeddings and place.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             "offload_embeddings must be false with several processes, got true: data parallelism needs every weight on its "
             "process' GPU; remove the key"
         )
-    compute_dtype = _resolve_dtype(dtype, place)
+    chosen_dtype = compute_dtype(place, dtype)
+    if dtype is None and place.type == "cuda" and chosen_dtype == torch.float32:
+        logger.warning("computing on %s", describe_device(place, chosen_dtype))
     name = os.fspath(name_or_path)
     gguf_path = resolve_gguf(name)
     if quantize is not None:
@@ -101,20 +104,21 @@ def load_base(
         options["attn_implementation"] = attn_implementation
 
     try:
-        with noting_what_is_quantized() as not_finite:
+        change = _cheaper_to_load(place, quantize, offload_embeddings)
+        with explaining_memory(f"loading {name}", change), noting_what_is_quantized() as not_finite:
             if gguf_path is not None:
-                model, tokenizer = load_gguf(gguf_path, _load_plan(quantize, compute_dtype, place), options)
+                model, tokenizer = load_gguf(gguf_path, _load_plan(quantize, chosen_dtype, place), options)
             else:
                 folder = _check_folder(name)
                 source = name if folder is None else str(folder)
                 model, tokenizer = _load_pretrained(
                     source,
                     quantize,
-                    compute_dtype,
+                    chosen_dtype,
                     place,
                     options | {"revision": revision, "use_safetensors": None if allow_pickle else True},
                 )
-    except (InputError, MemoryError, torch.OutOfMemoryError):
+    except InputError:
         raise
     # Broken files make transformers raise exceptions of any type.
     except Exception as error:
@@ -168,38 +172,12 @@ def read_config(
     return config
 
 
-def _resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device to load on; with several processes, the GPU of this one's rank."""
-    if device is None:
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    # A build without CUDA raises AssertionError, a missing GPU AcceleratorError (a RuntimeError), a bad type TypeError.
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        present = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise InputError(f"device must be one of {', '.join(present)} on this machine, got {str(device)!r}") from error
-    return place
-
-
-def _resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """The float dtype named by `dtype`, or the one to use on `device`."""
-    if dtype is None:
-        if device.type != "cuda":
-            return torch.float32
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
-        logger.warning(
-            "%s does not compute in bfloat16: float32 is used; dtype='float16' is faster, with the trainer's fp16=True",
-            torch.cuda.get_device_name(device),
-        )
-        return torch.float32
-    resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if resolved not in (torch.float32, torch.bfloat16, torch.float16):
-        raise InputError(f"dtype must be float32, bfloat16, float16 or None (chosen by the device), got {dtype!r}")
-    return resolved
+def _cheaper_to_load(device: torch.device, quantize: str | None, offload_embeddings: bool) -> str:
+    if quantize is None:
+        return "load it in 4 bit (quantize: nf4)"
+    if device.type == "cuda" and not offload_embeddings:
+        return "end what else uses the GPU, set offload_embeddings: true, or take a smaller model"
+    return "end what else uses the memory, or take a smaller model"
 
 
 def _hold_dense(model: PreTrainedModel) -> None:

@@ -16,6 +16,7 @@ from qriemann.adapters.saved import adapter_folder, read_adapter, saved_tokenize
 from qriemann.base.chat_template import render
 from qriemann.base.load import load_base
 from qriemann.checkpoints.fingerprints import other_base
+from qriemann.device import describe_device, explaining_memory
 from qriemann.errors import InputError
 from qriemann.folder.contents import read_folder
 from qriemann.upstream import quiet
@@ -173,7 +174,10 @@ class Session:
         )
         if chosen.seed is not None:
             torch.manual_seed(chosen.seed)
-        with torch.inference_mode():
+        with (
+            explaining_memory("answering", "/reset forgets the conversation, /set max_new_tokens N shortens answers"),
+            torch.inference_mode(),
+        ):
             self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -206,6 +210,7 @@ def load_session(
     # Bars would stand between the answers of a pipe.
     with quiet():
         session = _load(folder, base, quantize, device)
+    session.notes.append(f"computing on {describe_device(session.model.device, session.model.dtype)}")
     if session.tokenizer.chat_template is None:
         session.notes.append("the tokenizer has no chat template: what you write is continued as plain text")
     stored = session.model.generation_config

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from qriemann.cli import release, training
+from qriemann.cli import doctor, release, training
 from qriemann.cli.parser import Parser
 from qriemann.reporting import reporting
 
@@ -43,4 +43,5 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     training.add_commands(commands)
     release.add_commands(commands)
+    doctor.add_commands(commands)
     return parser

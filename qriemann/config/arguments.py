@@ -16,6 +16,7 @@ from trl import SFTConfig
 
 from qriemann.config.settings import FIXED, Settings
 from qriemann.config.values import PUBLIC_TOKEN_KEYS, redact
+from qriemann.device import compute_dtype, prefer_expandable_segments
 from qriemann.distributed import refuse_sharding
 from qriemann.errors import InputError, MissingExtraError
 from qriemann.folder.private import hide_credentials
@@ -43,7 +44,7 @@ def training_arguments(settings: Settings) -> SFTConfig:
         written["report_to"] = "none"
     own = {key: getattr(settings, key) for key in ("output_dir", "use_cpu", "trust_remote_code")}
     try:
-        args = SFTConfig(**{**_defaults(written, use_cpu=settings.use_cpu), **written, **own})
+        args = SFTConfig(**{**_defaults(settings, written), **written, **own})
     # Some values are read as the name of a file or a package.
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, ImportError) as error:
         reason = " ".join(str(error).split())
@@ -121,11 +122,24 @@ def describe_settings(settings: Settings, args: SFTConfig) -> dict[str, Any]:
     return json.loads(hide_credentials(json.dumps(redact(merged))))
 
 
-def _defaults(written: Mapping[str, Any], *, use_cpu: bool) -> dict[str, Any]:
-    on_gpu = torch.cuda.is_available() and not use_cpu
+def run_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    """The dtype that a run's model computes in on the device.
+
+    Raises:
+        InputError: as `compute_dtype`.
+    """
+    fp16 = settings.trl.get("fp16") and device.type == "cuda"
+    return compute_dtype(device, settings.dtype or ("float16" if fp16 else None))
+
+
+def _defaults(settings: Settings, written: Mapping[str, Any]) -> dict[str, Any]:
+    prefer_expandable_segments()
+    on_gpu = torch.cuda.is_available() and not settings.use_cpu
+    dtype = run_dtype(settings, torch.device("cuda" if on_gpu else "cpu"))
     defaults: dict[str, Any] = {
         # TRL's default is bf16 everywhere; on a CPU that is slower and less exact than float32.
-        "bf16": on_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
+        "bf16": on_gpu and dtype == torch.bfloat16,
+        "fp16": on_gpu and dtype == torch.float16,
         # Recomputing activations buys memory with time; a CPU run is short of time.
         "activation_checkpointing": on_gpu,
         "dataloader_pin_memory": on_gpu,
@@ -142,8 +156,9 @@ def _defaults(written: Mapping[str, Any], *, use_cpu: bool) -> dict[str, Any]:
         "disable_tqdm": True,
         "report_to": "none",
     }
-    if "fp16" in written:
-        del defaults["bf16"]
+    for key, other in (("fp16", "bf16"), ("bf16", "fp16")):
+        if key in written:
+            defaults.pop(other)
     if "eval_strategy" in written:
         del defaults["eval_steps"]
     strategy = written.get("eval_strategy", "steps")

@@ -168,6 +168,11 @@ def trained_token_count(dataset: Dataset) -> int:
     return sum(int((np.asarray(labels) != IGNORED).sum()) for labels in _label_rows(dataset))
 
 
+def token_lengths(dataset: Dataset) -> list[int]:
+    """Number of tokens of each row."""
+    return [len(labels) for labels in _label_rows(dataset)]
+
+
 def _label_rows(dataset: Dataset) -> Iterator[np.ndarray]:
     for batch in dataset.select_columns(["labels"]).with_format("numpy").iter(batch_size=1000):
         yield from batch["labels"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 from rich.table import Table
 
 from qriemann.adapters.saved import adapter_folder, read_adapter
 from qriemann.base.load import load_base
+from qriemann.device import compute_device, compute_dtype, describe_device, explaining_memory
 from qriemann.evaluation.reload import logits_of_rows
 from qriemann.evaluation.rows import Rows, load_rows
 from qriemann.evaluation.scorers import find_scorer
@@ -24,6 +25,7 @@ from qriemann.upstream import quiet
 
 _RESAMPLES, _LEVEL = 2_000, 0.95
 _MAX_ANSWER, _BATCH = 512, 16
+_LESS = "shorten the longest rows, end what else uses the GPU, or take a smaller model"
 
 
 @dataclass(frozen=True)
@@ -185,19 +187,21 @@ def _score(name: str, data: str, base: str | None, max_rows: int | None, scorer:
     for notice in rows.notices:
         console.print(f"note: {notice}", highlight=False)
     losses = [0.0] * len(rows.rows)
-    for index, logits in logits_of_rows(model, rows.rows):
-        losses[index] = F.cross_entropy(logits, torch.tensor(rows.rows[index]["targets"]), reduction="sum").item()
+    with explaining_memory("computing the loss", _LESS):
+        for index, logits in logits_of_rows(model, rows.rows):
+            losses[index] = F.cross_entropy(logits, torch.tensor(rows.rows[index]["targets"]), reduction="sum").item()
     tokens = [len(row["positions"]) for row in rows.rows]
     rule = find_scorer(scorer)
     scoring = [rule.prepare(right, row) for right, row in zip(rows.answers, rows.extra, strict=True)]
     answers: list[str] = []
     if rows.answers:
         console.print(f"Answering {len(rows.answers)} prompts ...", highlight=False)
-        answers = greedy_answers(model, tokenizer, rows, _MAX_ANSWER if rule.reads_on else None)
+        with explaining_memory("answering", _LESS):
+            answers = greedy_answers(model, tokenizer, rows, _MAX_ANSWER if rule.reads_on else None)
     scores = [score(said) for score, said in zip(scoring, answers, strict=True)]
     # Another model may be about to be loaded.
     del model
-    gc.collect()
+    clear_device_cache(garbage_collection=True)
     return Evaluation(Path(name).name, losses, tokens, answers, scores, scorer)
 
 
@@ -227,8 +231,10 @@ def greedy_answers(model: Any, tokenizer: Any, rows: Rows, limit: int | None = N
 def load_model(name: str, base: str | None, console: Console) -> tuple[Any, Any]:
     """An adapter on its base in 4 bit, or a model as it is stored; and its tokenizer."""
     if not (adapter_folder(name) / "adapter_config.json").is_file():
-        console.print(f"Loading {name} ...", highlight=False, soft_wrap=True)
-        return load_base(name, quantize=None)
+        device = compute_device()
+        where = describe_device(device, compute_dtype(device))
+        console.print(f"Loading {name} on {where} ...", highlight=False, soft_wrap=True)
+        return load_base(name, quantize=None, device=device)
     trained = load_trained(read_adapter(name), base, None, console, dtype=None)
     return trained.peft, trained.tokenizer
 

@@ -20,17 +20,22 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils.memory import clear_device_cache
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
 import qriemann
+from qriemann.adapters.saved import SavedAdapter
 from qriemann.base.gguf import EMBEDDED_MODEL
+from qriemann.device import compute_device, explaining_memory
+from qriemann.errors import ShortMemoryError
 from qriemann.evaluation import reload
 from qriemann.evaluation.reload import Differences, Row
 from qriemann.evaluation.rows import Rows
-from qriemann.evaluation.trained import Trained
+from qriemann.evaluation.trained import Trained, load_trained
 from qriemann.folder.contents import proof_rows
 
 # Largest relative difference of a tensor that only rounding explains. Measured on the embedded model: 1e-7 at float32; at
@@ -112,6 +117,33 @@ def record(trained: Trained, rows: Rows, path: Path) -> Recording:
         return Recording(path, rows.rows, reload.differences(model, rows.rows, path))
 
 
+def load_and_record(
+    saved: SavedAdapter, base: str | None, revision: str | None, data: str | None, path: Path, console: Console
+) -> tuple[Trained, Rows, Recording]:
+    """The trained model, the rows of the proof and what the model says to them; on the CPU where the card is too small.
+
+    Raises:
+        InputError: as `load_trained` and `load_rows`.
+    """
+
+    def attempt(device: str | None) -> tuple[Trained, Rows, Recording]:
+        trained = load_trained(saved, base, revision, console, device=device)
+        rows = trained.proof_rows(data, console)
+        console.print(f"Recording the trained model on {rows.source}, {rows.tokens} tokens ...", highlight=False)
+        with explaining_memory("recording the trained model", "shorten the longest rows of --data"):
+            return trained, rows, record(trained, rows, path)
+
+    try:
+        return attempt(None)
+    except ShortMemoryError as error:
+        if compute_device().type == "cpu":
+            raise
+        console.print(f"{error}: on the CPU instead", highlight=False, soft_wrap=True)
+    # Not in the handler: the exception keeps what was on the card alive.
+    clear_device_cache(garbage_collection=True)
+    return attempt("cpu")
+
+
 def worst_weight(
     expected: Callable[[str], Tensor], names: Mapping[str, Any], read: Callable[[str], Tensor | None]
 ) -> tuple[float, str]:
@@ -134,9 +166,9 @@ def worst_weight(
     return worst
 
 
-def judge(written: list[Written], recording: Recording) -> list[Verdict]:
+def judge(written: list[Written], recording: Recording, console: Console) -> list[Verdict]:
     """The verdict on each folder; those whose weights are right are loaded in a fresh process."""
-    found = iter(_reload([one for one in written if one.weights_are_right], recording))
+    found = iter(_reload([one for one in written if one.weights_are_right], recording, console))
     return [_verdict(one, next(found) if one.weights_are_right else None) for one in written]
 
 
@@ -160,14 +192,16 @@ def far_from_trained(found: Mapping[str, Any], max_kl: float, what: str) -> list
     return [f"mean KL to {what} is {found['mean_kl']:.2e} nats a token, above {max_kl:.0e}"]
 
 
-def _reload(written: list[Written], recording: Recording) -> list[dict[str, Any]]:
+def _reload(written: list[Written], recording: Recording, console: Console) -> list[dict[str, Any]]:
     """What a fresh process finds in each folder."""
     if not written:
         return []
+    models = [(str(one.folder.resolve()), *_compute_on(one.folder)) for one in written]
+    where = " and ".join(dict.fromkeys(f"on {device} in {dtype}" for _, dtype, device in models))
+    console.print(f"Loading what was written in a fresh process, {where} ...", highlight=False)
     request, result = recording.path.with_name("request.json"), recording.path.with_name("result.json")
     content = {
-        "models": [(str(one.folder.resolve()), _compute_dtype(one.folder)) for one in written],
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "models": models,
         "rows": recording.rows,
         "recorded": str(recording.path),
         "result": str(result),
@@ -183,13 +217,19 @@ def _reload(written: list[Written], recording: Recording) -> list[dict[str, Any]
     return json.loads(result.read_text("utf-8"))
 
 
-def _compute_dtype(folder: Path) -> str:
-    """float32, or half of it where that does not fit into memory."""
+def _compute_on(folder: Path) -> tuple[str, str]:
+    """The dtype and the device for the proof: float32 on the card where the model fits beside what is there, else the CPU.
+
+    On the CPU half precision stays half where float32 does not fit.
+    """
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     dtype = json.loads((folder / "config.json").read_text("utf-8")).get("dtype", "float32")
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    # Twice the files for half precision; 4-bit weights stay as they are. A third for logits and activations.
-    return dtype if dtype != "float32" and 2 * stored > free * 2 / 3 else "float32"
+    # Half precision doubles, and so do the floats beside 4-bit weights; a GiB for logits, activations and libraries.
+    needed = 1.1 * stored * (1 if dtype == "float32" else 2) + 2**30
+    if torch.cuda.is_available() and needed <= torch.cuda.mem_get_info()[0]:
+        return "float32", "cuda"
+    fits = dtype == "float32" or needed <= psutil.virtual_memory().available
+    return "float32" if fits else dtype, "cpu"
 
 
 def describe(trained: Trained, rows: Rows, untrained: Differences) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The script must not import this project, so that it loads what anybody else woul
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -88,14 +89,28 @@ def differences(model: Any, rows: list[Row], recorded: Path) -> Differences:
     )
 
 
-def load_and_compare(folder: str, dtype: str, request: dict[str, Any]) -> dict[str, Any]:
+def load_and_compare(folder: str, dtype: str, device: str, request: dict[str, Any]) -> dict[str, Any]:
     """The differences of the model in the folder, or under `failure` why it does not load as it should."""
+    try:
+        return _load_and_compare(folder, dtype, device, request)
+    except torch.OutOfMemoryError:
+        if device == "cpu":
+            raise
+    # Not in the handler: the exception keeps what was on the card alive.
+    gc.collect()
+    torch.cuda.empty_cache()
+    return _load_and_compare(folder, dtype, "cpu", request)
+
+
+def _load_and_compare(folder: str, dtype: str, device: str, request: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), device_map={"": request["device"]}, output_loading_info=True
+            folder, dtype=getattr(torch, dtype), device_map={"": device}, output_loading_info=True
         )
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever is wrong with the files, it is a finding
         return {"failure": f"it does not load: {type(error).__name__}: {str(error).splitlines()[0]}"}
     for kind, names in report.items():
@@ -112,7 +127,7 @@ def load_and_compare(folder: str, dtype: str, request: dict[str, Any]) -> dict[s
 def main(request_path: str) -> None:
     """Compares each folder that the request names, one after the other, and writes what it found."""
     request = json.loads(Path(request_path).read_text("utf-8"))
-    results = [load_and_compare(folder, dtype, request) for folder, dtype in request["models"]]
+    results = [load_and_compare(folder, dtype, device, request) for folder, dtype, device in request["models"]]
     Path(request["result"]).write_text(json.dumps(results), "utf-8")
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qriemann.adapters.saved import SavedAdapter, saved_tokenizer
 from qriemann.base.load import load_base
 from qriemann.checkpoints.fingerprints import other_base
+from qriemann.device import compute_device, compute_dtype, describe_device
 from qriemann.evaluation.rows import Rows, load_rows
 
 _MAX_LENGTH, _MAX_TOKENS = 1024, 2048
@@ -94,21 +95,30 @@ class Trained:
 
 
 def load_trained(
-    saved: SavedAdapter, base: str | None, revision: str | None, console: Console, *, dtype: str | None = "float32"
+    saved: SavedAdapter,
+    base: str | None,
+    revision: str | None,
+    console: Console,
+    *,
+    dtype: str | None = "float32",
+    device: str | None = None,
 ) -> Trained:
     """The 4-bit base with the adapter, in eval mode.
 
     Args:
         base, revision: instead of those that the adapter names.
-        dtype: as `load_base` takes it. A proof computes in float32, so that what it finds is not the computation's rounding.
+        dtype, device: as `load_base` takes them. A proof computes in float32, so that what
+            it finds is not the computation's rounding.
 
     Raises:
         InputError: the base cannot be had, or the adapter does not fit it.
     """
     name = saved.base(base)
     revision = revision or (saved.config.revision if base is None else None)
-    console.print(f"Loading {name} in 4 bit ...", highlight=False)
-    model, tokenizer = load_base(name, dtype=dtype, revision=revision)
+    place = compute_device(device)
+    where = describe_device(place, compute_dtype(place, dtype))
+    console.print(f"Loading {name} in 4 bit on {where} ...", highlight=False, soft_wrap=True)
+    model, tokenizer = load_base(name, dtype=dtype, revision=revision, device=place)
     saved.check_fits(model, name)
     other = other_base(saved.folder, model, name)
     if other is not None:

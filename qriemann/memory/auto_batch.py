@@ -16,15 +16,16 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qriemann.device import describe_shortage, is_out_of_memory
 from qriemann.distributed import largest_over_processes, process_count
-from qriemann.errors import InputError
-from qriemann.memory.dry_run import longest_rows, measure
+from qriemann.errors import InputError, ShortMemoryError
+from qriemann.memory.dry_run import cheapest_change, longest_rows, measure
 from qriemann.memory.live_bytes import GIB, free_bytes
 from qriemann.upstream import TrainerCounts
 
@@ -138,8 +139,8 @@ class AutoBatch(TrainerCallback):
         chosen = -largest_over_processes(-chosen)
         if not chosen:
             raise InputError(
-                f"a single row of {lengths[0]} tokens does not fit into {free / GIB:.2f} GiB; lower max_length, or set "
-                "activation_checkpointing: true"
+                f"a single row of {lengths[0]} tokens does not fit into {free / GIB:.2f} GiB; "
+                f"{cheapest_change(self._trainer.args, 1)}"
             )
         return BatchFit(
             rows=chosen,
@@ -166,7 +167,7 @@ class AutoBatch(TrainerCallback):
         try:
             taken = measure(trainer, rows, lambda inputs: self._take_parts(trainer.model, [inputs]), counted=True)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         finally:
             del trainer.accelerator.gather_for_metrics
@@ -183,13 +184,13 @@ class AutoBatch(TrainerCallback):
             try:
                 return self._take_parts(model, _parts(inputs, fit), num_items_in_batch)
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 # Other processes may be in the middle of a collective operation, which cannot be aborted.
                 if fit.rows == 1 or process_count() > 1:
-                    raise InputError(
-                        f"{fit.rows} rows at once do not fit into memory: {str(error).splitlines()[0]}; lower max_length, "
-                        "or set activation_checkpointing: true"
+                    raise ShortMemoryError(
+                        f"{fit.rows} rows at once do not fit into memory: {describe_shortage(error)}; "
+                        f"{cheapest_change(trainer.args, 1)}"
                     ) from error
             trainer.optimizer.zero_grad(set_to_none=True)
             undo_counts()
@@ -209,10 +210,6 @@ class AutoBatch(TrainerCallback):
             with contextlib.nullcontext() if last else trainer.accelerator.no_sync(model):
                 losses.append(self._take_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def _parts(inputs: dict[str, Any], fit: BatchFit) -> list[dict[str, Any]]:

@@ -20,9 +20,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qriemann.adapters.loi import preserved_rng
 from qriemann.data.defects import Defect, refuse
 from qriemann.data.tokenized import TokenizedData
-from qriemann.errors import InputError
+from qriemann.device import describe_shortage, explaining_memory, is_out_of_memory
 from qriemann.folder.records import peak_gib
-from qriemann.memory.live_bytes import count_peak
+from qriemann.memory.live_bytes import GIB, card_bytes, count_peak
 from qriemann.upstream import TrainerCounts, attention_of
 
 # Tokens of each of two packed samples: enough for one to see the other, cheap to compute.
@@ -39,6 +39,7 @@ class Measured:
         rows, tokens: of the batch, and of its longest row, padding included.
         seconds: wall clock.
         peak_gib: of the process so far: allocated on a GPU, resident on a CPU.
+        card_gib: of a GPU, with what the allocator reserves beyond that and the CUDA context; 0 on a CPU.
         counted: most bytes allocated at once beyond what was held before; None if they were not counted.
     """
 
@@ -46,6 +47,7 @@ class Measured:
     tokens: int
     seconds: float
     peak_gib: float
+    card_gib: float
     counted: int | None
 
 
@@ -116,14 +118,22 @@ def measure_training_batch(trainer: Any, *, counted: bool = False, keep_gradient
         trainer.current_gradient_accumulation_steps = 1
         trainer.training_step(trainer.model_wrapped, inputs)
 
-    try:
+    longest = max(len(row["input_ids"]) for row in rows)
+    what = f"taking the longest batch, {len(rows)} rows of up to {longest} tokens, through the model"
+    with explaining_memory(what, cheapest_change(trainer.args, len(rows))):
         return measure(trainer, rows, run, counted=counted, keep_gradients=keep_gradients)
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"the longest batch, {len(rows)} rows of up to {max(len(row['input_ids']) for row in rows)} tokens, does not "
-            "fit into memory; lower per_device_train_batch_size and raise gradient_accumulation_steps, set "
-            "activation_checkpointing: true, or lower max_length"
-        ) from error
+
+
+def cheapest_change(args: TrainingArguments, rows: int) -> str:
+    """What to change when so many rows at once run out of memory, from what costs time alone to what changes the learning."""
+    if rows > 1 and args.per_device_train_batch_size > 1:
+        half = args.per_device_train_batch_size // 2
+        steps = args.per_device_train_batch_size * args.gradient_accumulation_steps / half
+        same = f" and gradient_accumulation_steps: {steps:.0f}" if steps == int(steps) else ""
+        return f"set per_device_train_batch_size: {half}{same}, or auto_batch: true"
+    if not args.activation_checkpointing:
+        return "set activation_checkpointing: true"
+    return "lower max_length; qriemann plan --vram finds the longest that fits"
 
 
 def measure_step(trainer: Any) -> float:
@@ -144,8 +154,10 @@ def measure_evaluation_batch(trainer: Any, *, counted: bool = False) -> tuple[Me
 
     try:
         return measure(trainer, rows, run, counted=counted), []
-    except torch.OutOfMemoryError:
-        return None, [evaluation_too_large(len(rows), "out of memory")]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None, [evaluation_too_large(len(rows), f"out of memory: {describe_shortage(error)}")]
 
 
 def measure(
@@ -157,15 +169,20 @@ def measure(
     keep_gradients: bool = False,
 ) -> Measured:
     """Calls `run` with the collated rows and undoes what it leaves behind; `run` may raise."""
-    inputs = trainer.data_collator(rows)
-    counting = count_peak(trainer.model, trainer.args.device) if counted else nullcontext()
+    inputs, device = trainer.data_collator(rows), trainer.args.device
+    if device.type == "cuda":
+        # Loading the weights does not count, nor what the allocator kept of it.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    counting = count_peak(trainer.model, device) if counted else nullcontext()
     with _left_as_it_was(trainer, keep_gradients=keep_gradients), counting as count, _timed(trainer) as seconds:
         run(inputs)
     return Measured(
         rows=len(rows),
         tokens=inputs["input_ids"].shape[1],
         seconds=seconds(),
-        peak_gib=peak_gib(trainer.args.device),
+        peak_gib=peak_gib(device),
+        card_gib=card_bytes(device) / GIB if device.type == "cuda" else 0.0,
         counted=count() if count else None,
     )
 
@@ -225,11 +242,14 @@ def _second_logits(trainer: Any, first: list[int], second: list[int]) -> Tensor:
 
 @contextmanager
 def _timed(trainer: Any) -> Iterator[Callable[[], float]]:
-    times = [time.perf_counter()]
+    def now() -> float:
+        if trainer.args.device.type == "cuda":
+            torch.cuda.synchronize(trainer.args.device)
+        return time.perf_counter()
+
+    times = [now()]
     yield lambda: times[1] - times[0]
-    if trainer.args.device.type == "cuda":
-        torch.cuda.synchronize(trainer.args.device)
-    times.append(time.perf_counter())
+    times.append(now())
 
 
 @contextmanager

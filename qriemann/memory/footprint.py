@@ -24,17 +24,15 @@ from qriemann.base.load import read_config
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter
 from qriemann.geometry.point import FixedRankPoint
-from qriemann.memory.live_bytes import GIB, adapter_tensors, total_bytes
+from qriemann.memory.live_bytes import CONTEXT, GIB, adapter_tensors, total_bytes
 from qriemann.memory.meta_step import QuantizedLinear, count_step, meta_model, nf4_bytes
 from qriemann.optim.methods import find_method
 from qriemann.upstream import quiet
 
 if TYPE_CHECKING:
     from qriemann.config import Settings
-from qriemann.config.arguments import training_arguments
+from qriemann.config.arguments import run_dtype, training_arguments
 
-# Assumed: the CUDA context with the loaded kernels and cuBLAS' workspace, as current drivers report it for small programs.
-CONTEXT = int(0.5 * GIB)
 # Python with torch, transformers, TRL and bitsandbytes loaded, resident on Linux before any model.
 _PROCESS = int(0.55 * GIB)
 
@@ -91,9 +89,7 @@ def read_run(settings: Settings, *, dense_copies: bool = True) -> tuple[Footprin
     if not settings.model_name_or_path:
         raise InputError("plan needs a model: add the key model_name_or_path")
     on_gpu = not settings.use_cpu
-    dtype = getattr(torch, settings.dtype or ("bfloat16" if on_gpu else "float32"), None)
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"dtype must be bfloat16, float16 or float32 for a plan, got {settings.dtype!r}")
+    dtype = run_dtype(settings, torch.device("cuda" if on_gpu else "cpu"))
     method = find_method(settings.method)
     # On a machine without a GPU the default is that of a CPU run.
     checkpointing = args.activation_checkpointing if "activation_checkpointing" in settings.written else on_gpu
@@ -200,6 +196,16 @@ class Footprint:
         matrix = model.get_input_embeddings().weight
         movable = workload.on_gpu and not (has_tied_embeddings(model) or matrix.requires_grad)
         return total_bytes([matrix]) if movable else 0
+
+    def merge_bytes(self, workload: Workload) -> tuple[int, int]:
+        """Bytes in float32 of what `merge` loads: the base that training saw, in 4 bit, and the model that it has written."""
+        recorded = merged = 0
+        four_bit = {id(m.weight) for m in self.model(workload).modules() if isinstance(m, QuantizedLinear)}
+        for name, parameter in self.model(workload).named_parameters():
+            if "lora_" not in name:
+                merged += 4 * parameter.numel()
+                recorded += nf4_bytes(parameter.numel()) if id(parameter) in four_bit else 4 * parameter.numel()
+        return recorded, merged
 
     def computed(self, workload: Workload) -> tuple[str, Counter[str]]:
         """The phase of a step that allocates most beyond what is stored, and its bytes by part."""

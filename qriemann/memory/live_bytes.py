@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-GIB = 2**30
+from qriemann.device import GIB
+
+# Assumed: the CUDA context with the loaded kernels and cuBLAS' workspace, as current drivers report it for small programs.
+CONTEXT = int(0.5 * GIB)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -97,6 +100,11 @@ def adapter_tensors(model: nn.Module) -> list[Tensor]:
 def total_bytes(tensors: Iterable[Tensor]) -> int:
     """The bytes of the distinct tensors."""
     return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+
+
+def card_bytes(device: torch.device) -> int:
+    """The most bytes of a GPU that this process has held at once, with torch's reserve and the CUDA context."""
+    return torch.cuda.max_memory_reserved(device) + CONTEXT
 
 
 def free_bytes(device: torch.device) -> int:

@@ -18,7 +18,6 @@ from qriemann.adapters.saved import LoraFactors, read_adapter
 from qriemann.adapters.spectrum import factored_svd
 from qriemann.errors import InputError
 from qriemann.evaluation import proof, reload
-from qriemann.evaluation.trained import load_trained
 from qriemann.folder.files import check_output
 from qriemann.folder.records import write_json
 from qriemann.release.atomic_folder import Released, move_into_place, written_or_nothing
@@ -89,13 +88,11 @@ def export(
     )
 
     with quiet(), written_or_nothing(out) as partial:
-        trained = load_trained(saved, base, revision, console)
-        rows = trained.proof_rows(data, console)
-        _write(partial, saved.folder, _config(saved.config, truncated, rank), truncated)
-        trained.tokenizer.save_pretrained(partial)
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
-            console.print(f"Comparing on {rows.source}, {rows.tokens} tokens ...", highlight=False)
-            recording = proof.record(trained, rows, Path(scratch) / "recorded.safetensors")
+            recorded = Path(scratch) / "recorded.safetensors"
+            trained, rows, recording = proof.load_and_record(saved, base, revision, data, recorded, console)
+            _write(partial, saved.folder, _config(saved.config, truncated, rank), truncated)
+            trained.tokenizer.save_pretrained(partial)
             # From the files just written, by PEFT.
             trained.peft.load_adapter(str(partial), "truncated")
             trained.peft.set_adapter("truncated")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 from torch import Tensor
 from transformers import GenerationConfig
@@ -19,7 +19,7 @@ from qriemann.adapters.saved import read_adapter
 from qriemann.errors import InputError
 from qriemann.evaluation import proof
 from qriemann.evaluation.proof import Written
-from qriemann.evaluation.trained import Trained, load_trained
+from qriemann.evaluation.trained import Trained
 from qriemann.folder.contents import PROOF, read_folder
 from qriemann.folder.files import check_output
 from qriemann.folder.records import write_json
@@ -88,11 +88,9 @@ def merge(
     check_output(out)
     saved = read_adapter(adapter)
     with quiet(), written_or_nothing(out) as partial:
-        trained = load_trained(saved, base, revision, console)
-        rows = trained.proof_rows(data, console)
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
-            console.print(f"Recording the trained model on {rows.source}, {rows.tokens} tokens ...", highlight=False)
-            recording = proof.record(trained, rows, Path(scratch) / "recorded.safetensors")
+            recorded = Path(scratch) / "recorded.safetensors"
+            trained, rows, recording = proof.load_and_record(saved, base, revision, data, recorded, console)
             # In 4 bit comes last: it replaces the weights of the loaded model.
             order = sorted(bases, key=lambda name: name == "nf4")
             written = {}
@@ -103,11 +101,10 @@ def merge(
                 bound = _default_max_kl(name, stored) if max_kl is None else max_kl
                 written[name] = Written(folder, name, stored, worst, bound)
             described = proof.describe(trained, rows, recording.untrained)
-            # A second model is about to be loaded.
+            # Another process is about to load a model, and needs what this one has on the card.
             del trained
-            gc.collect()
-            console.print("Loading what was written in a fresh process ...", highlight=False)
-            verdicts = proof.judge([written[name] for name in bases], recording)
+            clear_device_cache(garbage_collection=True)
+            verdicts = proof.judge([written[name] for name in bases], recording, console)
         content = proof.conclude(described, verdicts)
         write_json(partial / PROOF, content)
         for one in written.values():

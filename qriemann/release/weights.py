@@ -87,7 +87,7 @@ def original_weights(base: str, revision: str | None = None) -> Mapping[str, Ten
     """The weights of a base before any quantization of ours.
 
     Args:
-        base: as `load_base` takes it. A GGUF file is dequantized to float32 in memory; anything else is read lazily.
+        base: as `load_base` takes it. A GGUF file is dequantized to float32 in host memory; anything else is read lazily.
         revision: of a Hub model.
 
     Raises:
@@ -98,7 +98,7 @@ def original_weights(base: str, revision: str | None = None) -> Mapping[str, Ten
         from qriemann.base.load import load_base
         from qriemann.evaluation.trained import Dequantized
 
-        return Dequantized(load_base(base, quantize=None, dtype="float32")[0])
+        return Dequantized(load_base(base, quantize=None, dtype="float32", device="cpu")[0])
     folder = path if path.is_dir() else _download(base, revision)
     if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
         raise InputError(

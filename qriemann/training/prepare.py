@@ -27,18 +27,26 @@ from qriemann.checkpoints.fingerprints import check_same_run, fingerprints
 from qriemann.checkpoints.manifest import FoundCheckpoint
 from qriemann.checkpoints.starting_point import starting_point
 from qriemann.config import Settings
-from qriemann.config.arguments import check_schedule, describe_settings, idle_without_rows, training_arguments
+from qriemann.config.arguments import (
+    check_schedule,
+    describe_settings,
+    idle_without_rows,
+    run_dtype,
+    training_arguments,
+)
 from qriemann.data.defects import Defect, find_defects
-from qriemann.data.tokenized import TokenizedData, fingerprint
+from qriemann.data.tokenized import TokenizedData, fingerprint, token_lengths
+from qriemann.device import describe_device, refuse_unused_gpu
 from qriemann.distributed import is_main_process, run_on_main
 from qriemann.folder.lock import refuse_if_held
+from qriemann.memory.batch_shape import much_padding, packing_mask
 from qriemann.optim.methods import find_method
 from qriemann.training.display import PlainView, make_view, no_view
 from qriemann.training.inputs import read_base, read_rows, tokenize
 from qriemann.training.loi_callback import recipe_callbacks
 from qriemann.training.publishing import push_target
 from qriemann.training.seam import for_trainer
-from qriemann.upstream import quiet
+from qriemann.upstream import attention_of, quiet, take_one_gpu
 
 if TYPE_CHECKING:
     from qriemann.base.dense_weights import DenseWeights
@@ -108,6 +116,8 @@ def prepare(
     started = time.perf_counter()
     view = view or make_view(settings.display)
     with quiet(bars=view.console.is_terminal):
+        if not settings.use_cpu:
+            refuse_unused_gpu()
         args = training_arguments(settings)
         push_to = push_target(settings, model)
         optimizer = _optimizer(settings, args)
@@ -117,7 +127,9 @@ def prepare(
         )
         # Asking for the device is what joins the processes of a launcher.
         device = args.device
+        take_one_gpu(args)
         view = view if is_main_process() else no_view()
+        view.note(f"computing on {describe_device(device, run_dtype(settings, device))}")
         if device.type == "cpu":
             keep_freed_memory()
         found = _free_folder(settings) if to_train else FoundCheckpoint(None)
@@ -137,6 +149,7 @@ def prepare(
         with view.doing("tokenizing and fingerprinting the rows"):
             data = tokenize(settings, args, sources, tokenizer)
             defects = find_defects(data, tokenizer, model, args.max_length)
+            defects += [*packing_mask(args, attention_of(model.config)), *much_padding(args, token_lengths(data.train))]
             data_print = fingerprint(data.train, data.held_out)
         idle = idle_without_rows(args) if data.held_out is None else None
         for notice in (dense, experts, *data.notices, idle):

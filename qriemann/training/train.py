@@ -20,12 +20,13 @@ from qriemann.checkpoints.signals import GracefulStop
 from qriemann.checkpoints.starting_point import begin_run, refuse_changed
 from qriemann.checkpoints.step_guard import StepEvent
 from qriemann.data.defects import refuse
+from qriemann.device import explaining_memory
 from qriemann.distributed import is_main_process, run_on_main
 from qriemann.errors import InputError
 from qriemann.folder import records
 from qriemann.folder.lock import hold
 from qriemann.memory.auto_batch import AutoBatch, BatchFit
-from qriemann.memory.dry_run import DryRun
+from qriemann.memory.dry_run import DryRun, cheapest_change
 from qriemann.training.display import PlainView, make_view, no_view
 from qriemann.training.monitor import Monitor
 from qriemann.training.outcome import TrainResult, describe_run, figures, show_result, since, summarize
@@ -102,7 +103,8 @@ class _Recorder:
         if settings.auto_batch:
             AutoBatch(self.trainer, report=self._keep_fit)
         try:
-            self.trainer.train(resume_from_checkpoint=prepared.found.path and str(prepared.found.path))
+            with explaining_memory("training", self._cheapest_change):
+                self.trainer.train(resume_from_checkpoint=prepared.found.path and str(prepared.found.path))
             if not stop.saved:
                 self._save_adapter()
             stop.stop_at_once()
@@ -113,6 +115,12 @@ class _Recorder:
             self._fail(error)
             raise
         return result
+
+    def _cheapest_change(self) -> str:
+        if not self.trainer.model.training:
+            return "lower per_device_eval_batch_size"
+        args = self.trainer.args
+        return cheapest_change(args, args.per_device_train_batch_size)
 
     def _save_adapter(self) -> None:
         defect = find_numeric_defect(self.trainer.model)

@@ -1,10 +1,11 @@
 """Measures what a method costs and how well it trains: `python recipes/measure COMMAND`; README.md has an example of each.
 
-step    times one optimizer step on all adapters of a model
-train   trains the same base with qriemann and with stock TRL, PEFT and AdamW
-beds    runs a plan of hundreds to thousands of steps on a bed where they are cheap
-study   runs a plan: every method at its best learning rate, several seeds
-report  writes the tables and plots of a study from its rows
+step       times one optimizer step on all adapters of a model
+train      trains the same base with qriemann and with stock TRL, PEFT and AdamW
+beds       runs a plan of hundreds to thousands of steps on a bed where they are cheap
+study      runs a plan: every method at its best learning rate, several seeds
+report     writes the tables and plots of a study from its rows
+on_a_card  proves on one GPU, in minutes, that what is right on a CPU is right there, and what it costs
 """
 
 import argparse
@@ -14,7 +15,14 @@ from collections.abc import Sequence
 
 from qriemann.reporting import reporting
 
-_MODULES = {"step": "bench_step", "train": "bench_train", "beds": "beds", "study": "study", "report": "report"}
+_MODULES = {
+    "step": "bench_step",
+    "train": "bench_train",
+    "beds": "beds",
+    "study": "study",
+    "report": "report",
+    "on_a_card": "on_a_card",
+}
 
 
 def main(arguments: Sequence[str]) -> int:

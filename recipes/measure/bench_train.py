@@ -35,6 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import SFTConfig, SFTTrainer
 
 import qriemann
+from qriemann.device import compute_dtype
 from qriemann.errors import InputError
 from qriemann.folder.records import peak_gib
 
@@ -139,7 +140,7 @@ def _trainer(name: str, task: Task, connection: Connection) -> SFTTrainer:
                 learning_rate=_ADAMW_LR,
                 max_length=None,
                 activation_checkpointing=task.checkpointing,
-                bf16=on_gpu and torch.cuda.is_bf16_supported(),
+                bf16=compute_dtype(torch.device(task.device)) == torch.bfloat16,
                 use_cpu=not on_gpu,
                 dataloader_pin_memory=on_gpu,
                 logging_steps=1,

@@ -177,7 +177,6 @@ def test_moving_the_model_moves_what_is_no_modules_buffer():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("start", ["zero", "offset"])
 def test_a_model_moved_to_the_gpu_computes_and_trains_there(start):
     model = with_lora(tiny_llama())

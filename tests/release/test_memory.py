@@ -20,20 +20,21 @@ _MEASURE = """
 import json, re, sys
 from pathlib import Path
 import qriemann.release.merge as merging
+from qriemann.evaluation import proof
 
 adapter, out, into, data, shard_gb = sys.argv[1:6]
-load, at_load = merging.load_trained, []
+load, at_load = proof.load_trained, []
 
 def kib(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
-def load_and_measure(*arguments):
-    trained = load(*arguments)
+def load_and_measure(*arguments, **options):
+    trained = load(*arguments, **options)
     Path("/proc/self/clear_refs").write_text("5")
     at_load.append(kib("VmRSS"))
     return trained
 
-merging.load_trained = load_and_measure
+proof.load_trained = load_and_measure
 # The 4-bit grid is a wreck for random weights of this depth, whatever the merge does.
 result = merging.merge(adapter, out, into=into, data=data, shard_gb=float(shard_gb), max_kl=100.0)
 assert result.accepted, result.verdicts

@@ -1,4 +1,4 @@
-"""Where the kernels run: on the CUDA device if there is one, else in Triton's interpreter on the CPU.
+"""Where the kernels run: with `-m gpu` on the CUDA device, else in Triton's interpreter on the CPU.
 
 The interpreter has to be chosen before Triton is imported, for the whole process. So these tests are no part of `pytest`
 alone, and without a GPU they refuse to run beside others, whose optimizers would be interpreted too.
@@ -27,12 +27,17 @@ def pytest_configure(config: pytest.Config) -> None:
     _speed_up_the_interpreter()
 
 
+# Before `-m gpu` chooses by the markers.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # NumPy, which interprets the kernels, says so of NaN that the tests put in.
         item.add_marker(pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"))
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        # So does torch, which is asked for deterministic algorithms for the sake of that NaN.
+        item.add_marker(pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation:UserWarning"))
+        if torch.cuda.is_available():
+            # On a card every test of the kernels is one of the card.
+            item.add_marker(pytest.mark.gpu)
 
 
 def _speed_up_the_interpreter() -> None:

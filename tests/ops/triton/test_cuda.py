@@ -23,6 +23,7 @@ def test_a_batch_of_layers_agrees_with_float64(rank, smallest, device):
         assert_accurate(layer, after, options)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("rank", [16, 64])
 def test_a_step_never_waits_for_the_device(rank, nesterov, device):
