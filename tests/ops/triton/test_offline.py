@@ -9,8 +9,6 @@ import sys
 
 import pytest
 
-from tests.elsewhere import ROOT
-
 # What the smallest of these cards gives one program, and the registers of one multiprocessor.
 SHARED_BYTES, REGISTERS = 99 * 1024, 65536
 # Bytes that a thread may spill. At rank 128 a program holds as much as a multiprocessor has registers.
@@ -20,10 +18,12 @@ SPILLED_BYTES = {8: 0, 16: 0, 32: 64, 64: 256, 128: 1280}
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
 @pytest.mark.parametrize("rank", SPILLED_BYTES)
-def test_every_kernel_fits_a_card(rank, capability):
+def test_every_kernel_fits_a_card(rank, capability, pytestconfig):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.ops.triton.offline", str(capability), str(rank)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=pytestconfig.rootpath, check=False
+    )
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)
     assert {kernel["name"] for kernel in kernels} == {
