@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +9,7 @@ from jaxtyping import Bool, Float
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
-from qriemann.geometry.parameter import FixedRankParameter
-from qriemann.geometry.point import FixedRankPoint
+from qriemann.geometry.parameter import Bases, FixedRankParameter
 from qriemann.upstream import LoraVariant
 
 
@@ -39,58 +37,58 @@ class _Dropout(NamedTuple):
         return bits.view(x.shape) >= self.sixteen_bit_rate - 2**15
 
 
-class _FixedRankProduct(torch.autograd.Function):
-    """s (U S V^T - U_0 S_0 V_0^T) x, with the tangent blocks G V and G^T U as the gradients of U and V.
+class _FixedRankSum(torch.autograd.Function):
+    """y + s (U S V^T - U_0 S_0 V_0^T) x, with the tangent blocks G V and G^T U as the gradients of U and V.
 
     Kept for backward: x itself, the same tensor that the other layers that read it keep, and its product with the bases, a
-    few columns for each token. Backward casts and drops x again, and folds the factors again.
+    few columns for each token. Backward casts and drops x again.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        y: Float[Tensor, "*tokens m"],
         x: Float[Tensor, "*tokens n"],
         u: Float[Tensor, "m r"],
         v_transposed: Float[Tensor, "r n"],
-        s: Float[Tensor, "r r"],
-        scaling: float,
-        offset: FixedRankPoint | None,
-        dtype: torch.dtype,
+        bases: Bases,
         dropout: _Dropout | None,
     ) -> Float[Tensor, "*tokens m"]:
+        dtype = bases.v.dtype
         seen = x.to(dtype) if dropout is None else x.to(dtype) * dropout.mask(x)
         # One product for the point and its offset, so that x is read once.
-        z = seen @ _beside(v_transposed.mT, offset and offset.v, dtype)
-        y = z @ _beside((u @ s) * scaling, offset and (offset.u @ offset.s) * -scaling, dtype).mT
-        ctx.save_for_backward(x, z[..., : s.shape[0]], u, v_transposed, s)
-        ctx.scaling, ctx.offset, ctx.dtype, ctx.dropout = scaling, offset, dtype, dropout
-        return y
+        z = seen @ bases.v
+        ctx.save_for_backward(x, z[..., : u.shape[1]])
+        # Not saved as tensors are: hooks would move them with the activations, layer by layer.
+        ctx.bases, ctx.version, ctx.dropout = bases, bases.v._version, dropout
+        z = z @ bases.core
+        # Into the base's output, for one launch and one tensor less. Autograd takes no view of a custom function's.
+        if y.dtype == dtype and y.is_contiguous() and not y._is_view():
+            y.view(-1, y.shape[-1]).addmm_(z.flatten(0, -2), bases.u.mT)
+            ctx.mark_dirty(y)
+            return y
+        return (z @ bases.u.mT).to(y.dtype).add_(y)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Float[Tensor, "*tokens m"]) -> tuple[Tensor | None, ...]:
-        x, z, u, v_transposed, s = ctx.saved_tensors
-        scaling, offset, dtype, dropout = ctx.scaling, ctx.offset, ctx.dtype, ctx.dropout
-        grad_y = grad_y.to(dtype)
-        h = grad_y @ _beside(u, offset and offset.u, dtype)
+        x, z = ctx.saved_tensors
+        bases, dropout = ctx.bases, ctx.dropout
+        if bases.v._version != ctx.version:
+            raise RuntimeError("an adapter's factors changed between two passes forward and the backward of the first")
+        dtype = bases.v.dtype
+        g = grad_y.to(dtype)
+        h = g @ bases.u
         grad_x = grad_u = grad_v = None
         mask = None if dropout is None else dropout.mask(x)
-        if ctx.needs_input_grad[1]:
-            grad_u = float32_product(grad_y, z).mul_(scaling)
         if ctx.needs_input_grad[2]:
+            grad_u = float32_product(g, z).mul_(bases.scaling)
+        if ctx.needs_input_grad[3]:
             seen = x.to(dtype) if mask is None else x.to(dtype) * mask
-            grad_v = float32_product(seen, h[..., : s.shape[0]]).mul_(scaling).mT
-        if ctx.needs_input_grad[0]:
-            frozen = offset and (offset.v @ offset.s.mT) * -scaling
-            grad_x = h @ _beside((v_transposed.mT @ s.mT) * scaling, frozen, dtype).mT
+            grad_v = float32_product(seen, h[..., : z.shape[-1]]).mul_(bases.scaling).mT
+        if ctx.needs_input_grad[1]:
+            grad_x = (h @ bases.core.mT) @ bases.v.mT
             grad_x = (grad_x if mask is None else grad_x * mask).to(x.dtype)
-        return grad_x, grad_u, grad_v, *[None] * 5
-
-
-def _beside(
-    current: Float[Tensor, "d r"], frozen: Float[Tensor, "d q"] | None, dtype: torch.dtype
-) -> Float[Tensor, "d k"]:
-    """The point's columns and then the offset's, in the dtype of the products."""
-    return (current if frozen is None else torch.cat([current, frozen], 1)).to(dtype)
+        return grad_y, grad_x, grad_u, grad_v, *[None] * 2
 
 
 def float32_product(left: Float[Tensor, "*tokens m"], right: Float[Tensor, "*tokens r"]) -> Float[Tensor, "m r"]:
@@ -132,7 +130,6 @@ class FixedRankVariant(LoraVariant):
     ) -> Float[Tensor, "*tokens m"]:
         """The base layer's result plus the adapter's, in the result's dtype."""
         point = module.lora_variant[active_adapter].point
-        point.follow()
         scaling = module.scaling[active_adapter]
         kind = x.device.type
         autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -141,15 +138,12 @@ class FixedRankVariant(LoraVariant):
         if layer_dropout.training and (rate := getattr(layer_dropout, "p", 0.0)) > 0:
             dropout = _Dropout(round(rate * 2**16), int(torch.randint(2**62, (), device="cpu")))
             scaling = scaling / dropout.keeps if dropout.keeps else 0.0
-        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-            update = _FixedRankProduct.apply(
-                x, point.u, point.v_transposed, point.s, scaling, point.offset, dtype, dropout
-            )
+        bases = point.bases(scaling, dtype)
+        result = _FixedRankSum.apply(result, x, point.u, point.v_transposed, bases, dropout)
         bias = module.lora_B[active_adapter].bias
         if bias is not None:
-            update = update + bias.to(dtype) * module.scaling[active_adapter]
-        # In place: a fresh tensor of every layer's output costs a CPU as much as the sum.
-        return update.to(result.dtype).add_(result)
+            result = result + (bias * module.scaling[active_adapter]).to(result.dtype)
+        return result
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:

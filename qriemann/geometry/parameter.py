@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,59 @@ from qriemann.geometry.point import FixedRankPoint
 from qriemann.ops.apply import orthonormality_error
 
 logger = logging.getLogger(__name__)
+
+
+class CountedWrites:
+    """Mixed into a tensor's class: writes through `.data` count in `_version`, as writes to the tensor itself do.
+
+    torch's own `.data` starts a count of its own, and a tensor assigned to it keeps its own. So whoever compares `_version`
+    would miss a write to either.
+    """
+
+    #: What was assigned to `.data` last. It may be a view of a buffer that is written elsewhere, whose count it shares.
+    assigned: Tensor | None = None
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+        self.assigned = new.detach()
+        torch.autograd.graph.increment_version(self)  # type: ignore[arg-type]
+
+
+class Factor(CountedWrites, nn.Parameter):  # type: ignore[misc]
+    """A factor of a point."""
+
+
+class Core(CountedWrites, Tensor):  # type: ignore[misc]
+    """The core of a point."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Core:
+        memo[id(self)] = copied = Tensor._make_subclass(Core, self.detach().clone())
+        return copied
+
+
+class Bases(NamedTuple):
+    """The factors as a layer multiplies by them: s (X - X_0) = u core^T v^T, with k = r, or 2 r with an offset.
+
+    Attributes:
+        v: [V, V_0].
+        u: [U, U_0].
+        core: s diag(S, -S_0)^T.
+        scaling: s.
+        versions: how often the point and its offset had been written.
+    """
+
+    v: Float[Tensor, "n k"]
+    u: Float[Tensor, "m k"]
+    core: Float[Tensor, "k k"]
+    scaling: float
+    versions: tuple[object, ...]
 
 
 class FixedRankParameter:
@@ -40,12 +94,29 @@ class FixedRankParameter:
         offset: FixedRankPoint | None = None,
     ) -> None:
         self.name, self.u, self.v_transposed, self.s, self.offset = name, u, v_transposed, s, offset
+        self._bases: Bases | None = None
+        #: False once writes happen that torch does not count: a captured CUDA graph makes them when it is replayed.
+        self.counts_writes = True
         # The float32 tensors of U and V^T, which a cast of the model replaces.
         self._full: list[Tensor | None] = [None, None]
         self.mark_factors()
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("u", "v_transposed", "s", "offset"):
+            self._bases = None
+        if name == "s" and type(value) is Tensor:
+            value = Tensor._make_subclass(Core, value)
+        object.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict[str, object]:
+        # A copy makes bases of its own.
+        return self.__dict__ | {"_bases": None}
+
     def mark_factors(self) -> None:
-        """Makes this record the one that optimizers find on the factors."""
+        """Makes this record the one that optimizers find on the factors, and counts every write to them."""
+        for factor in (self.u, self.v_transposed):
+            if type(factor) is nn.Parameter:
+                factor.__class__ = Factor
         self.u.fixed_rank = self  # type: ignore[attr-defined]
         self.v_transposed.fixed_rank = self  # type: ignore[attr-defined]
 
@@ -74,6 +145,58 @@ class FixedRankParameter:
             self.s = self.s.to(device)
             if self.offset is not None:
                 self.offset = FixedRankPoint(*(part.to(device) for part in self.offset))
+
+    def bases(self, scaling: float, dtype: torch.dtype) -> Bases:
+        """The factors as a layer multiplies by them, folded and cast once for all passes between two writes.
+
+        Every write counts: to factors, core and offset themselves, to their `.data`, and to the buffers that they are views
+        of. Memory that is written outside torch must be reported by `torch.autograd.graph.increment_version`.
+        """
+        self.follow()
+        kept, versions = self._bases, self._versions()
+        if versions is None or kept is None or kept.v.dtype != dtype or kept.versions[1] != versions[1]:
+            kept = None
+        elif kept.scaling == scaling and kept.versions == versions:
+            return kept
+        made = self._make_bases(kept, scaling, dtype, versions or ())
+        self._bases = None if versions is None else made
+        return made
+
+    def _versions(self) -> tuple[object, ...] | None:
+        """How often the point and its offset have been written; None where torch does not count."""
+        owned = [tensor for tensor in (self.u, self.v_transposed, self.s) if isinstance(tensor, CountedWrites)]
+        current = [*owned, *(tensor.assigned for tensor in owned if tensor.assigned is not None)]
+        frozen = self.offset or ()
+        capturing = self.u.is_cuda and torch.cuda.is_current_stream_capturing()
+        if len(owned) < 3 or not self.counts_writes or capturing or any(t.is_inference() for t in (*current, *frozen)):
+            return None
+        return tuple(t._version for t in current), tuple(t._version for t in frozen)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _make_bases(
+        self, kept: Bases | None, scaling: float, dtype: torch.dtype, versions: tuple[object, ...]
+    ) -> Bases:
+        """New ones, or `kept` brought up to date."""
+        rank, offset = self.rank, self.offset
+        if kept is not None:
+            v, u, core, *_ = kept
+        else:
+            columns = rank + (0 if offset is None else offset.s.shape[0])
+            v = torch.empty(self.v_transposed.shape[1], columns, dtype=dtype, device=self.u.device)
+            u = v.new_empty(self.u.shape[0], columns)
+            if offset is not None:
+                v[:, rank:], u[:, rank:] = offset.v, offset.u
+        if kept is None or kept.versions != versions:
+            # In place, for one launch a factor. A backward pass that still needs the old ones finds their count changed.
+            v[:, :rank], u[:, :rank] = self.v_transposed.mT, self.u
+        if kept is None or kept.scaling != scaling:
+            # Not in place: a pass in train mode, where dropout changes the scaling, may have its backward before it.
+            core = v.new_zeros(v.shape[1], v.shape[1])
+            if offset is not None:
+                torch.mul(offset.s.mT, -scaling, out=core[rank:, rank:])
+        torch.mul(self.s.mT, scaling, out=core[:rank, :rank])
+        return Bases(v, u, core, scaling, versions)
 
     @property
     def rank(self) -> int:

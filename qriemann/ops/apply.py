@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qriemann.ops.gram import inner
+
 # ||U^T U - I||max above which a new factor is corrected. Float32 rounding alone gives 1e-6; more comes from directions
 # that the Gram matrix resolved badly.
 _CORRECT_ABOVE = 2e-6
@@ -15,7 +17,7 @@ _CORRECT_ABOVE = 2e-6
 
 def orthonormality_error(u: Float[Tensor, "k t r"]) -> Float[Tensor, "k r r"]:
     """U^T U - I of each factor."""
-    error = u.mT @ u
+    error = inner(u, u)
     error.diagonal(dim1=-2, dim2=-1).sub_(1)
     return error
 

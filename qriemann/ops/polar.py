@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qriemann.ops.svd import svd
+
 # Singular values under this fraction of the largest are noise: the core matrix comes from float32 Gram matrices, which
 # resolve about sqrt(2^-24) = 2.4e-4 of the largest direction. They are left at zero, never blown up to one.
 POLAR_RTOL = 1e-3
@@ -65,7 +67,7 @@ def polar(k: Float[Tensor, "b p p"]) -> Float[Tensor, "b p p"]:
         o[unsettled] = _iterate(x[unsettled], _COEFFICIENTS)
         unsettled = _is_unsettled(o)
         if unsettled.any():
-            left, sigma, right = torch.linalg.svd(k[unsettled])
+            left, sigma, right = svd(k[unsettled])
             keep = (sigma > POLAR_RTOL * sigma[..., :1]).to(k.dtype)
             o[unsettled] = ((left * keep[..., None, :]) @ right).to(o.dtype)
     return o.to(dtype)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qriemann.ops.svd import svd
+
 # Singular values under this fraction of the norm count as missing: a cold start with a gradient of low rank. Float32 leaves
 # about 1e-6 where the exact y has zeros.
 _MISSING = 1e-5
@@ -82,5 +84,5 @@ def _by_svd(
 def _leading(
     y: Float[Tensor, "b p p"], rank: int
 ) -> tuple[Float[Tensor, "b p r"], Float[Tensor, "b r"], Float[Tensor, "b p r"]]:
-    left, sigma, right = torch.linalg.svd(y)
+    left, sigma, right = svd(y)
     return left[..., :rank], sigma[..., :rank], right[..., :rank, :].mT.clone()

@@ -200,6 +200,11 @@ class FactorBatch:
                 momentum_form=rule.momentum_form,
                 tangent_iterations=rule.tangent_iterations,
             )
+            # Kernels write where torch does not see it, and the replays of a captured step where nobody does.
+            torch.autograd.graph.increment_version([*(height.factors for height in self._heights), self.s])
+            if self.s.is_cuda and torch.cuda.is_current_stream_capturing():
+                for point in self.points:
+                    point.counts_writes = False
             return
         with full_float32():
             self._step(lr, weight_decay, momentum, rule)

@@ -8,6 +8,7 @@ A and B are replaced by A - lr (B^T B + d I)^-1 grad_A and B - lr grad_B (A A^T 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable
@@ -71,16 +72,23 @@ class _Stack:
         return torch.bmm(left, right, out=self.room.take(use, grads.shape, grads.device))
 
 
+# Kept, because a copy from the host would wait for the device at every step.
+@functools.lru_cache(maxsize=8)
+def _partners(rows: tuple[tuple[int, str], ...], device: torch.device) -> Tensor:
+    """The row of each row's partner."""
+    row_of = {pair_and_side: row for row, pair_and_side in enumerate(rows)}
+    return torch.tensor([row_of[pair, "B" if side == "A" else "A"] for pair, side in rows]).to(device)
+
+
 def _directions(stacks: list[_Stack]) -> tuple[list[Tensor], list[bool] | None]:
     """The preconditioned gradients of each stack, and whether each row's pair is finite; None where all are.
 
     All stacks hold pairs of one rank on one device, so one Cholesky factorization serves them all. Reads one flag on the
     host, and the rows' flags only where something is not finite.
     """
-    rows = [(pair, stack.side) for stack in stacks for pair in stack.pairs]
-    row_of = {pair_and_side: row for row, pair_and_side in enumerate(rows)}
-    partner = torch.tensor([row_of[pair, "B" if side == "A" else "A"] for pair, side in rows])
-    partner = partner.to(stacks[0].parameters[0].device)
+    partner = _partners(
+        tuple((pair, stack.side) for stack in stacks for pair in stack.pairs), stacks[0].parameters[0].device
+    )
 
     def apply(factor: Float[Tensor, "rows r r"], failed: Bool[Tensor, " rows"]) -> tuple[list[Tensor], Tensor]:
         # A triangular solve on the tall gradients takes five times as long as this and a product (25 ms against 5).

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from qriemann import attach
-from qriemann.geometry import FixedRankParameter
+from qriemann import attach, locally_optimal_, truncate_
+from qriemann.geometry import FixedRankParameter, point_from_factors
+from qriemann.optim.methods import METHODS, resolve_options
 from tests.models import (
     assert_blocks_match,
     dense_gradients,
@@ -349,6 +350,94 @@ def test_gradients_accumulate_to_the_blocks_of_the_summed_loss():
     for ids in batches:
         next_token_loss(model, ids).backward()
     assert_blocks_match(model, dense_gradients(reference, model, batches), FLOAT32_RTOL)
+
+
+@pytest.mark.parametrize("start", ["zero", "offset"])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.on_manifold])
+def test_after_each_step_checkpointed_microbatches_leave_the_dense_blocks(name, start):
+    reference, model, _ = llama(start)
+    optimizer = METHODS[name].optimizer(model, **resolve_options(name, {"lr": 0.1}))
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    for step in range(3):
+        batches = [token_batch(2 * step + microbatch) for microbatch in range(2)]
+        for ids in batches:
+            next_token_loss(model, ids, use_cache=False).backward()
+        assert_blocks_match(model, dense_gradients(reference, model, batches), FLOAT32_RTOL)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+WHOLE = {
+    "load_state_dict": lambda case, saved: case.model.load_state_dict(saved),
+    "a cast": lambda case, saved: case.model.double(),
+    "truncate_": lambda case, saved: truncate_(case.model),
+    "assign": lambda case, saved: case.point.assign(case.point.offset),
+}
+
+
+@pytest.mark.parametrize("write", WHOLE.values(), ids=WHOLE.keys())
+def test_what_is_done_to_a_whole_adapter_reaches_the_next_pass(write):
+    case = Case(start="offset")
+    saved = {key: value.clone() for key, value in case.model.state_dict().items()}
+    generator = torch.Generator().manual_seed(9)
+    case.point.assign(point_from_factors(torch.randn(ROWS, RANK), torch.randn(RANK, COLUMNS), generator))
+    with torch.no_grad():
+        before = case.model(case.x)
+        write(case, saved)
+        after = case.model(case.x.to(case.module.get_base_layer().weight.dtype))
+    expected = case.dense(case.loss)[0]
+    assert relative(after, expected) < FLOAT32_RTOL
+    assert (relative(before, expected) > 1e-3) == (write is not WHOLE["a cast"])
+
+
+def test_a_locally_optimal_start_reaches_the_next_pass():
+    reference, model, ids = tiny_llama(), with_lora(tiny_llama()), token_batch()
+    points = attach(model, start="offset", seed=3)
+    with torch.no_grad():
+        model(ids)
+    locally_optimal_(model, [ids], next_token_loss, oversampling=0)
+    next_token_loss(model, ids).backward()
+    assert_blocks_match(model, dense_gradients(reference, model, [ids]), FLOAT32_RTOL)
+    move_points(points, seed=9)
+    model.zero_grad()
+    next_token_loss(model, ids).backward()
+    assert_blocks_match(model, dense_gradients(reference, model, [ids]), FLOAT32_RTOL)
+
+
+def test_a_pass_in_eval_mode_leaves_the_backward_of_one_in_train_mode_as_it_was():
+    blocks = []
+    for evaluate in (False, True):
+        case = Case(start="offset", lora_dropout=0.375)
+        torch.manual_seed(5)
+        y = case.model(case.x)
+        if evaluate:
+            with torch.no_grad():
+                case.model.eval()(case.x)
+        case.loss(y).backward()
+        blocks.append(case.point.u.grad)
+    assert torch.equal(*blocks)
+
+
+def test_a_backward_whose_factors_are_gone_is_refused():
+    case = Case()
+    y = case.model(case.x)
+    with torch.no_grad():
+        case.point.u.mul_(2)
+        case.model(case.x)
+    with pytest.raises(RuntimeError, match="factors changed between"):
+        case.loss(y).backward()
+
+
+def test_the_outputs_of_the_base_can_be_views_or_rounded_otherwise():
+    """The sum is made in the base's own output only where autograd lets a function do so."""
+    for change in (lambda y: y.view_as(y), lambda y: y.double(), lambda y: y.mT.contiguous().mT, lambda y: y):
+        case = Case()
+        case.module.get_base_layer().register_forward_hook(lambda *found, change=change: change(found[-1]))
+        y = case.model(case.x)
+        case.loss(y).backward()
+        assert_matches(case, y, case.dense(case.loss), FLOAT32_RTOL)
 
 
 # The PEFT model stays a PEFT model.

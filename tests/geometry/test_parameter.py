@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from qriemann.geometry import FixedRankParameter, FixedRankPoint, random_orthonormal
 from qriemann.geometry.parameter import fixed_rank_parameters, orthonormality_drift
@@ -80,3 +84,141 @@ def test_drift_is_the_worst_entry_over_all_points_and_both_sides(side):
     # (1.01 U)^T (1.01 U) = 1.0201 I; rounding to float32 moves it by about 1e-7.
     assert orthonormality_drift([good, bad]) == pytest.approx(0.0201, abs=1e-6)
     assert orthonormality_drift([good]) < 1e-6
+
+
+def make_with_offset() -> FixedRankParameter:
+    record = make()
+    record.offset = FixedRankPoint(*(part.clone() for part in make(seed=5).point()))
+    return record
+
+
+def product(record: FixedRankParameter, scaling: float = 2.0) -> Tensor:
+    """s (X - X_0) as a layer multiplies by it."""
+    bases = record.bases(scaling, torch.float32)
+    return bases.u.double() @ bases.core.double().mT @ bases.v.double().mT
+
+
+def dense(record: FixedRankParameter, scaling: float = 2.0) -> Tensor:
+    return scaling * (record.point().dense() - (0 if record.offset is None else record.offset.dense()))
+
+
+def written_by_a_buffer(record: FixedRankParameter) -> Callable[[], None]:
+    """As the optimizers gather factors: in a buffer that is written where the parameter does not see it."""
+    buffer = torch.stack([record.u.data, record.u.data])
+    record.u.data = buffer[1]
+    return lambda: buffer.mul_(3)
+
+
+def written_by_an_older_alias(record: FixedRankParameter) -> Callable[[], None]:
+    row = record.v_transposed.data[1]
+    return lambda: row.zero_()
+
+
+def assigned_twice(record: FixedRankParameter) -> Callable[[], None]:
+    """The second tensor may lie where the first of all did."""
+
+    def write() -> None:
+        record.u.data = torch.ones_like(record.u)
+        record.u.data = torch.full_like(record.u, 2.0)
+
+    return write
+
+
+def loaded(record: FixedRankParameter) -> Callable[[], None]:
+    layer = nn.Linear(7, 3, bias=False)
+    layer.weight = record.v_transposed
+    return lambda: layer.load_state_dict({"weight": torch.ones(3, 7)})
+
+
+def moved_by_sgd(record: FixedRankParameter) -> Callable[[], None]:
+    optimizer = torch.optim.SGD([record.u, record.v_transposed], lr=0.1)
+    record.u.grad, record.v_transposed.grad = torch.ones_like(record.u), torch.ones_like(record.v_transposed)
+    return optimizer.step
+
+
+def set_offset(record: FixedRankParameter, offset: FixedRankPoint | None) -> None:
+    record.offset = offset
+
+
+def set_core(record: FixedRankParameter, core: Tensor) -> None:
+    record.s = core
+
+
+def set_data(tensor: Tensor, data: Tensor) -> None:
+    tensor.data = data
+
+
+# Each is called with a point and prepares a write, which is called without an argument.
+WRITES: dict[str, Callable[[FixedRankParameter], Callable[[], object]]] = {
+    "U in place": lambda p: lambda: p.u.mul_(2),
+    "V in place through a view": lambda p: lambda: p.v_transposed.mT[0].zero_(),
+    "U's data in place": lambda p: lambda: p.u.data.mul_(2),
+    "V's data replaced": lambda p: lambda: set_data(p.v_transposed, torch.ones_like(p.v_transposed)),
+    "U's data replaced twice": assigned_twice,
+    "an older alias of V's data": written_by_an_older_alias,
+    "a buffer that U is a view of": written_by_a_buffer,
+    "a state dict": loaded,
+    "torch's SGD": moved_by_sgd,
+    "S in place": lambda p: lambda: p.s.mul_(2),
+    "S's data in place": lambda p: lambda: p.s.data.zero_(),
+    "S replaced": lambda p: lambda: set_core(p, torch.ones(3, 3)),
+    "another offset": lambda p: lambda: set_offset(p, make(seed=8).point()),
+    "no offset": lambda p: lambda: set_offset(p, None),
+    "the offset in place": lambda p: lambda: p.offset.v.mul_(2),
+    "assign": lambda p: lambda: p.assign(make(seed=7).point()),
+    "foreach": lambda p: lambda: torch._foreach_mul_([p.u, p.v_transposed, p.s], 2),
+    "a product's out": lambda p: lambda: torch.matmul(torch.ones(3, 3), torch.ones(3, 3), out=p.s.detach()),
+    "a cast that rounds": lambda p: lambda: set_data(p.u, 3 * p.u.data.bfloat16()),
+    "a kernel that reports": lambda p: lambda: (p.u.detach().numpy().fill(1), increment_version(p.u)),
+}
+
+
+@pytest.mark.parametrize("prepare", WRITES.values(), ids=WRITES.keys())
+@torch.no_grad()
+def test_what_a_layer_multiplies_by_follows_every_write(prepare):
+    record = make_with_offset()
+    write = prepare(record)
+    before = product(record)
+    torch.testing.assert_close(before, dense(record), rtol=1e-6, atol=1e-6)
+    write()
+    after = product(record)
+    torch.testing.assert_close(after, dense(record), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(after, before, rtol=1e-2)
+
+
+def test_between_two_writes_the_bases_are_made_once():
+    record = make_with_offset()
+    first = record.bases(2.0, torch.bfloat16)
+    assert record.bases(2.0, torch.bfloat16) is first
+    # What the point's own state, its optimizer or a save reads is not a write.
+    record.point(), record.u.data.norm(), record.follow(), orthonormality_drift([record])
+    assert record.bases(2.0, torch.bfloat16) is first
+    with torch.inference_mode():
+        assert record.bases(2.0, torch.bfloat16) is first
+
+
+def test_bases_that_are_made_in_inference_mode_can_be_trained_with():
+    record = make()
+    with torch.inference_mode():
+        bases = record.bases(1.0, torch.float32)
+    assert not any(part.is_inference() for part in bases[:3])
+
+
+def test_a_point_whose_writes_torch_does_not_count_is_folded_every_time():
+    with torch.inference_mode():
+        record = make()
+        before = product(record)
+        record.u.mul_(2)
+        assert torch.equal(product(record), 2 * before)
+
+
+def test_a_copy_has_bases_of_its_own():
+    record = make_with_offset()
+    product(record)
+    copied = copy.deepcopy(record)
+    with torch.no_grad():
+        record.u.mul_(2)
+        torch.testing.assert_close(product(copied), dense(copied), rtol=1e-6, atol=1e-6)
+        copied.s.data.mul_(3)
+        torch.testing.assert_close(product(copied), dense(copied), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(product(record), dense(record), rtol=1e-6, atol=1e-6)

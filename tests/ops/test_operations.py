@@ -11,9 +11,11 @@ import itertools
 import math
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qriemann.ops import POLAR_RTOL, CoreResult, apply, core, gram, specification
 from tests.dense import DenseRiemannion
@@ -363,3 +365,27 @@ def test_the_specification_is_the_dense_step(momentum_form, tangent_iterations, 
         torch.testing.assert_close(u @ s @ v.mT, dense.x, rtol=0, atol=1e-8)
         torch.testing.assert_close(n_u, dense.m @ v, rtol=0, atol=1e-7 * dense.m.norm())
         torch.testing.assert_close(n_v, dense.m.mT @ u, rtol=0, atol=1e-7 * dense.m.norm())
+
+
+class AddsRowAfterRow(TorchDispatchMode):
+    """A library whose products are sums in sequence, in float32."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.bmm.default:
+            products = (args[0].mT[..., None] * args[1][..., None, :]).numpy()
+            return torch.from_numpy(np.add.accumulate(products, axis=1)[:, -1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [14336, 11008, 1025])
+def test_long_columns_lose_little_whatever_the_order_of_a_librarys_sums(rows):
+    u = orthonormal(rows, 3, torch.Generator().manual_seed(0)).float()[None]
+    with AddsRowAfterRow():
+        found, at_once = gram([u, u]), torch.bmm(u.mT, u)
+    truth = torch.cat([u.double().mT @ u.double()] * 2, -2)
+    # The roundings, at random and by EPS / 2: of 1,024 partial sums of at most 1,024 / rows in each of the blocks, and of the
+    # blocks' sums, which are at most one.
+    bound = 2 * EPS * (math.sqrt(1024) * 1024 / rows * math.sqrt(rows / 1024) + math.sqrt(rows / 1024)) / 2
+    assert (found - truth).abs().max() < bound
+    if rows > 10000:
+        assert (at_once - truth[:, :3]).abs().max() > bound
