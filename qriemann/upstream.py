@@ -165,6 +165,28 @@ def _cast_input_dtype(layer: Any, x: Any, dtype: Any) -> Any:
     return type(layer)._cast_input_dtype(layer, x, dtype)
 
 
+def replace_peft_functions(wrappers: dict[str, Callable[[Any], Any]]) -> None:
+    """Puts what each wrapper makes of a function of PEFT in that function's place, once for the process.
+
+    `add_weighted_adapter` and hot-swapping use the factors of a layer, where PEFT knows nothing of a variant.
+    tests/adapters/test_peft_methods.py
+
+    Args:
+        wrappers: by "module:name" below peft; a dot in the name leads into a class.
+    """
+    for place, wrap in wrappers.items():
+        module, _, path = place.partition(":")
+        owner: Any = importlib.import_module(f"peft.{module}")
+        *classes, name = path.split(".")
+        for inner in classes:
+            owner = getattr(owner, inner)
+        function = getattr(owner, name)
+        if not hasattr(function, "takes_attached_layers"):
+            replacement = wrap(function)
+            replacement.takes_attached_layers = True
+            setattr(owner, name, replacement)
+
+
 def attention_of(config: Any) -> str:
     """The attention implementation that a transformers model computes with; tests/memory/test_dry_run.py."""
     return config._attn_implementation
