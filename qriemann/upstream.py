@@ -39,6 +39,10 @@ _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # tests/training/test_run.py passes without it.
     ("Unable to fetch remote file", UserWarning),
     ("Could not find a config file in", UserWarning),
+    # PEFT warns of a base with tied embeddings, which the commands that read an adapter untie, and of what it sets by itself
+    # for a Conv1D. Both go when tests/release/test_kinds.py passes without them.
+    ("Model has `tie_word_embeddings=True`", UserWarning),
+    ("fan_in_fan_out is set to", UserWarning),
     # PEFT warns of trained biases when an adapter is disabled; the evaluation puts the base's own back. Goes when
     # tests/release passes without it.
     ("Careful, disabling adapter layers", UserWarning),
@@ -271,6 +275,26 @@ def gguf_parsed_once() -> Iterator[None]:
 def is_4_bit(layer: Any) -> bool:
     """Whether the layer is a `Linear4bit` of bitsandbytes, told by the switch that `keep_unpacked` needs."""
     return hasattr(layer, "support_avx512bf16_for_cpu")
+
+
+def was_conv1d(layer: Any) -> bool:
+    """Whether a 4-bit layer was quantized from a Conv1D, whose weight a checkpoint has transposed.
+
+    tests/release/test_kinds.py
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    return issubclass(getattr(layer, "source_cls", object), Conv1D)
+
+
+def untie(model: Any) -> None:
+    """Gives the output head of a model with tied embeddings a weight of its own, in place; tests/release/test_kinds.py."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
 
 
 def is_repacked(layer: Any) -> bool:

@@ -117,7 +117,8 @@ def _linear(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta").train(like.training)
     trained = like.weight.requires_grad
     layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), trained)
-    layer.bias = None if bias is None else nn.Parameter(bias.detach().clone(), trained)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), trained)
     return layer
 
 

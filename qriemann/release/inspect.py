@@ -92,7 +92,7 @@ def remarks(spectra: list[LayerSpectrum]) -> list[str]:
 
 def _base_norms(folder: Path, spectra: list[LayerSpectrum], base: str | None, console: Console) -> dict[str, float]:
     """||W|| of every layer; empty, with a note, where the base cannot be had and was not asked for by name."""
-    config = check_config(folder)
+    config = check_config(folder, "inspect")
     name = base or config.get("base_model_name_or_path")
     try:
         if not name:
