@@ -35,6 +35,7 @@ _FREE_OF_MODEL = re.compile(
     r"_.*|.*name_or_path|.*version|(torch_)?dtype|quantization_config|architectures|use_cache|(pad|bos|eos)_token_id"
     r"|output_.*|return_dict|id2label|label2id|tie_encoder_decoder|task_specific_params|problem_type|is_.*|finetuning_task"
 )
+_RECORDED = ("fingerprint", "quantized", "quant_type", "double_quant", "device", "dtype")
 # What PEFT adds to the names of a base that it wraps.
 _PEFT_NAMES = re.compile(r"^base_model\.model\.|\.(token_adapter|base_layer|original_module)\b")
 # Elements of a tensor that are copied at a time; a whole embedding would take a gigabyte.
@@ -146,7 +147,7 @@ def recorded_base(folder: Path) -> dict[str, Any]:
     manifest = (read_manifest(folder) or {}).get("run", {})
     for record in (read_json(folder / TRAINED_ON), read_json(folder / RUN).get("model"), manifest.get("loaded")):
         if isinstance(record, dict) and isinstance(record.get("quantized"), bool):
-            return record
+            return {key: record.get(key) for key in _RECORDED}
     return {}
 
 

@@ -19,6 +19,7 @@ from qriemann.adapters.saved import SavedAdapter, saved_tokenizer
 from qriemann.base.load import compute_in, default_dtype, load_base
 from qriemann.checkpoints.fingerprints import other_base, recorded_base
 from qriemann.evaluation.rows import Rows, load_rows
+from qriemann.folder.contents import read_folder
 from qriemann.upstream import was_conv1d
 
 _MAX_LENGTH, _MAX_TOKENS = 1024, 2048
@@ -67,7 +68,8 @@ class Trained:
 
     Attributes:
         quantized: whether the base is in 4 bit.
-        head: the name of the output head's tensor, and of the embeddings', where training has untied the two.
+        tied: the names of the output head's tensor and of the embeddings' that the base ties it to; None if it does not.
+        untied: whether training has given the two different values.
         notes: what a person should know.
     """
 
@@ -81,7 +83,8 @@ class Trained:
     lora_layers: dict[str, Any]
     untrained_biases: dict[str, Tensor]
     quantized: bool
-    head: tuple[str, str] | None
+    tied: tuple[str, str] | None
+    untied: bool
     notes: list[str]
 
     @property
@@ -149,12 +152,12 @@ def load_trained(
         InputError: the base cannot be had, or the adapter does not fit it.
     """
     recorded = recorded_base(saved.folder)
-    name = saved.base(base or (None if saved.config.base_model_name_or_path else recorded.get("name_or_path")))
+    name = saved.base(base or read_folder(saved.folder).base)
     revision = revision or (saved.config.revision if base is None else None)
     stored = recorded.get("quant_type") or "nf4" if recorded.get("quantized", True) else "none"
     chosen = quantize or stored
-    # The codes of 4-bit weights depend on the dtype that they are quantized from.
-    loaded_in = recorded.get("dtype") or dtype
+    # The codes of 4-bit weights depend on the dtype that they are quantized from; floats can be had in full.
+    loaded_in = dtype if dtype and chosen == "none" else recorded.get("dtype") or dtype
     console.print(f"Loading {name} {_how(chosen)} ...", highlight=False)
     model, tokenizer = load_base(
         name,
@@ -182,11 +185,9 @@ def load_trained(
     untrained = {name: dequantized[name].clone() for name in saved.replaced if name.endswith(".bias")}
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     ends = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = ends[0] is not None and ends[0].weight is ends[1].weight
-    head = (names[id(ends[0])], names[id(ends[1])]) if tied else None
+    ties = ends[0] is not None and ends[0].weight is ends[1].weight
+    tied = (names[id(ends[0])], names[id(ends[1])]) if ties else None
     peft = saved.put_on(model, name)
-    if head is not None and _same_weights(model.get_output_embeddings(), model.get_input_embeddings()):
-        head = None
     return Trained(
         base=name,
         revision=revision,
@@ -198,7 +199,8 @@ def load_trained(
         lora_layers={layer: peft.get_submodule(f"base_model.model.{layer}") for layer in saved.layers},
         untrained_biases=untrained,
         quantized=bool(getattr(model, "is_loaded_in_4bit", False)),
-        head=head,
+        tied=tied,
+        untied=ties and not _same_weights(model.get_output_embeddings(), model.get_input_embeddings()),
         notes=notes,
     )
 

@@ -98,8 +98,8 @@ def merge(
         bases = wanted or (trained.trained_on,)
         if "nf4-dequantized" in bases and not trained.quantized:
             raise InputError(
-                "into must be original or nf4 for an adapter that was trained on an unquantized base, got nf4-dequantized for "
-                f"{saved.folder}; there are no 4-bit weights"
+                "into must be original or nf4 for an adapter that was trained on an unquantized base, got nf4-dequantized "
+                f"for {saved.folder}; there are no 4-bit weights"
             )
         for name, layer in saved.layers.items():
             if layer.bias is not None and f"{name}.bias" not in trained.dequantized:
@@ -168,10 +168,13 @@ def _write(
     # The name that the model has for each tensor: some checkpoints leave out the first part.
     loaded, prefix = set(trained.dequantized), trained.model.base_model_prefix
     weights, full_name = own, {name: name if name in loaded else f"{prefix}.{name}" for name in own}
-    if trained.head is not None:
-        head, embeddings = trained.head
-        twin = next(name for name, full in full_name.items() if full == embeddings)
-        weights, full_name[head] = Untied(own, head, twin), head
+    if trained.tied is not None:
+        head, embeddings = trained.tied
+        if trained.untied:
+            twin = next(name for name, full in full_name.items() if full == embeddings)
+            weights, full_name[head] = Untied(own, head, twin), head
+        elif head in own:
+            full_name[head] = embeddings
     modules = tensor_names(trained.adapter.layers, weights, prefix)
     stored = str(weights[next(iter(modules.values()))].dtype).removeprefix("torch.")
     name = dtype or ("float32" if into == "nf4-dequantized" else stored)
@@ -187,7 +190,7 @@ def _write(
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         config.dtype = torch_dtype
-        config.tie_word_embeddings = config.tie_word_embeddings and trained.head is None
+        config.tie_word_embeddings = config.tie_word_embeddings and not trained.untied
         config.save_pretrained(folder)
         expected = _write_floats(trained, folder, weights, full_name, torch_dtype if dtype else None, shard_bytes)
     if trained.model.generation_config is not None:
@@ -201,7 +204,7 @@ def _write(
             return None
         return stored_4bit(written, name) if f"{name}.absmax" in written else written[name]
 
-    names = dict.fromkeys([*trained.dequantized, *(trained.head or ())]) if into == "nf4" else weights
+    names = dict.fromkeys([*trained.dequantized, *(trained.tied or ()) * trained.untied]) if into == "nf4" else weights
     worst = proof.worst_weight(expected, names, read)
     for mapping in (own, written):
         if isinstance(mapping, Checkpoint):
@@ -270,7 +273,7 @@ def _write_4bit(
     else:
         model, _ = load_base(trained.base, dtype="float32", revision=trained.revision)
         trained.adapter.grow_vocabulary(model)
-    if trained.head is not None:
+    if trained.untied:
         untie(model)
 
     def tensor(name: str, *, by_peft: bool = False) -> Tensor:
