@@ -34,6 +34,8 @@ WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _NAME = re.compile(r"[\w.-]+")
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>[\w.-]+)\.lora_(?P<side>[AB])\.(?P<kind>weight|bias)")
 _TOKENS = re.compile(r"base_model\.model\.(?P<module>[\w.-]+)\.token_adapter\.trainable_tokens_delta")
+# What PEFT puts into the names of tensors of a module that it wraps.
+_WRAPPED = re.compile(r"\.(token_adapter|base_layer|modules_to_save)\b")
 _OTHER_BASE = "name the base that the adapter was trained on with --base"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -214,13 +216,16 @@ def read_adapter(path: str | os.PathLike[str], command: str = "merge") -> SavedA
             factors.setdefault(match["module"], {})[side] = tensor.float()
         elif tokens is not None:
             rows[f"{tokens['module']}.weight"] = _token_rows(tokens["module"], tensor, config, folder)
+        elif ".original_module." in key:
+            # Of a grown vocabulary PEFT saves what `modules_to_save` replaces as well.
+            continue
         elif "lora_" in key or not _NAME.fullmatch(key):
             raise InputError(
                 f"an adapter must be plain LoRA on linear layers, got the tensor {key!r} of {tuple(tensor.shape)} in "
                 f"{folder}; merge it with the tool that trained it"
             )
         else:
-            replaced[key.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor
+            replaced[_WRAPPED.sub("", key.removeprefix("base_model.model."))] = tensor
     layers = {name: _factors(name, pair, config, folder) for name, pair in sorted(factors.items())}
     if not layers:
         raise InputError(f"{folder} holds no LoRA layer; check the folder")

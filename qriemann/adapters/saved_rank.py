@@ -49,11 +49,10 @@ def _set_saved_rank(owner: Any, adapter: str, *, doubled: bool) -> None:
         kept[adapter], owner.peft_config[adapter] = (twice, config), twice
         if is_main_process():
             logger.warning(
-                "the adapter %r will be saved with r = %d, twice the configured %d, because of its offset; call "
-                "qriemann.truncate_ after training for rank %d, or use start='zero'",
+                "the adapter %r will be saved with r = %d, twice the configured %d, because of its offset; "
+                "qriemann.truncate_ or `qriemann export --rank` lowers it after training, and start='zero' has no offset",
                 adapter,
                 twice.r,
-                config.r,
                 config.r,
             )
     elif is_doubled and not doubled:

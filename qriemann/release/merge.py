@@ -190,7 +190,8 @@ def _write(
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         config.dtype = torch_dtype
-        config.tie_word_embeddings = config.tie_word_embeddings and not trained.untied
+        if trained.untied:
+            config.tie_word_embeddings = False
         config.save_pretrained(folder)
         expected = _write_floats(trained, folder, weights, full_name, torch_dtype if dtype else None, shard_bytes)
     if trained.model.generation_config is not None:
@@ -244,7 +245,8 @@ def _write_floats(
         return tensor.to(dtype or like.dtype) if like.is_floating_point() else tensor
 
     def merged(name: str, *, by_peft: bool = False) -> Tensor:
-        return rounded(_as_trained(trained, full_name[name], weights[name], by_peft=by_peft), weights[name])
+        stored = weights[name]
+        return rounded(_as_trained(trained, full_name[name], stored, by_peft=by_peft), stored)
 
     def shape(name: str) -> Tensor:
         stored = weights[name]

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from qriemann import for_trainer
 from qriemann.adapters.saved import read_adapter
 from qriemann.adapters.saved_config import COMMANDS, KINDS
 from qriemann.chat.session import load_session
@@ -25,7 +26,7 @@ from qriemann.evaluation.trained import load_trained
 from qriemann.release.export import export
 from qriemann.release.inspect import inspect
 from qriemann.release.merge import merge
-from tests.models import relative
+from tests.models import relative, tiny_llama, with_lora
 from tests.recipe_fixtures import make_tokenizer
 from tests.release.conftest import save_chat_base, write_rows
 
@@ -78,6 +79,8 @@ CASES = {
     "a grown vocabulary": Case({}, Q, 2),
     "a grown tied vocabulary": Case(TIED, Q, 3),
     "a grown vocabulary trained whole": Case({}, {**Q, "modules_to_save": ["lm_head", "embed_tokens"]}, 2),
+    "tokens of a grown vocabulary": Case({}, {**Q, "trainable_token_indices": [9, 261]}, 2),
+    "LoRA on the head of a grown vocabulary": Case(TIED, {"target_modules": ["q_proj", "lm_head"]}, 2),
     "a Conv1D base": Case({"gpt2": True}, {}),
     "a Conv1D base with a head": Case({"gpt2": True}, {"target_modules": ["c_fc"], "modules_to_save": ["lm_head"]}),
 }
@@ -88,7 +91,8 @@ def save_gpt2(folder: Path) -> Path:
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = GPT2Config(len(tokenizer), 256, 64, 2, 2, initializer_range=0.1, **ends)
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 2}
+    config = GPT2Config(**sizes, **ends, initializer_range=0.1)
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -216,6 +220,17 @@ def test_a_command_refuses_by_name_what_the_table_does_not_give_it(kind, command
         READS[command](folder, rows, tmp_path)
     assert "\n" not in str(caught.value)
     assert not [left for left in (tmp_path / "m", tmp_path / "e") if left.exists()]
+
+
+def test_training_tells_what_it_accepts_and_some_command_does_not_read(caplog):
+    factory, options = for_trainer("adamw")
+    model = with_lora(tiny_llama(), use_dora=True, modules_to_save=["lm_head"])
+    factory()(model, **options)
+    (line,) = [record.getMessage() for record in caplog.records if record.name.endswith("seam")]
+    assert "use_dora=True, with which inspect, chat, eval, merge, export will not read it" in line
+    caplog.clear()
+    factory()(with_lora(tiny_llama(), modules_to_save=["lm_head"], use_rslora=True), **options)
+    assert not caplog.records
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True`", "ignore:Adapter 'default'. .* invalid shape")
