@@ -10,7 +10,6 @@ import copy
 import math
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.adapters.saved_config import CONFIG, read_config, value_for
+from qriemann.adapters.saved_tensors import PICKLE, first_line, stored_tensors
 from qriemann.adapters.targets import shape_of
 from qriemann.base.files import load_tokenizer
-from qriemann.base.finite import is_finite
 from qriemann.errors import InputError
 from qriemann.upstream import check_target_module_exists
-
-WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
 _NAME = re.compile(r"[\w.-]+")
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>[\w.-]+)\.lora_(?P<side>[AB])\.(?P<kind>weight|bias)")
@@ -37,7 +33,6 @@ _TOKENS = re.compile(r"base_model\.model\.(?P<module>[\w.-]+)\.token_adapter\.tr
 # What PEFT puts into the names of tensors of a module that it wraps.
 _WRAPPED = re.compile(r"\.(token_adapter|base_layer|modules_to_save)\b")
 _OTHER_BASE = "name the base that the adapter was trained on with --base"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -87,8 +82,12 @@ class SavedAdapter:
 
     def grow_vocabulary(self, model: PreTrainedModel) -> str | None:
         """Gives the base the rows for added tokens that the adapter's embeddings have; a line about it, or None."""
-        embeddings = model.get_input_embeddings()
-        name = next(f"{name}.weight" for name, module in model.named_modules() if module is embeddings)
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+        name, own_head = names[id(embeddings)], names.get(id(head))
+        if own_head in self.replaced and head.weight is embeddings.weight and not self.config.modules_to_save:
+            # PEFT loads it into the one tensor of the two.
+            self.replaced.setdefault(name, self.replaced[own_head])
         before, trained = embeddings.weight.shape, self.replaced.get(name)
         if trained is None or trained.shape[1:] != before[1:] or trained.shape[0] <= before[0]:
             return None
@@ -209,7 +208,7 @@ def read_adapter(path: str | os.PathLike[str], command: str = "merge") -> SavedA
     factors: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
     rows: dict[str, tuple[list[int], Tensor]] = {}
-    for key, tensor in _stored_tensors(folder, pickled=folder != path):
+    for key, tensor in stored_tensors(folder, pickled=folder != path):
         match, tokens = _FACTOR.fullmatch(key), _TOKENS.fullmatch(key)
         if match is not None and tensor.ndim == (2 if match["kind"] == "weight" else 1):
             side = match["side"] if match["kind"] == "weight" else f"{match['side']} bias"
@@ -238,25 +237,6 @@ def adapter_folder(path: str | os.PathLike[str]) -> Path:
     return path.parent if path.name == PICKLE and path.is_file() else path
 
 
-def finite_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file, one at a time.
-
-    Raises:
-        InputError: the file is incomplete, or holds anything but finite floating-point numbers.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                dtype = file.get_slice(key).get_dtype()
-                yield key, _checked(path, key, dtype, file.get_tensor(key) if dtype in _DTYPES else None)
-    except InputError:
-        raise
-    except Exception as error:  # safetensors and torch raise their own types.
-        raise InputError(
-            f"{path} is not a complete safetensors file: {_first_line(error)}; copy or train it again"
-        ) from error
-
-
 def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer saved with the adapter, which has the template and end token of the training; None without one.
 
@@ -272,47 +252,9 @@ def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         raise
     except Exception as error:  # Broken files make transformers raise exceptions of any type.
         raise InputError(
-            f"transformers cannot load the tokenizer in {folder}: {_first_line(error)}; remove tokenizer_config.json to use "
+            f"transformers cannot load the tokenizer in {folder}: {first_line(error)}; remove tokenizer_config.json to use "
             "the base's"
         ) from error
-
-
-def _stored_tensors(folder: Path, *, pickled: bool) -> Iterator[tuple[str, Tensor]]:
-    if (folder / WEIGHTS).is_file():
-        if pickled:
-            raise InputError(f"{folder} holds {WEIGHTS} beside the pickle; name the folder to read that file")
-        return finite_tensors(folder / WEIGHTS)
-    if not (folder / PICKLE).is_file():
-        raise InputError(f"{folder / WEIGHTS}: no such file; train or copy the adapter again")
-    if not pickled:
-        raise InputError(
-            f"an adapter's weights must be safetensors, got a pickle in {folder}; if you trust its author, name the file "
-            f"itself: {folder / PICKLE}"
-        )
-    return _unpickled(folder / PICKLE)
-
-
-def _unpickled(path: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # A broken file makes the unpickler raise exceptions of any type.
-        raise InputError(
-            f"{path} must be a pickle of tensors alone, got {type(error).__name__}; copy or train it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must map names to tensors, got a {type(content).__name__}; copy or train it again")
-    for key, tensor in content.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise InputError(f"{path} must map names to tensors, got {key!r:.80}; copy or train it again")
-        yield key, _checked(path, key, str(tensor.dtype), tensor if tensor.dtype in _DTYPES.values() else None)
-
-
-def _checked(path: Path, key: str, dtype: str, tensor: Tensor | None) -> Tensor:
-    """The tensor if its numbers are finite; None stands for a dtype that cannot hold a factor."""
-    if tensor is None or not is_finite(tensor):
-        got = f"{key!r:.80} as {dtype}" if tensor is None else f"NaN or infinities in {key!r}"
-        raise InputError(f"{path} must hold finite numbers of {', '.join(_DTYPES)}, got {got}; copy or train it again")
-    return tensor
 
 
 def _token_rows(module: str, values: Tensor, config: LoraConfig, folder: Path) -> tuple[list[int], Tensor]:
@@ -344,7 +286,3 @@ def _factors(name: str, pair: dict[str, Tensor], config: LoraConfig, folder: Pat
             f"lora_alpha must be finite, got {alpha!r} for {name!r} in {folder / CONFIG}; correct the file"
         )
     return LoraFactors(pair["B"], pair["A"], scaling, bias)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")

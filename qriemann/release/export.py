@@ -102,9 +102,14 @@ def export(
             console.print(f"Comparing on {rows.source}, {rows.tokens} tokens ...", highlight=False)
             recording = proof.record(trained, rows, Path(scratch) / "recorded.safetensors")
             # From the files just written, by PEFT.
-            trained.peft.load_adapter(str(partial), "truncated")
-            trained.peft.set_adapter("truncated")
-            found = reload.differences(trained.peft.eval(), rows.rows, recording.path)
+            if saved.config.bias == "none":
+                smaller = trained.peft
+                smaller.load_adapter(str(partial), "truncated")
+                smaller.set_adapter("truncated")
+            else:
+                # PEFT takes no second adapter beside one with trained biases.
+                smaller = read_adapter(partial, "export").put_on(trained.peft.unload(), trained.base)
+            found = reload.differences(smaller.eval(), rows.rows, recording.path)
         bound = max(_KL_FLOOR, _KL_SHARE * recording.untrained["mean_kl"]) if max_kl is None else max_kl
         written = proof.Written(partial, f"rank {rank}", "float32", (total, "all layers"), bound)
         verdict = proof.Verdict(written, found, proof.far_from_trained(found, bound, "the whole adapter"))

@@ -26,6 +26,7 @@ from qriemann.evaluation.trained import load_trained
 from qriemann.release.export import export
 from qriemann.release.inspect import inspect
 from qriemann.release.merge import merge
+from qriemann.upstream import quiet
 from tests.models import relative, tiny_llama, with_lora
 from tests.recipe_fixtures import make_tokenizer
 from tests.release.conftest import save_chat_base, write_rows
@@ -139,7 +140,7 @@ def test_chat_and_eval_compute_what_peft_does(made: Made):
     assert relative(logits(session.model), made.expected) < RTOL
     trained = load_trained(read_adapter(made.adapter, "eval"), None, None, Console(quiet=True), quantize="none")
     assert relative(logits(trained.peft), made.expected) < RTOL
-    with trained.untrained() as base:
+    with quiet(), trained.untrained() as base:
         plain = AutoModelForCausalLM.from_pretrained(made.base).eval()
         assert relative(logits(base)[..., : plain.config.vocab_size], logits(plain)) < RTOL
 
