@@ -102,12 +102,12 @@ def export(
             console.print(f"Comparing on {rows.source}, {rows.tokens} tokens ...", highlight=False)
             recording = proof.record(trained, rows, Path(scratch) / "recorded.safetensors")
             # From the files just written, by PEFT.
-            if saved.config.bias == "none":
+            if saved.config.bias == "none" and not saved.config.ensure_weight_tying:
                 smaller = trained.peft
                 smaller.load_adapter(str(partial), "truncated")
                 smaller.set_adapter("truncated")
             else:
-                # PEFT takes no second adapter beside one with trained biases.
+                # PEFT takes no second adapter beside one with trained biases, and does not tie what a second one replaces.
                 smaller = read_adapter(partial, "export").put_on(trained.peft.unload(), trained.base)
             found = reload.differences(smaller.eval(), rows.rows, recording.path)
         bound = max(_KL_FLOOR, _KL_SHARE * recording.untrained["mean_kl"]) if max_kl is None else max_kl
