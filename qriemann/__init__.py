@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qriemann.adapters.attach import attach as attach
     from qriemann.adapters.attach import load_base as load_base
     from qriemann.adapters.attach import truncate_ as truncate_
+    from qriemann.adapters.detach import detach as detach
     from qriemann.adapters.loi import locally_optimal_ as locally_optimal_
     from qriemann.checkpoints.manifest import newest_checkpoint as newest_checkpoint
     from qriemann.checkpoints.protect import protect as protect
@@ -52,6 +53,7 @@ _HOME = {
     "Settings": "config",
     "attach": "adapters.attach",
     "check": "training.check",
+    "detach": "adapters.detach",
     "evaluate": "evaluation.evaluate",
     "export": "release.export",
     "for_trainer": "training.seam",

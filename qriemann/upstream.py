@@ -44,6 +44,10 @@ _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # tests/training/test_run.py passes without it.
     ("Unable to fetch remote file", UserWarning),
     ("Could not find a config file in", UserWarning),
+    # PEFT warns of a base with tied embeddings, which the commands that read an adapter untie, and of what it sets by itself
+    # for a Conv1D. Both go when tests/release/test_kinds.py passes without them.
+    ("Model has `tie_word_embeddings=True`", UserWarning),
+    ("fan_in_fan_out is set to", UserWarning),
     # PEFT warns of trained biases when an adapter is disabled; the evaluation puts the base's own back. Goes when
     # tests/release passes without it.
     ("Careful, disabling adapter layers", UserWarning),
@@ -223,6 +227,28 @@ def _cast_input_dtype(layer: Any, x: Any, dtype: Any) -> Any:
     return type(layer)._cast_input_dtype(layer, x, dtype)
 
 
+def replace_peft_functions(wrappers: dict[str, Callable[[Any], Any]]) -> None:
+    """Puts what each wrapper makes of a function of PEFT in that function's place, once for the process.
+
+    `add_weighted_adapter` and hot-swapping use the factors of a layer, where PEFT knows nothing of a variant.
+    tests/adapters/test_peft_methods.py
+
+    Args:
+        wrappers: by "module:name" below peft; a dot in the name leads into a class.
+    """
+    for place, wrap in wrappers.items():
+        module, _, path = place.partition(":")
+        owner: Any = importlib.import_module(f"peft.{module}")
+        *classes, name = path.split(".")
+        for inner in classes:
+            owner = getattr(owner, inner)
+        function = getattr(owner, name)
+        if not hasattr(function, "takes_attached_layers"):
+            replacement = wrap(function)
+            replacement.takes_attached_layers = True
+            setattr(owner, name, replacement)
+
+
 def attention_of(config: Any) -> str:
     """The attention implementation that a transformers model computes with; tests/memory/test_dry_run.py."""
     return config._attn_implementation
@@ -373,6 +399,26 @@ def take_one_gpu(args: Any) -> None:
 def is_4_bit(layer: Any) -> bool:
     """Whether the layer is a `Linear4bit` of bitsandbytes, told by the switch that `keep_unpacked` needs."""
     return hasattr(layer, "support_avx512bf16_for_cpu")
+
+
+def was_conv1d(layer: Any) -> bool:
+    """Whether a 4-bit layer was quantized from a Conv1D, whose weight a checkpoint has transposed.
+
+    tests/release/test_kinds.py
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    return issubclass(getattr(layer, "source_cls", object), Conv1D)
+
+
+def untie(model: Any) -> None:
+    """Gives the output head of a model with tied embeddings a weight of its own, in place; tests/release/test_kinds.py."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
 
 
 def is_repacked(layer: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import math
@@ -13,8 +12,10 @@ from jaxtyping import Float
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from qriemann.adapters.detach import show_peft_plain_factors
 from qriemann.adapters.layer import FixedRankVariant, delta_weight, lora_factors
 from qriemann.adapters.lora_layers import lora_layers
+from qriemann.adapters.saved_rank import config_owners, describe_saved_rank
 from qriemann.adapters.spectrum import factored_svd
 from qriemann.base import load as base
 from qriemann.base.quantized import protect_quantized_weights
@@ -35,6 +36,7 @@ def attach(
 
     Call it after the last cast of the model: under TRL that is when the trainer creates its optimizer. Layers that are on
     the manifold already stay as they are. An adapter that is not zero keeps its X = B A; `start` applies to one that is.
+    PEFT's methods take attached layers for what they are; `detach` makes them plain for code that uses factors itself.
 
     Args:
         model: a PEFT model with a LoRA adapter on linear layers, 4-bit or not.
@@ -59,6 +61,7 @@ def attach(
     generator = torch.Generator().manual_seed(seed)
     points = [_attach_layer(name, layer, adapter, start, alpha, generator) for name, layer, adapter in layers]
     describe_saved_rank(model, points)
+    show_peft_plain_factors()
     report_low_precision(model)
     return points
 
@@ -79,7 +82,7 @@ def _check_offset_can_be_saved(model: nn.Module, layers: list[tuple[str, LoraLay
             f"start='offset' must be given an adapter that is zero in every layer or in none, got {len(empty)} zero layers "
             f"of {len(layers)} ({empty[0]}, ...); use start='zero'"
         )
-    if empty and not _config_owners(model):
+    if empty and not config_owners(model):
         raise InputError(
             f"start='offset' must be given the model that holds the adapter's config, got a {type(model).__name__} without "
             "peft_config; pass the whole model, or use start='zero'"
@@ -120,7 +123,6 @@ def _attach_layer(
     module.lora_variant[adapter] = FixedRankVariant(record)
     keep_input_dtype(module)
     module.get_delta_weight = functools.partial(get_delta_weight, module)  # type: ignore[operator]
-    module.register_state_dict_post_hook(_fold_core)
     return record
 
 
@@ -148,19 +150,6 @@ def _fold_core(module: Any, state_dict: dict[str, Any], prefix: str, local_metad
             if (key_bias := f"{prefix}lora_B.{adapter}.bias") in state_dict:
                 state_dict[key_bias] = state_dict[key_bias] / math.sqrt(2)
         state_dict[key_b], state_dict[key_a] = b.contiguous(), a.contiguous()
-
-
-def describe_saved_rank(model: nn.Module, points: list[FixedRankParameter]) -> None:
-    """Doubles r and lora_alpha in the saved config of each adapter whose `points` have an offset, and only there."""
-    own = {id(point) for point in points}
-    for owner in _config_owners(model):
-        with_offset: dict[str, bool] = {}
-        for module in owner.modules():
-            for adapter, variant in getattr(module, "lora_variant", {}).items():
-                if adapter in owner.peft_config and isinstance(variant, FixedRankVariant) and id(variant.point) in own:
-                    with_offset[adapter] = with_offset.get(adapter, False) or variant.point.offset is not None
-        for adapter, doubled in with_offset.items():
-            _set_saved_rank(owner, adapter, doubled=doubled)
 
 
 @torch.no_grad()
@@ -193,29 +182,6 @@ def truncate_(model: nn.Module) -> dict[str, float]:
         errors[point.name] = (sigma[point.rank :].norm() / sigma.norm().clamp_min(1e-300)).item()
     describe_saved_rank(model, points)
     return errors
-
-
-def _config_owners(model: nn.Module) -> list[Any]:
-    """The modules whose `peft_config` is saved: a PeftModel's base, or a model that an adapter was injected into."""
-    # A PeftModel, its tuner and its base share one dict; the base is the last of them, whichever module `model` is.
-    owners = {id(m.peft_config): m for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict)}
-    return list(owners.values())
-
-
-def _set_saved_rank(owner: Any, adapter: str, *, doubled: bool) -> None:
-    # By adapter: the config with twice the rank, and the one that it replaces.
-    kept = owner.__dict__.setdefault("_qriemann_doubled_configs", {})
-    config = owner.peft_config[adapter]
-    is_doubled = adapter in kept and kept[adapter][0] is config
-    if doubled and not is_doubled:
-        # A copy: the user may build more models from this LoraConfig, and other adapters may share it (DPO's reference).
-        twice = copy.deepcopy(config)
-        twice.r, twice.lora_alpha = 2 * config.r, 2 * config.lora_alpha
-        twice.rank_pattern = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
-        twice.alpha_pattern = {key: 2 * alpha for key, alpha in (config.alpha_pattern or {}).items()}
-        kept[adapter], owner.peft_config[adapter] = (twice, config), twice
-    elif is_doubled and not doubled:
-        owner.peft_config[adapter] = kept.pop(adapter)[1]
 
 
 def report_low_precision(model: nn.Module) -> None:
@@ -259,13 +225,17 @@ def accept_offset_checkpoints(model: nn.Module) -> None:
 
 def _take_saved_factors_on_load(module: LoraLayer) -> None:
     if not hasattr(module, "_fixed_rank_loaded"):
-        module._fixed_rank_loaded = {}
         module.register_load_state_dict_pre_hook(_take_saved_factors)
+        module.register_state_dict_post_hook(_fold_core)
+        module._fixed_rank_loaded = None
+    if module._fixed_rank_loaded is None:
+        module._fixed_rank_loaded = {}
 
 
 def _take_saved_factors(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """The inverse of `_fold_core`: turns loaded plain factors into the point and, at twice the rank, its offset."""
-    for adapter, rank in module.r.items():
+    # None after `detach`: what is loaded then is what the layer has.
+    for adapter, rank in {} if module._fixed_rank_loaded is None else module.r.items():
         key_b, key_a = (f"{prefix}lora_{factor}.{adapter}.weight" for factor in "BA")
         if key_b not in state_dict or key_a not in state_dict:
             continue

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qriemann.adapters.attach import Start, attach, check_start, describe_saved_rank
+from qriemann.adapters.attach import Start, attach, check_start
 from qriemann.adapters.gradient import GradientSVD, Layers, gradient_svd
 from qriemann.adapters.layer import FixedRankVariant
 from qriemann.adapters.lora_layers import lora_layers
+from qriemann.adapters.saved_rank import describe_saved_rank
 from qriemann.base.quantized import protect_quantized_weights
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter

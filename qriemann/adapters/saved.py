@@ -10,39 +10,48 @@ import copy
 import math
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.adapters.saved_config import CONFIG, read_config, value_for
+from qriemann.adapters.saved_tensors import PICKLE, first_line, stored_tensors
+from qriemann.adapters.targets import shape_of
 from qriemann.base.files import load_tokenizer
-from qriemann.base.finite import is_finite
 from qriemann.errors import InputError
 from qriemann.upstream import check_target_module_exists
 
-WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-
 _NAME = re.compile(r"[\w.-]+")
-_FACTOR = re.compile(r"base_model\.model\.(?P<module>[\w.-]+)\.lora_(?P<side>[AB])\.weight")
+_FACTOR = re.compile(r"base_model\.model\.(?P<module>[\w.-]+)\.lora_(?P<side>[AB])\.(?P<kind>weight|bias)")
+_TOKENS = re.compile(r"base_model\.model\.(?P<module>[\w.-]+)\.token_adapter\.trainable_tokens_delta")
+# What PEFT puts into the names of tensors of a module that it wraps.
+_WRAPPED = re.compile(r"\.(token_adapter|base_layer|modules_to_save)\b")
 _OTHER_BASE = "name the base that the adapter was trained on with --base"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """The change of one linear layer's weight: scaling B A."""
+    """The change of one linear layer: scaling B A of its weight, scaling times `bias` of its bias."""
 
     b: Float[Tensor, "m r"]
     a: Float[Tensor, "r n"]
     scaling: float
+    bias: Float[Tensor, " m"] | None = None
+
+    def add_to(self, weight: Float[Tensor, "m n"], *, transposed: bool) -> Float[Tensor, "m n"]:
+        """The weight with the change, in float32.
+
+        Args:
+            weight: n x m if `transposed`, as a Conv1D has it.
+        """
+        left, right = (self.a.mT, self.b.mT) if transposed else (self.b, self.a)
+        return torch.addmm(weight.float(), left.to(weight.device), right.to(weight.device), alpha=self.scaling)
 
 
 @dataclass(frozen=True)
@@ -53,12 +62,37 @@ class SavedAdapter:
         config: as PEFT reads it.
         layers: the change of each layer, by the module's name in the base.
         replaced: whole tensors that were trained (`modules_to_save`, biases), by their name in the base.
+        rows: of the embeddings that were trained alone (`trainable_token_indices`): their numbers and values, by the name of
+            the tensor in the base.
     """
 
     folder: Path
     config: LoraConfig
     layers: dict[str, LoraFactors]
     replaced: dict[str, Tensor]
+    rows: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
+
+    def replacement(self, name: str, stored: Tensor) -> Tensor:
+        """A tensor of the base with what was trained in its place; `stored` itself where nothing was."""
+        tensor = self.replaced.get(name, stored)
+        if name in self.rows:
+            indices, values = self.rows[name]
+            tensor = tensor.index_copy(0, torch.tensor(indices, device=tensor.device), values.to(tensor))
+        return tensor
+
+    def grow_vocabulary(self, model: PreTrainedModel) -> str | None:
+        """Gives the base the rows for added tokens that the adapter's embeddings have; a line about it, or None."""
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+        name, own_head = names[id(embeddings)], names.get(id(head))
+        if own_head in self.replaced and head.weight is embeddings.weight and not self.config.modules_to_save:
+            # PEFT loads it into the one tensor of the two.
+            self.replaced.setdefault(name, self.replaced[own_head])
+        before, trained = embeddings.weight.shape, self.replaced.get(name)
+        if trained is None or trained.shape[1:] != before[1:] or trained.shape[0] <= before[0]:
+            return None
+        model.resize_token_embeddings(trained.shape[0], mean_resizing=False)
+        return f"the adapter has {trained.shape[0] - before[0]} tokens more than the base, which gets their embeddings"
 
     def base(self, override: str | None) -> str:
         """The base to load: `override`, or the one that the configuration names.
@@ -81,8 +115,7 @@ class SavedAdapter:
         for name, layer in self.layers.items():
             expected = (layer.b.shape[0], layer.a.shape[1])
             try:
-                module: Any = model.get_submodule(name)
-                found = (module.out_features, module.in_features)
+                found = shape_of(model.get_submodule(name))
             except AttributeError:
                 found = None
             if found != expected:
@@ -91,13 +124,21 @@ class SavedAdapter:
                     f"the base must have every layer of the adapter, {name} of {expected[0]} x {expected[1]} among them, got "
                     f"{got} in {base}; {_OTHER_BASE}"
                 )
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, tensor in self.replaced.items():
             shape = tuple(parameters[name].shape) if name in parameters else None
             if shape != tuple(tensor.shape):
                 raise InputError(
                     f"the base must have every tensor that was trained whole, {name} of {tuple(tensor.shape)} among them, "
-                    f"got {shape or 'no such tensor'} in {base} (a head tied to the embeddings is none); {_OTHER_BASE}"
+                    f"got {shape or 'no such tensor'} in {base} (the head of a classifier or a reward model is none of a "
+                    f"language model); {_OTHER_BASE}"
+                )
+        for name, (indices, values) in self.rows.items():
+            shape = tuple(parameters[name].shape) if name in parameters else (0,)
+            if shape[1:] != tuple(values.shape[1:]) or max(indices, default=0) >= shape[0]:
+                raise InputError(
+                    f"the base must have the embeddings whose rows were trained, {name} with row {max(indices)} of "
+                    f"{values.shape[1]} numbers, got {shape} in {base}; {_OTHER_BASE}"
                 )
         self._check_named(model, base)
 
@@ -111,6 +152,7 @@ class SavedAdapter:
         Raises:
             InputError: the adapter does not fit.
         """
+        self.grow_vocabulary(model)
         self.check_fits(model, base)
         config = copy.copy(self.config)
         # The trained factors replace whatever a start would draw or compute.
@@ -150,60 +192,49 @@ class SavedAdapter:
                 )
 
 
-def read_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
+def read_adapter(path: str | os.PathLike[str], command: str = "merge") -> SavedAdapter:
     """The plain LoRA adapter in a folder, in float32.
 
     Args:
         path: the folder, or the `adapter_model.bin` in it: a pickle is read only when it is named, by an unpickler that makes
             tensors and nothing else.
+        command: that reads it, one of `saved_config.COMMANDS`.
 
     Raises:
-        InputError: there is no adapter, or it is not plain LoRA on linear layers; the message says why.
+        InputError: there is no adapter, or it is of a kind that the command does not read; the message says why.
     """
     path, folder = Path(path).expanduser(), adapter_folder(path)
-    config = read_config(folder)
+    config = read_config(folder, command)
     factors: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
-    for key, tensor in _stored_tensors(folder, pickled=folder != path):
-        match = _FACTOR.fullmatch(key)
-        if match is not None and tensor.ndim == 2:
-            factors.setdefault(match["module"], {})[match["side"]] = tensor.float()
+    rows: dict[str, tuple[list[int], Tensor]] = {}
+    for key, tensor in stored_tensors(folder, pickled=folder != path):
+        match, tokens = _FACTOR.fullmatch(key), _TOKENS.fullmatch(key)
+        if match is not None and tensor.ndim == (2 if match["kind"] == "weight" else 1):
+            side = match["side"] if match["kind"] == "weight" else f"{match['side']} bias"
+            factors.setdefault(match["module"], {})[side] = tensor.float()
+        elif tokens is not None:
+            rows[f"{tokens['module']}.weight"] = _token_rows(tokens["module"], tensor, config, folder)
+        elif ".original_module." in key:
+            # Of a grown vocabulary PEFT saves what `modules_to_save` replaces as well.
+            continue
         elif "lora_" in key or not _NAME.fullmatch(key):
             raise InputError(
                 f"an adapter must be plain LoRA on linear layers, got the tensor {key!r} of {tuple(tensor.shape)} in "
                 f"{folder}; merge it with the tool that trained it"
             )
         else:
-            replaced[key.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor
+            replaced[_WRAPPED.sub("", key.removeprefix("base_model.model."))] = tensor
     layers = {name: _factors(name, pair, config, folder) for name, pair in sorted(factors.items())}
     if not layers:
         raise InputError(f"{folder} holds no LoRA layer; check the folder")
-    return SavedAdapter(folder, config, layers, replaced)
+    return SavedAdapter(folder, config, layers, replaced, rows)
 
 
 def adapter_folder(path: str | os.PathLike[str]) -> Path:
     """The path, or the folder of the pickled weights that it names."""
     path = Path(path).expanduser()
     return path.parent if path.name == PICKLE and path.is_file() else path
-
-
-def finite_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file, one at a time.
-
-    Raises:
-        InputError: the file is incomplete, or holds anything but finite floating-point numbers.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                dtype = file.get_slice(key).get_dtype()
-                yield key, _checked(path, key, dtype, file.get_tensor(key) if dtype in _DTYPES else None)
-    except InputError:
-        raise
-    except Exception as error:  # safetensors and torch raise their own types.
-        raise InputError(
-            f"{path} is not a complete safetensors file: {_first_line(error)}; copy or train it again"
-        ) from error
 
 
 def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -221,51 +252,27 @@ def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         raise
     except Exception as error:  # Broken files make transformers raise exceptions of any type.
         raise InputError(
-            f"transformers cannot load the tokenizer in {folder}: {_first_line(error)}; remove tokenizer_config.json to use "
+            f"transformers cannot load the tokenizer in {folder}: {first_line(error)}; remove tokenizer_config.json to use "
             "the base's"
         ) from error
 
 
-def _stored_tensors(folder: Path, *, pickled: bool) -> Iterator[tuple[str, Tensor]]:
-    if (folder / WEIGHTS).is_file():
-        if pickled:
-            raise InputError(f"{folder} holds {WEIGHTS} beside the pickle; name the folder to read that file")
-        return finite_tensors(folder / WEIGHTS)
-    if not (folder / PICKLE).is_file():
-        raise InputError(f"{folder / WEIGHTS}: no such file; train or copy the adapter again")
-    if not pickled:
+def _token_rows(module: str, values: Tensor, config: LoraConfig, folder: Path) -> tuple[list[int], Tensor]:
+    """The numbers of the tokens whose embeddings were trained alone, and these embeddings."""
+    named = config.trainable_token_indices or []
+    if isinstance(named, dict):
+        named = next((numbers for name, numbers in named.items() if f".{module}".endswith(f".{name}")), [])
+    if values.ndim != 2 or len(named) != values.shape[0]:
         raise InputError(
-            f"an adapter's weights must be safetensors, got a pickle in {folder}; if you trust its author, name the file "
-            f"itself: {folder / PICKLE}"
+            f"an adapter must hold a row for each of the {len(named)} trainable_token_indices of its {CONFIG}, got "
+            f"{tuple(values.shape)} for {module} in {folder}; copy or train it again"
         )
-    return _unpickled(folder / PICKLE)
-
-
-def _unpickled(path: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # A broken file makes the unpickler raise exceptions of any type.
-        raise InputError(
-            f"{path} must be a pickle of tensors alone, got {type(error).__name__}; copy or train it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must map names to tensors, got a {type(content).__name__}; copy or train it again")
-    for key, tensor in content.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise InputError(f"{path} must map names to tensors, got {key!r:.80}; copy or train it again")
-        yield key, _checked(path, key, str(tensor.dtype), tensor if tensor.dtype in _DTYPES.values() else None)
-
-
-def _checked(path: Path, key: str, dtype: str, tensor: Tensor | None) -> Tensor:
-    """The tensor if its numbers are finite; None stands for a dtype that cannot hold a factor."""
-    if tensor is None or not is_finite(tensor):
-        got = f"{key!r:.80} as {dtype}" if tensor is None else f"NaN or infinities in {key!r}"
-        raise InputError(f"{path} must hold finite numbers of {', '.join(_DTYPES)}, got {got}; copy or train it again")
-    return tensor
+    return list(named), values
 
 
 def _factors(name: str, pair: dict[str, Tensor], config: LoraConfig, folder: Path) -> LoraFactors:
     rank = value_for(config.rank_pattern, name, config.r)
+    bias = pair.pop("B bias", None) if config.lora_bias else None
     if pair.keys() != {"A", "B"} or not pair["A"].shape[0] == pair["B"].shape[1] == rank:
         shapes = {f"lora_{side}": tuple(tensor.shape) for side, tensor in sorted(pair.items())}
         raise InputError(
@@ -278,8 +285,4 @@ def _factors(name: str, pair: dict[str, Tensor], config: LoraConfig, folder: Pat
         raise InputError(
             f"lora_alpha must be finite, got {alpha!r} for {name!r} in {folder / CONFIG}; correct the file"
         )
-    return LoraFactors(pair["B"], pair["A"], scaling)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
+    return LoraFactors(pair["B"], pair["A"], scaling, bias)

@@ -1,13 +1,13 @@
-"""The `adapter_config.json` of a plain LoRA adapter, trained by any tool, checked before PEFT acts on it."""
+"""The `adapter_config.json` of a plain LoRA adapter, trained by any tool: which command reads it, before PEFT acts on it."""
 
 from __future__ import annotations
 
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qriemann.base.paths import entries, refuse_outside
 from qriemann.errors import InputError
@@ -17,34 +17,101 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 
-# With one of these the trained function is not W + scaling B A on linear layers.
-_NOT_PLAIN = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "fan_in_fan_out",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "megatron_config",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-    "velora_config",
+COMMANDS = ("inspect", "chat", "eval", "merge", "export")
+_ALL = frozenset(COMMANDS)
+_ELSEWHERE = "merge it with the tool that trained it"
+
+
+class Kind(NamedTuple):
+    """Adapters that have one key of their configuration set, and the commands that read them.
+
+    Attributes:
+        key: of `adapter_config.json`.
+        found: whether its value makes an adapter one of this kind.
+        commands: that read it; the others refuse it by name.
+        instead: what to do where they do.
+    """
+
+    key: str
+    found: Callable[[Any], bool]
+    commands: frozenset[str] = _ALL
+    instead: str = _ELSEWHERE
+
+    def __str__(self) -> str:
+        return self.key
+
+
+# What each command reads. Training tells of what it accepts and some command refuses; see `unread`.
+KINDS = (
+    *(
+        Kind(key, bool)
+        for key in (
+            "rank_pattern",
+            "alpha_pattern",
+            "use_rslora",
+            "lora_bias",
+            "bias",
+            "modules_to_save",
+            "trainable_token_indices",
+            # Only says how the base stores its weights, as GPT-2's Conv1D does.
+            "fan_in_fan_out",
+            "ensure_weight_tying",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+        )
+    ),
+    # A sequence classifier, a reward model: its factors are plain, but it is no language model.
+    Kind(
+        "task_type",
+        lambda task: task not in (None, "CAUSAL_LM"),
+        frozenset({"inspect"}),
+        "load and merge it with PEFT's class for that task; inspect shows its factors",
+    ),
+    # These starts change the base's own weights, which the folder does not hold.
+    Kind(
+        "init_lora_weights",
+        lambda start: str(start).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")),
+        frozenset(),
+        "it changes the base's own weights, so save it as PEFT converts it to plain LoRA",
+    ),
+    # With one of these the trained function is not W + scaling B A on linear layers.
+    *(
+        Kind(key, bool, frozenset())
+        for key in (
+            "alora_invocation_tokens",
+            "arrow_config",
+            "kasa_config",
+            "layer_replication",
+            "megatron_config",
+            "monteclora_config",
+            "target_parameters",
+            "use_bdlora",
+            "use_dora",
+            "use_qalora",
+            "velora_config",
+        )
+    ),
 )
-# These starts change the base's own weights, which the folder does not hold.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # The types of the values that are computed with; PEFT checks none.
 _TYPES = {"r": int, "lora_alpha": int | float, "rank_pattern": dict | None, "alpha_pattern": dict | None}
 
 
-def check_config(folder: Path) -> dict[str, Any]:
+def unread(config: Mapping[str, Any]) -> list[Kind]:
+    """The kinds of an adapter that not every command reads."""
+    return [kind for kind in KINDS if kind.commands != _ALL and kind.found(config.get(kind.key))]
+
+
+def check_config(folder: Path, command: str) -> dict[str, Any]:
     """The content of the configuration of the plain LoRA adapter in the folder; PEFT is not imported.
 
+    Args:
+        folder: of the adapter.
+        command: the one of `COMMANDS` that reads it.
+
     Raises:
-        InputError: there is none, it is broken or not of plain LoRA, or it names files outside the folder.
+        InputError: there is none, it is broken or of a kind that the command does not read, or it names files outside the
+            folder.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -66,19 +133,17 @@ def check_config(folder: Path) -> dict[str, Any]:
     for name, kind in _TYPES.items():
         if not isinstance(content.get(name), kind):
             raise InputError(f"{name} must not be {content.get(name)!r:.80} in {path}; correct the file")
-    start = str(content.get("init_lora_weights"))
-    found = [name for name in _NOT_PLAIN if content.get(name)]
-    if start.startswith(_CHANGES_BASE):
-        found.append(f"init_lora_weights={start!r}, which changes the base's own weights")
-    if found:
+    refused = [kind for kind in unread(content) if command not in kind.commands]
+    if refused:
+        key, instead = refused[0].key, refused[0].instead
         raise InputError(
-            f"an adapter must be plain LoRA on linear layers, got {found[0]} in {path}; merge it with the tool that trained "
-            "it"
+            f"an adapter must be plain LoRA on linear layers of a causal language model, got {key}={content[key]!r:.80} in "
+            f"{path}; {instead}"
         )
     return content
 
 
-def read_config(folder: Path) -> LoraConfig:
+def read_config(folder: Path, command: str) -> LoraConfig:
     """The same as PEFT reads it.
 
     Raises:
@@ -86,7 +151,7 @@ def read_config(folder: Path) -> LoraConfig:
     """
     from peft import PeftConfig
 
-    check_config(folder)
+    check_config(folder, command)
     try:
         return PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # PEFT does not check the types of most values.

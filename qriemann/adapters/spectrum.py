@@ -128,7 +128,7 @@ def read_spectra(path: str | os.PathLike[str]) -> list[LayerSpectrum]:
 
 def _factors(folder: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Name, scaling B and A of each layer, in float64."""
-    config = check_config(folder)
+    config = check_config(folder, "inspect")
     if not (folder / _WEIGHTS).is_file():
         raise InputError(f"{folder / _WEIGHTS}: no such file; train or copy the adapter again")
     factors: dict[str, dict[str, np.ndarray]] = {}
@@ -136,7 +136,7 @@ def _factors(folder: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         match = _FACTOR.fullmatch(key)
         if match is not None and tensor.ndim == 2:
             factors.setdefault(match["module"], {})[match["side"]] = tensor.astype(np.float64)
-        elif "lora_" in key:
+        elif "lora_" in key and not key.endswith(".lora_B.bias"):
             raise InputError(
                 f"an adapter must be plain LoRA on linear layers, got the tensor {key!r:.80} of {tensor.shape} in {folder}; "
                 "merge it with the tool that trained it"
@@ -174,5 +174,5 @@ def _pickled(path: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     # Only torch reads a pickle, by an unpickler that makes tensors and nothing else.
     from qriemann.adapters.saved import read_adapter
 
-    for name, layer in read_adapter(path).layers.items():
+    for name, layer in read_adapter(path, "inspect").layers.items():
         yield name, layer.scaling * layer.b.double().numpy(), layer.a.double().numpy()

@@ -134,7 +134,7 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
                 )
     for name, module in matched.items():
         rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
-        rows, columns = _shape(module)
+        rows, columns = shape_of(module)
         if rank > min(rows, columns):
             raise InputError(
                 f"the rank must be at most min(out_features, in_features) = {min(rows, columns)} of {name} ({rows} x "
@@ -185,9 +185,11 @@ def _names(layers: dict[str, nn.Module]) -> str:
     return ", ".join(dict.fromkeys(map(_last, layers))) or "none"
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
+def shape_of(module: Any) -> tuple[int, int]:
+    """Rows and columns of a linear layer's weight, (out_features, in_features), however it is stored.
+
+    Raises:
+        AttributeError: it is no linear layer.
+    """
     # transformers' Conv1D stores its weight transposed.
-    columns, rows = module.get_parameter("weight").shape
-    return rows, columns
+    return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)

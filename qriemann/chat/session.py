@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
+from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from qriemann.adapters.saved import adapter_folder, read_adapter, saved_tokenizer
+from qriemann.adapters.saved import adapter_folder, read_adapter
 from qriemann.base.chat_template import render
 from qriemann.base.load import load_base
-from qriemann.checkpoints.fingerprints import other_base
 from qriemann.device import describe_device, explaining_memory
 from qriemann.errors import InputError
+from qriemann.evaluation.trained import load_trained
 from qriemann.folder.contents import read_folder
 from qriemann.upstream import quiet
 
@@ -232,18 +233,16 @@ def _load(folder: str | os.PathLike[str], base: str | None, quantize: str | None
             raise InputError(f"{found.path} is a whole model, which needs no base; leave --base {base} out")
         model, tokenizer = load_base(found.path, quantize="nf4" if quantize == "nf4" else None, device=device)
         return Session(model, tokenizer, label)
-    name = base or found.base
-    if not name:
-        raise InputError(f"the adapter in {found.path} does not name its base model; name it with --base")
-    adapter = read_adapter(folder)
-    stored = quantize or found.settings.get("quantize", "nf4")
-    revision = None if base else found.config.get("revision")
-    model, tokenizer = load_base(name, quantize=None if stored == "none" else "nf4", device=device, revision=revision)
-    own = saved_tokenizer(found.path) or tokenizer
-    if own.pad_token is None:
-        own.pad_token = tokenizer.pad_token
-    other = other_base(found.path, model, name)
-    return Session(adapter.put_on(model, name), own, label, name, notes=[] if other is None else [other])
+    trained = load_trained(
+        read_adapter(folder, "chat"),
+        base,
+        None,
+        Console(quiet=True),
+        quantize=quantize,
+        dtype=None,
+        device=device,
+    )
+    return Session(trained.peft, trained.tokenizer, label, trained.base, notes=trained.notes)
 
 
 class _Pieces(BaseStreamer):

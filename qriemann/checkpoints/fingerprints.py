@@ -18,7 +18,7 @@ from qriemann.checkpoints.manifest import read_manifest
 from qriemann.distributed import process_count
 from qriemann.errors import InputError
 from qriemann.folder.contents import read_json
-from qriemann.folder.records import RUN, finite
+from qriemann.folder.records import RUN, TRAINED_ON, finite
 
 # Settings that may change on resume: they change no step, or the fingerprints of tokens and base cover their effect. Add
 # every new setting here that cannot change a step, or resuming refuses it.
@@ -37,8 +37,9 @@ _FREE_OF_MODEL = re.compile(
     r"_.*|.*name_or_path|.*version|(torch_)?dtype|quantization_config|architectures|use_cache|(pad|bos|eos)_token_id"
     r"|output_.*|return_dict|id2label|label2id|tie_encoder_decoder|task_specific_params|problem_type|is_.*|finetuning_task"
 )
+_RECORDED = ("fingerprint", "quantized", "quant_type", "double_quant", "device", "dtype")
 # What PEFT adds to the names of a base that it wraps.
-_PEFT_NAMES = re.compile(r"^base_model\.model\.|\.base_layer\b|\.original_module\b")
+_PEFT_NAMES = re.compile(r"^base_model\.model\.|\.(token_adapter|base_layer|original_module)\b")
 # Elements of a tensor that are copied at a time; a whole embedding would take a gigabyte.
 _CHUNK = 2**24
 
@@ -61,6 +62,7 @@ def fingerprints(settings: Mapping[str, Any], model: Any, data_print: str | None
         "data": data_print,
         "base": base,
         "base_floats": base_floats,
+        "loaded": {**_loaded_as(model), "fingerprint": base},
         "base_config": {key: value for key, value in model_config.items() if not _FREE_OF_MODEL.fullmatch(key)},
     }
     # Round-tripped through JSON to compare equal to a manifest; objects become their type name, since a repr may contain an
@@ -110,7 +112,7 @@ def _base_fingerprints(model: nn.Module) -> tuple[str, str]:
     """`base_fingerprint`, and the SHA-256 over the floats that it rounds, to their last bit."""
     rounded, exact = hashlib.sha256(), hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if ".lora_" in name or "modules_to_save" in name:
+        if any(part in name for part in (".lora_", "modules_to_save", "trainable_tokens_delta")):
             continue
         rounded.update(f"{_PEFT_NAMES.sub('', name)} {tuple(parameter.shape)}".encode())
         state: Any = getattr(parameter, "quant_state", None)
@@ -131,37 +133,60 @@ def _as_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data
 
 
-def describe_base(model: PreTrainedModel, fingerprint: str) -> dict[str, Any]:
-    """What `run.json` says about the base, for `other_base` to compare."""
+def describe_base(model: PreTrainedModel, fingerprint: str | None = None) -> dict[str, Any]:
+    """What a record says about the base that an adapter was trained on, for `recorded_base` to find."""
     return {"fingerprint": fingerprint, **_loaded_as(model)}
 
 
-def other_base(folder: Path, model: PreTrainedModel, name: str) -> str | None:
-    """A line if the base is not the one that the run in the folder trained on.
+def recorded_base(folder: Path) -> dict[str, Any]:
+    """How the base of the adapter in a folder was loaded when it was trained, as `describe_base` has it.
+
+    Empty where nothing says so: the adapter is from another tool, or was trained by a script and saved outside a checkpoint.
+
+    Args:
+        folder: of a run, of one of its checkpoints, or of an adapter that `export` wrote or `push` uploaded.
+    """
+    manifest = (read_manifest(folder) or {}).get("run", {})
+    for record in (read_json(folder / TRAINED_ON), read_json(folder / RUN).get("model"), manifest.get("loaded")):
+        if isinstance(record, dict) and isinstance(record.get("quantized"), bool):
+            return {key: record.get(key) for key in _RECORDED}
+    return {}
+
+
+def other_base(recorded: Mapping[str, Any], model: PreTrainedModel, name: str) -> str | None:
+    """A line if the base is not the one that was trained on.
 
     None where no record says what that was, and where the two do not compare: floats with 4 bit, or another kind of device,
     whose rounding gives other codes.
 
     Args:
-        folder: of an adapter.
+        recorded: from `recorded_base`.
         model: the base, before PEFT wraps it.
         name: of the base, for the line.
     """
-    recorded, loaded = read_json(folder / RUN).get("model"), _loaded_as(model)
-    if not isinstance(recorded, dict) or any(recorded.get(key) != loaded[key] for key in ("quantized", "device")):
+    loaded = _loaded_as(model)
+    if not recorded.get("fingerprint") or any(recorded.get(key) != loaded[key] for key in ("quantized", "device")):
         return None
-    before, now, rounding = str(recorded.get("fingerprint")), base_fingerprint(model), ""
+    before, now = str(recorded["fingerprint"]), base_fingerprint(model)
     if before == now:
         return None
-    if recorded.get("dtype") != loaded["dtype"]:
-        rounding = f", or {loaded['dtype']} quantizes otherwise than {recorded.get('dtype')}, in which it was trained"
-    return f"trained on another revision of {name}{rounding}: its fingerprint is {now[:12]}, that of training {before[:12]}"
+    return f"trained on another revision of {name}: its fingerprint is {now[:12]}, that of training {before[:12]}"
 
 
-def _loaded_as(model: PreTrainedModel) -> dict[str, Any]:
-    quantized = any(hasattr(parameter, "quant_state") for parameter in model.parameters())
-    dtype = model.get_input_embeddings().weight.dtype
-    return {"quantized": quantized, "device": model.device.type, "dtype": str(dtype).removeprefix("torch.")}
+def _loaded_as(model: Any) -> dict[str, Any]:
+    """Device, dtype and quantization; of what is quantized, the first layer says how."""
+    states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
+    state: Any = next((state for state in states if state is not None), None)
+    floats = (p for name, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in name)
+    # In a model of another library the first floats stand for its embeddings.
+    embeddings = model.get_input_embeddings().weight if hasattr(model, "get_input_embeddings") else next(floats)
+    return {
+        "quantized": state is not None,
+        "quant_type": state and state.quant_type,
+        "double_quant": state and bool(state.nested),
+        "device": getattr(model, "device", embeddings.device).type,
+        "dtype": str(embeddings.dtype).removeprefix("torch."),
+    }
 
 
 def check_same_run(

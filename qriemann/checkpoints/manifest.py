@@ -94,7 +94,7 @@ def find_content_defect(folder: Path) -> str | None:
     from transformers import TrainerState
     from transformers.trainer_pt_utils import safe_globals
 
-    from qriemann.adapters.saved import finite_tensors
+    from qriemann.adapters.saved_tensors import finite_tensors
     from qriemann.base.finite import find_not_finite
 
     try:

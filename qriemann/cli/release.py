@@ -29,9 +29,9 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument(
         "--into",
         nargs="+",
-        default=["nf4-dequantized"],
         metavar="BASE",
-        help="nf4-dequantized (what training saw; the default), original, nf4; several give a subfolder each",
+        help="nf4-dequantized, original, nf4; several give a subfolder each (default: what the adapter was trained on, the "
+        "first or the second)",
     )
     parser.add_argument("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: float32, or as stored)")
 
@@ -63,6 +63,7 @@ def _add_adapter_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("out", metavar="OUT", help=out)
     parser.add_argument("--base", metavar="MODEL", help="instead of the base that the adapter names")
     parser.add_argument("--revision", metavar="REV", help="of a base on the Hub")
+    _add_quantize(parser)
     parser.add_argument("--data", metavar="FILE", help="held-out rows for the proof (default: 32 built-in prompts)")
     parser.add_argument("--max-kl", type=float, metavar="X", help="largest mean KL that is accepted, nats a token")
 
@@ -72,7 +73,12 @@ def _adapter_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.data is not None:
         check_exists(arguments.data, "--data")
     check_output(Path(arguments.out).expanduser())
-    return {name: getattr(arguments, name) for name in ("adapter", "out", "base", "revision", "data", "max_kl")}
+    names = ("adapter", "out", "base", "revision", "quantize", "data", "max_kl")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quantize", choices=["nf4", "none"], help="of the base (default: as the adapter was trained)")
 
 
 @contextmanager
@@ -107,6 +113,7 @@ def _add_eval(commands: Any) -> None:
         help="when an answer is right: exact (default), last-number, choice, contains, reasoning-gym",
     )
     parser.add_argument("--base", metavar="MODEL", help="instead of the base that an adapter names")
+    _add_quantize(parser)
     parser.add_argument("--max-rows", type=int, metavar="N", help="the first N rows")
     parser.add_argument("--output", metavar="FILE", help="write the figures and answers there, as JSON")
 
@@ -116,7 +123,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     with _loading() as console:
         from qriemann.evaluation.evaluate import as_dict, evaluate
 
-    given = {name: getattr(arguments, name) for name in ("other", "scorer", "base", "max_rows")}
+    given = {name: getattr(arguments, name) for name in ("other", "scorer", "base", "quantize", "max_rows")}
     found = evaluate(arguments.model, arguments.data, console=console, **given)
     if arguments.output:
         with open(arguments.output, "w", encoding="utf-8") as file:
@@ -151,7 +158,7 @@ def _add_chat(commands: Any) -> None:
     )
     parser.add_argument("folder", metavar="DIR", help="the adapter or the model; a pipe may ask, one question a line")
     parser.add_argument("--base", help="the base model, where not the one that the adapter names")
-    parser.add_argument("--quantize", choices=["nf4", "none"], help="of the base; default: as it was trained")
+    _add_quantize(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
 
 

@@ -85,6 +85,7 @@ def evaluate(
     *,
     other: str | Path | None = None,
     base: str | None = None,
+    quantize: str | None = None,
     max_rows: int | None = None,
     scorer: str = "exact",
     console: Console | None = None,
@@ -92,11 +93,13 @@ def evaluate(
     """Scores one model or two on the same held-out rows and prints a table.
 
     Args:
-        model: a folder with an adapter, whose base is loaded in 4 bit, or whatever `load_base` takes, loaded as it is.
+        model: a folder with an adapter, whose base is loaded as it was in training (in 4 bit where no record says how), or
+            whatever `load_base` takes, loaded as it is.
         data: rows as the recipe takes them, or `prompt` with `answer`. The loss is on the assistant's tokens. Rows with an
             `answer` are also answered, greedily, and the answer is scored.
         other: a second model.
         base: of the adapters, instead of the one that they name.
+        quantize: "nf4" or "none", of the adapters' base, instead of what they were trained on.
         max_rows: the first so many rows.
         scorer: "exact" is equal to the row's `answer`, white space at the ends aside; "last-number" compares the number
             after "####" or else the last one; "choice" the first word, or the first after "answer is" or "answer:";
@@ -110,7 +113,9 @@ def evaluate(
     console = console or Console(quiet=True)
     with quiet():
         found = [
-            _score(str(name), data, base, max_rows, scorer, console) for name in (model, other) if name is not None
+            _score(str(name), data, (base, quantize), max_rows, scorer, console)
+            for name in (model, other)
+            if name is not None
         ]
     if len(found) == 2 and found[0].tokens != found[1].tokens:
         console.print(
@@ -181,8 +186,15 @@ def as_dict(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _score(name: str, data: str, base: str | None, max_rows: int | None, scorer: str, console: Console) -> Evaluation:
-    model, tokenizer = load_model(name, base, console)
+def _score(
+    name: str,
+    data: str,
+    base: tuple[str | None, str | None],
+    max_rows: int | None,
+    scorer: str,
+    console: Console,
+) -> Evaluation:
+    model, tokenizer = load_model(name, *base, console)
     rows = load_rows(data, tokenizer, max_rows=max_rows)
     for notice in rows.notices:
         console.print(f"note: {notice}", highlight=False)
@@ -228,14 +240,14 @@ def greedy_answers(model: Any, tokenizer: Any, rows: Rows, limit: int | None = N
     return texts
 
 
-def load_model(name: str, base: str | None, console: Console) -> tuple[Any, Any]:
-    """An adapter on its base in 4 bit, or a model as it is stored; and its tokenizer."""
+def load_model(name: str, base: str | None, quantize: str | None, console: Console) -> tuple[Any, Any]:
+    """An adapter on its base as in training, or a model as it is stored; and its tokenizer."""
     if not (adapter_folder(name) / "adapter_config.json").is_file():
         device = compute_device()
         where = describe_device(device, compute_dtype(device))
         console.print(f"Loading {name} on {where} ...", highlight=False, soft_wrap=True)
         return load_base(name, quantize=None, device=device)
-    trained = load_trained(read_adapter(name), base, None, console, dtype=None)
+    trained = load_trained(read_adapter(name, "eval"), base, None, console, quantize=quantize, dtype=None)
     return trained.peft, trained.tokenizer
 
 

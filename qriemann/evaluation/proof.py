@@ -2,7 +2,7 @@
 
 Two independent looks at the files. Weights: each tensor read back must be the base's plus what PEFT says the adapter adds,
 rounded as the files are. Behaviour: a fresh process loads the folder with transformers alone, and its next-token
-distributions are compared with those that the 4-bit base with the adapter gave before.
+distributions are compared with those that the base of training with the adapter gave before.
 
 The first finds any damage, however small its effect. The second says what it costs to leave the base that the adapter was
 trained on, which no check of weights can: quantization moves that base by more than many an adapter does.
@@ -118,7 +118,13 @@ def record(trained: Trained, rows: Rows, path: Path) -> Recording:
 
 
 def load_and_record(
-    saved: SavedAdapter, base: str | None, revision: str | None, data: str | None, path: Path, console: Console
+    saved: SavedAdapter,
+    base: str | None,
+    revision: str | None,
+    quantize: str | None,
+    data: str | None,
+    path: Path,
+    console: Console,
 ) -> tuple[Trained, Rows, Recording]:
     """The trained model, the rows of the proof and what the model says to them; on the CPU where the card is too small.
 
@@ -127,7 +133,7 @@ def load_and_record(
     """
 
     def attempt(device: str | None) -> tuple[Trained, Rows, Recording]:
-        trained = load_trained(saved, base, revision, console, device=device)
+        trained = load_trained(saved, base, revision, console, quantize=quantize, device=device)
         rows = trained.proof_rows(data, console)
         console.print(f"Recording the trained model on {rows.source}, {rows.tokens} tokens ...", highlight=False)
         with explaining_memory("recording the trained model", "shorten the longest rows of --data"):
@@ -236,6 +242,7 @@ def describe(trained: Trained, rows: Rows, untrained: Differences) -> dict[str, 
     """The report's part that holds before anything is judged; nothing in it tells where a file lay."""
     return {
         "base": _public_name(trained.base),
+        "trained_on": trained.trained_on,
         "adapter": {
             "layers": len(trained.adapter.layers),
             "rank": max(layer.a.shape[0] for layer in trained.adapter.layers.values()),
@@ -251,7 +258,12 @@ def conclude(described: dict[str, Any], verdicts: list[Verdict]) -> dict[str, An
     """The whole report: what was found of each base, which one to prefer, and a sentence for each thing to know."""
     merged = [verdict.as_dict() for verdict in verdicts]
     accepted = all(verdict.accepted for verdict in verdicts)
-    content = {**described, "merged": merged, "accepted": accepted, "prefer": _preferred(merged)}
+    content = {
+        **described,
+        "merged": merged,
+        "accepted": accepted,
+        "prefer": _preferred(merged, described["trained_on"]),
+    }
     return {**content, "conclusions": _conclusions(content)}
 
 
@@ -298,7 +310,7 @@ def _conclusions(content: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _preferred(merged: list[dict[str, Any]]) -> dict[str, str] | None:
+def _preferred(merged: list[dict[str, Any]], trained_on: str) -> dict[str, str] | None:
     """The accepted base that is nearest to what was trained."""
     accepted = sorted((one for one in merged if one["accepted"]), key=lambda one: one["mean_kl"])
     if not accepted:
@@ -308,10 +320,10 @@ def _preferred(merged: list[dict[str, Any]]) -> dict[str, str] | None:
     if others:
         against = " and ".join(f"{other['mean_kl']:.2g} for {other['into']}" for other in others)
         return {"into": into, "why": f"prefer {into}: {why} against {against}"}
-    if into == "nf4-dequantized":
-        return {"into": into, "why": f"nf4-dequantized is the base to prefer: the adapter was trained on it; {why}"}
+    if into == trained_on:
+        return {"into": into, "why": f"{into} is the base to prefer: the adapter was trained on it; {why}"}
     return {
         "into": into,
-        "why": f"only {into} was measured: {why}; the adapter was trained on the 4-bit base, so compare with --into "
-        "nf4-dequantized before you choose",
+        "why": f"only {into} was measured: {why}; the adapter was trained on {trained_on}, so compare with "
+        f"--into {trained_on} before you choose",
     }

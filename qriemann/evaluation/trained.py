@@ -1,4 +1,4 @@
-"""The trained model: the 4-bit base with the adapter, as PEFT computes it."""
+"""The trained model: the base as training had it, in 4 bit or not, with the adapter, as PEFT computes it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from qriemann.adapters.saved import SavedAdapter, saved_tokenizer
-from qriemann.base.load import load_base
-from qriemann.checkpoints.fingerprints import other_base
+from qriemann.base.load import compute_in, load_base
+from qriemann.checkpoints.fingerprints import other_base, recorded_base
 from qriemann.device import compute_device, compute_dtype, describe_device
 from qriemann.evaluation.rows import Rows, load_rows
+from qriemann.folder.contents import read_folder
+from qriemann.upstream import was_conv1d
 
 _MAX_LENGTH, _MAX_TOKENS = 1024, 2048
 _RECORDED_BYTES = 2**29
@@ -28,7 +33,8 @@ class Dequantized(Mapping[str, Tensor]):
     Take it before PEFT renames the model's modules.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._dtype = model.dtype
         buffers = {
             f"{prefix}.{name}".lstrip("."): buffer
             for prefix, module in model.named_modules()
@@ -37,13 +43,18 @@ class Dequantized(Mapping[str, Tensor]):
             if name not in module._non_persistent_buffers_set
         }
         self._tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **buffers}
+        # 4-bit layers have the layout of nn.Linear whatever they were quantized from.
+        self._turned = {f"{name}.weight" for name, module in model.named_modules() if was_conv1d(module)}
 
     def __getitem__(self, name: str) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         tensor = self._tensors[name]
         state = getattr(tensor, "quant_state", None)
-        return tensor.detach() if state is None else dequantize_4bit(tensor.data, state)
+        if state is None:
+            return tensor.detach()
+        weight = dequantize_4bit(tensor.data, state).to(self._dtype)
+        return weight.mT.contiguous() if name in self._turned else weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -54,7 +65,14 @@ class Dequantized(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Trained:
-    """The 4-bit base with its adapter, and what was taken from the base before PEFT wrapped it."""
+    """The base with its adapter, and what was taken from the base before PEFT wrapped it.
+
+    Attributes:
+        quantized: whether the base is in 4 bit.
+        tied: the names of the output head's tensor and of the embeddings' that the base ties it to; None if it does not.
+        untied: whether training has given the two different values.
+        notes: what a person should know.
+    """
 
     base: str
     revision: str | None
@@ -65,10 +83,26 @@ class Trained:
     dequantized: Dequantized
     lora_layers: dict[str, Any]
     untrained_biases: dict[str, Tensor]
+    quantized: bool
+    tied: tuple[str, str] | None
+    untied: bool
+    notes: list[str]
+
+    @property
+    def trained_on(self) -> str:
+        """What `merge` calls the base that was trained on."""
+        return "nf4-dequantized" if self.quantized else "original"
+
+    def is_conv1d(self, module: str) -> bool:
+        """Whether a checkpoint has the layer's weight transposed."""
+        layer = self.lora_layers[module].get_base_layer()
+        return isinstance(layer, Conv1D) or was_conv1d(layer)
 
     def added(self, module: str) -> Tensor:
-        """What PEFT adds to a layer's weight, in float32."""
-        return self.lora_layers[module].get_delta_weight("default").float()
+        """What PEFT adds to a layer's weight, in float32, in the layout of a checkpoint."""
+        layer = self.lora_layers[module]
+        change = layer.get_delta_weight("default").float()
+        return change.mT if was_conv1d(layer.get_base_layer()) else change
 
     @contextmanager
     def untrained(self) -> Iterator[PeftModel]:
@@ -100,32 +134,105 @@ def load_trained(
     revision: str | None,
     console: Console,
     *,
-    dtype: str | None = "float32",
+    quantize: str | None = None,
+    dtype: torch.dtype | str | None = "float32",
     device: str | None = None,
 ) -> Trained:
-    """The 4-bit base with the adapter, in eval mode.
+    """The base as it was in training, with the adapter, in eval mode.
+
+    Without a record of the training beside the adapter, the base is loaded in 4 bit.
 
     Args:
         base, revision: instead of those that the adapter names.
-        dtype, device: as `load_base` takes them. A proof computes in float32, so that what
-            it finds is not the computation's rounding.
+        quantize: "nf4" or "none", instead of what was trained on.
+        dtype: to compute in; None is that of training. A proof computes in float32, so that what it finds is not the
+            computation's rounding.
+        device: as `load_base` takes it.
 
     Raises:
         InputError: the base cannot be had, or the adapter does not fit it.
     """
-    name = saved.base(base)
+    recorded = recorded_base(saved.folder)
+    name = saved.base(base or read_folder(saved.folder).base)
     revision = revision or (saved.config.revision if base is None else None)
+    stored = recorded.get("quant_type") or "nf4" if recorded.get("quantized", True) else "none"
+    chosen = quantize or stored
+    # The codes of 4-bit weights depend on the dtype that they are quantized from; floats can be had in full.
+    loaded_in = dtype if dtype and chosen == "none" else recorded.get("dtype") or dtype
     place = compute_device(device)
-    where = describe_device(place, compute_dtype(place, dtype))
-    console.print(f"Loading {name} in 4 bit on {where} ...", highlight=False, soft_wrap=True)
-    model, tokenizer = load_base(name, dtype=dtype, revision=revision, device=place)
+    where = describe_device(place, compute_dtype(place, dtype or recorded.get("dtype")))
+    console.print(f"Loading {name} {_how(chosen)} on {where} ...", highlight=False, soft_wrap=True)
+    model, tokenizer = load_base(
+        name,
+        quantize=None if chosen == "none" else chosen,  # type: ignore[arg-type]
+        double_quant=recorded.get("double_quant") is not False,
+        dtype=loaded_in,
+        device=place,
+        revision=revision,
+    )
+    if dtype is None and recorded.get("device", model.device.type) != model.device.type:
+        dtype = compute_dtype(model.device)
+    other = other_base(recorded, model, name)
+    if dtype is not None and dtype != loaded_in:
+        compute_in(model, dtype)
+    notes = [] if other is None else [f"warning: {other}"]
+    if recorded and chosen != stored:
+        notes.append(f"warning: the adapter was trained on the base {_how(stored)}, and is read on it {_how(chosen)}")
+    if grown := saved.grow_vocabulary(model):
+        notes.append(f"note: {grown}")
     saved.check_fits(model, name)
-    other = other_base(saved.folder, model, name)
-    if other is not None:
-        console.print(f"warning: {other}", highlight=False, soft_wrap=True)
-    tokenizer = saved_tokenizer(saved.folder) or tokenizer
+    tokenizer = _tokenizer(saved, model, tokenizer, notes)
+    for note in notes:
+        console.print(note, highlight=False, soft_wrap=True)
     dequantized = Dequantized(model)
     untrained = {name: dequantized[name].clone() for name in saved.replaced if name.endswith(".bias")}
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    ends = model.get_output_embeddings(), model.get_input_embeddings()
+    ties = ends[0] is not None and ends[0].weight is ends[1].weight
+    tied = (names[id(ends[0])], names[id(ends[1])]) if ties else None
     peft = saved.put_on(model, name)
-    lora_layers = {layer: peft.get_submodule(f"base_model.model.{layer}") for layer in saved.layers}
-    return Trained(name, revision, model, peft, tokenizer, saved, dequantized, lora_layers, untrained)
+    return Trained(
+        base=name,
+        revision=revision,
+        model=model,
+        peft=peft,
+        tokenizer=tokenizer,
+        adapter=saved,
+        dequantized=dequantized,
+        lora_layers={layer: peft.get_submodule(f"base_model.model.{layer}") for layer in saved.layers},
+        untrained_biases=untrained,
+        quantized=bool(getattr(model, "is_loaded_in_4bit", False)),
+        tied=tied,
+        untied=ties and not _same_weights(model.get_output_embeddings(), model.get_input_embeddings()),
+        notes=notes,
+    )
+
+
+def _how(quantize: str) -> str:
+    return "unquantized" if quantize == "none" else "in 4 bit"
+
+
+def _tokenizer(
+    saved: SavedAdapter, model: PreTrainedModel, of_base: PreTrainedTokenizerBase, notes: list[str]
+) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with the adapter, or the base's; adds a note where it has tokens that the model lacks."""
+    tokenizer = saved_tokenizer(saved.folder) or of_base
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = of_base.pad_token
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        notes.append(
+            f"warning: the tokenizer in {saved.folder} has {len(tokenizer) - rows} tokens more than the base, and no "
+            "embeddings of them were saved; save the adapter again with save_embedding_layers=True"
+        )
+    return tokenizer
+
+
+def _same_weights(*modules: Any) -> bool:
+    """Whether two modules compute with equal weights, what PEFT adds to them or puts in their place included."""
+
+    def weight(module: Any) -> Tensor:
+        return module.weight + module.get_delta_weight("default") if isinstance(module, LoraLayer) else module.weight
+
+    first, second = (weight(module).detach() for module in modules)
+    return first.shape == second.shape and bool(torch.equal(first, second))

@@ -26,6 +26,8 @@ from qriemann.folder.private import hide_credentials
 if TYPE_CHECKING:
     import torch
 
+# How the base of an adapter was loaded in training, for a folder without the run's own records.
+TRAINED_ON = "trained_on.json"
 METRICS, RUN, PLOT, MANIFEST = "metrics.jsonl", "run.json", "loss.png", "manifest.json"
 # The files that say a folder holds a run, and that `overwrite` removes; anything else in the folder is left alone.
 _RUN_FILES = (RUN, METRICS, PLOT, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")

@@ -179,6 +179,6 @@ class FixedRankOptimizer(AdapterOptimizer):
             self._rebind(batch)
         model = None if self._model is None else self._model()
         if model is not None:
-            from qriemann.adapters.attach import describe_saved_rank
+            from qriemann.adapters.saved_rank import describe_saved_rank
 
             describe_saved_rank(model, self.points)

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 
 from qriemann.adapters.saved import LoraFactors, read_adapter
 from qriemann.adapters.spectrum import factored_svd
+from qriemann.checkpoints.fingerprints import recorded_base
 from qriemann.errors import InputError
 from qriemann.evaluation import proof, reload
 from qriemann.folder.files import check_output
-from qriemann.folder.records import write_json
+from qriemann.folder.records import TRAINED_ON, write_json
 from qriemann.release.atomic_folder import Released, move_into_place, written_or_nothing
 from qriemann.upstream import quiet
 
@@ -39,7 +40,8 @@ def truncate(layer: LoraFactors, rank: int) -> tuple[LoraFactors, float, float]:
     u, sigma, v = factored_svd(layer.scaling * layer.b.double().numpy(), layer.a.double().numpy())
     root = np.sqrt(sigma[:rank])
     b, a = (torch.from_numpy(factor[:, :rank] * root).float() for factor in (u, v))
-    return LoraFactors(b, a.mT, 1.0), math.hypot(*sigma[rank:]), math.hypot(*sigma)
+    bias = None if layer.bias is None else layer.scaling * layer.bias
+    return LoraFactors(b, a.mT, 1.0, bias), math.hypot(*sigma[rank:]), math.hypot(*sigma)
 
 
 def export(
@@ -49,17 +51,18 @@ def export(
     rank: int,
     base: str | None = None,
     revision: str | None = None,
+    quantize: str | None = None,
     data: str | None = None,
     max_kl: float | None = None,
     console: Console | None = None,
 ) -> Released:
-    """Writes the adapter at a lower rank and compares it with the whole one on the 4-bit base.
+    """Writes the adapter at a lower rank and compares it with the whole one on the base of training.
 
     Args:
         adapter: a folder with a plain LoRA adapter.
         out: a folder that is empty or does not exist.
         rank: of every layer that has more.
-        base, revision, data, console: as in `merge`.
+        base, revision, quantize, data, console: as in `merge`.
         max_kl: largest mean KL to the whole adapter that is accepted, nats a token; None is a tenth of the untrained
             base's.
 
@@ -69,7 +72,7 @@ def export(
     console = console or Console(quiet=True)
     out = Path(out).expanduser()
     check_output(out)
-    saved = read_adapter(adapter)
+    saved = read_adapter(adapter, "export")
     largest = max(layer.a.shape[0] for layer in saved.layers.values())
     if not 1 <= rank < largest:
         raise InputError(f"rank must be from 1 to {largest - 1}, below the adapter's {largest}, got {rank}")
@@ -89,14 +92,21 @@ def export(
 
     with quiet(), written_or_nothing(out) as partial:
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
-            recorded = Path(scratch) / "recorded.safetensors"
-            trained, rows, recording = proof.load_and_record(saved, base, revision, data, recorded, console)
+            path = Path(scratch) / "recorded.safetensors"
+            trained, rows, recording = proof.load_and_record(saved, base, revision, quantize, data, path, console)
             _write(partial, saved.folder, _config(saved.config, truncated, rank), truncated)
+            if recorded := recorded_base(saved.folder):
+                write_json(partial / TRAINED_ON, recorded)
             trained.tokenizer.save_pretrained(partial)
             # From the files just written, by PEFT.
-            trained.peft.load_adapter(str(partial), "truncated")
-            trained.peft.set_adapter("truncated")
-            found = reload.differences(trained.peft.eval(), rows.rows, recording.path)
+            if saved.config.bias == "none" and not saved.config.ensure_weight_tying:
+                smaller = trained.peft
+                smaller.load_adapter(str(partial), "truncated")
+                smaller.set_adapter("truncated")
+            else:
+                # PEFT takes no second adapter beside one with trained biases, and does not tie what a second one replaces.
+                smaller = read_adapter(partial, "export").put_on(trained.peft.unload(), trained.base)
+            found = reload.differences(smaller.eval(), rows.rows, recording.path)
         bound = max(_KL_FLOOR, _KL_SHARE * recording.untrained["mean_kl"]) if max_kl is None else max_kl
         written = proof.Written(partial, f"rank {rank}", "float32", (total, "all layers"), bound)
         verdict = proof.Verdict(written, found, proof.far_from_trained(found, bound, "the whole adapter"))
@@ -130,6 +140,8 @@ def _write(
     for name, (layer, *_) in truncated.items():
         for side, factor in (("A", layer.a), ("B", layer.b)):
             tensors[f"base_model.model.{name}.lora_{side}.weight"] = factor
+        if layer.bias is not None:
+            tensors[f"base_model.model.{name}.lora_B.bias"] = layer.bias
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
     config.inference_mode = True
     config.save_pretrained(str(folder))

@@ -51,7 +51,7 @@ def inspect(
     if broken:
         raise InputError(f"{path}: the factors of {broken[0]} are not finite; train or copy the adapter again")
     norms = _base_norms(folder, spectra, base, console)
-    spectra = [replace(one, relative_norm=one.norm / norms[one.name] if norms else None) for one in spectra]
+    spectra = [replace(one, relative_norm=one.norm / norms[one.name] if one.name in norms else None) for one in spectra]
     console.print(_table(spectra, every_layer=every_layer))
     for line in remarks(spectra):
         console.print(line, highlight=False)
@@ -92,14 +92,18 @@ def remarks(spectra: list[LayerSpectrum]) -> list[str]:
 
 def _base_norms(folder: Path, spectra: list[LayerSpectrum], base: str | None, console: Console) -> dict[str, float]:
     """||W|| of every layer; empty, with a note, where the base cannot be had and was not asked for by name."""
-    config = check_config(folder)
+    config = check_config(folder, "inspect")
     name = base or config.get("base_model_name_or_path")
     try:
         if not name:
             raise InputError(f"{folder} does not name its base; name it with --base")
         with quiet():
             weights = original_weights(name, config.get("revision") if base is None else None)
-        names = tensor_names([spectrum.name for spectrum in spectra], weights, "model")
+        names: dict[str, str] = {}
+        for module in (spectrum.name for spectrum in spectra):
+            # A head that is tied to the embeddings has no tensor of its own.
+            if any(part.isdigit() for part in module.split(".")) or f"{module}.weight" in weights:
+                names |= tensor_names([module], weights, module.partition(".")[0])
         return {module: weights[tensor].float().norm().item() for module, tensor in names.items()}
     except InputError as error:
         if base is not None:

@@ -23,9 +23,11 @@ from rich.filesize import decimal
 from rich.table import Table
 from safetensors import safe_open
 
+from qriemann.checkpoints.fingerprints import recorded_base
 from qriemann.errors import InputError
 from qriemann.folder.contents import CURVE, PROOF, ModelFolder, is_hub_id, read_folder
 from qriemann.folder.private import find_private, hide_credentials, without_paths
+from qriemann.folder.records import TRAINED_ON
 from qriemann.release.card import CARD, make_card, write_card
 from qriemann.upstream import quiet
 
@@ -45,7 +47,7 @@ _SHARED = [
     PROOF,
 ]
 _FILES = {
-    "adapter": ["adapter_config.json", "adapter_model.safetensors", *_SHARED],
+    "adapter": ["adapter_config.json", "adapter_model.safetensors", TRAINED_ON, *_SHARED],
     "model": ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *_SHARED],
 }
 _BINARY = (".png", ".model")
@@ -201,6 +203,9 @@ def _uploads(found: ModelFolder, card: str, base: str | None) -> list[Upload]:
     uploads += [
         _upload(name, files[name], names) for name in filter_repo_objects(files, allow_patterns=_FILES[found.kind])
     ]
+    # Without it, whoever downloads the adapter would read it on a base in 4 bit.
+    if found.kind == "adapter" and TRAINED_ON not in files and (recorded := recorded_base(found.path)):
+        uploads.append(Upload(TRAINED_ON, (json.dumps(recorded, indent=2) + "\n").encode(), "how the base was loaded"))
     if found.curve is not None and found.curve.parent != found.path:
         uploads.append(Upload(CURVE, found.curve))
     base_path = Path(found.base or "").expanduser()

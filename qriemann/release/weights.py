@@ -60,6 +60,41 @@ class Checkpoint(Mapping[str, "Tensor"]):
         self._opened = None
 
 
+class Untied(Mapping[str, "Tensor"]):
+    """The weights of a model with tied embeddings, and its output head beside them under a name of its own."""
+
+    def __init__(self, weights: Mapping[str, Tensor], head: str, embeddings: str) -> None:
+        self._weights, self._head, self._embeddings = weights, head, embeddings
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[self._embeddings if name == self._head else name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (name for name in self._weights if name != self._head)
+        yield self._head
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Renamed(Mapping[str, "Tensor"]):
+    """Weights under the names that a model has for them, and what the checkpoint has in another form as it was loaded."""
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], stored_as: Mapping[str, str], loaded: Mapping[str, Tensor]
+    ) -> None:
+        self._weights, self._stored_as, self._loaded = weights, stored_as, loaded
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[self._stored_as[name]] if name in self._stored_as else self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaded)
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+
 def write_checkpoint(
     folder: Path, like: Mapping[str, Tensor], tensor_of: Callable[[str], Tensor], shard_bytes: int
 ) -> None:

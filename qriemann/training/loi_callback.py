@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from qriemann.adapters.attach import Start, describe_saved_rank
+from qriemann.adapters.attach import Start
 from qriemann.adapters.loi import check_options, locally_optimal_, own_loss, preserved_rng
+from qriemann.adapters.saved_rank import describe_saved_rank
 from qriemann.config.values import nearest
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters

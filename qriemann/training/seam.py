@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,10 +15,14 @@ from torch import nn
 from transformers import TrainerCallback
 
 from qriemann.adapters.attach import accept_offset_checkpoints, check_start
+from qriemann.adapters.saved_config import COMMANDS, unread
+from qriemann.adapters.saved_rank import config_owners
 from qriemann.base.on_cpu import warn_of_checkpointing
-from qriemann.distributed import refuse_sharding, same_seed
+from qriemann.distributed import is_main_process, refuse_sharding, same_seed
 from qriemann.optim.fixed_rank import FixedRankOptimizer
 from qriemann.optim.methods import find_method, resolve_options
+
+logger = logging.getLogger(__name__)
 
 
 class OptimizerFactory:
@@ -29,12 +34,28 @@ class OptimizerFactory:
 
     def __call__(self, model: nn.Module, *, method: str, **options: Any) -> torch.optim.Optimizer:
         refuse_sharding()
+        _tell_of_unread_kinds(model)
         warn_of_checkpointing(model)
         entry = find_method(method)
         if entry.on_manifold:
             # DDP makes the factors equal, and knows nothing of the cores and offsets that belong to them.
             options["seed"] = same_seed(options.get("seed"))
         return entry.optimizer(model, **options)
+
+
+def _tell_of_unread_kinds(model: nn.Module) -> None:
+    """Warns of an adapter that some command of this project will not read, before it is trained."""
+    configs = {name: config for owner in config_owners(model) for name, config in owner.peft_config.items()}
+    for name, config in configs.items() if is_main_process() else ():
+        for kind in unread(config.to_dict()):
+            logger.warning(
+                "the adapter %r has %s=%r, with which %s will not read it; %s",
+                name,
+                kind.key,
+                getattr(config, kind.key),
+                ", ".join(command for command in COMMANDS if command not in kind.commands),
+                kind.instead,
+            )
 
 
 def for_trainer(

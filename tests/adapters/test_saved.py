@@ -13,8 +13,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from qriemann.adapters.saved import PICKLE, WEIGHTS, read_adapter, saved_tokenizer
+from qriemann.adapters.saved import read_adapter, saved_tokenizer
 from qriemann.adapters.saved_config import CONFIG
+from qriemann.adapters.saved_tensors import PICKLE, WEIGHTS
 from qriemann.errors import InputError
 from tests.models import fill_lora, tiny_llama, token_batch, with_lora, word_tokenizer
 

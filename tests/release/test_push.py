@@ -8,6 +8,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from qriemann import cli
+from qriemann.checkpoints.fingerprints import recorded_base
 from qriemann.errors import InputError
 from qriemann.release.push import check_push, push
 from tests.models import word_tokenizer
@@ -71,6 +72,19 @@ def test_a_connection_cut_at_any_stage_leaves_all_or_nothing_and_the_same_comman
     assert len(hub.commits) == 1
     # Weights that arrived are not sent again.
     assert hub.stored == (run_folder / "adapter_model.safetensors").stat().st_size
+
+
+def test_how_the_base_was_loaded_goes_up_with_the_adapter(run_folder, tmp_path):
+    path = run_folder / "run.json"
+    content = json.loads(path.read_text())
+    content["model"] |= {"quantized": False, "dtype": "float32", "device": "cpu", "fingerprint": "ab"}
+    path.write_text(json.dumps(content))
+    uploads = {upload.name: upload for upload in push(run_folder, "me/tiny", dry_run=True).uploads}
+    assert uploads.keys() == SENT | {"trained_on.json"}
+    # As whoever downloads it reads it.
+    (tmp_path / "trained_on.json").write_bytes(uploads["trained_on.json"].content)
+    assert recorded_base(tmp_path) == recorded_base(run_folder)
+    assert recorded_base(tmp_path)["quantized"] is False
 
 
 def test_a_push_publishes_what_a_model_needs_in_one_commit_and_a_second_adds_none(hub, run_folder, capsys):

@@ -1,0 +1,277 @@
+"""PEFT's own methods on attached layers, against W + s (X - X_0) made dense in float64."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from torch import Tensor, nn
+
+import qriemann
+from qriemann import Riemannion, attach
+from qriemann.adapters.layer import FixedRankVariant
+from qriemann.base.quantized import protect_quantized_weights
+from tests.models import (
+    fill_lora,
+    load_nf4,
+    move_points,
+    next_token_loss,
+    relative,
+    save_tiny_base,
+    tiny_llama,
+    token_batch,
+    variants,
+    with_lora,
+)
+
+# Float32 sums and products of factors of norm 1; measured at most 2e-6.
+RTOL = 1e-5
+STARTS = ["zero", "offset"]
+OPTIONS = [{}, {"use_rslora": True, "rank_pattern": {r"layers\.1.*q_proj": 7}}, {"use_rslora": True, "lora_bias": True}]
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(token_batch()).logits
+
+
+def attached(start: str, *, seed: int = 0, base: nn.Module | None = None, **options) -> PeftModel:
+    """A model whose points have moved; the biases of its adapter, if it has any, are not zero."""
+    model = with_lora(base or tiny_llama(bias=True), **options)
+    points = attach(model, start=start, seed=seed)
+    move_points(points, seed=seed + 3)
+    for name, parameter in model.named_parameters():
+        if "lora_B.default.bias" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def changes(model: PeftModel) -> dict[str, Tensor]:
+    """s (X - X_0) of each attached layer, dense, in float64."""
+    found = {}
+    for name, (module, point) in variants(model).items():
+        x = point.point().dense() - (0 if point.offset is None else point.offset.dense())
+        found[name] = x.double() * module.scaling["default"]
+    return found
+
+
+def deltas(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_variant")}
+    return {name: layer.get_delta_weight(adapter) for name, layer in layers.items() if adapter in layer.lora_A}
+
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert relative(tensor, expected[name]) < RTOL, name
+
+
+@pytest.fixture(params=[(s, o) for s in STARTS for o in OPTIONS], ids=str)
+def model(request) -> PeftModel:
+    start, options = request.param
+    return attached(start, **options)
+
+
+def test_get_delta_weight_is_what_the_layer_adds(model):
+    assert_near(deltas(model, "default"), changes(model))
+
+
+def test_merging_and_unmerging_change_the_weights_by_what_the_layer_adds(model):
+    expected, dense = logits(model), changes(model)
+    before = {name: module.get_base_layer().weight.clone() for name, (module, _) in variants(model).items()}
+    model.merge_adapter()
+    merged = {name: module.get_base_layer().weight - before[name] for name, (module, _) in variants(model).items()}
+    assert_near(merged, dense)
+    assert relative(logits(model), expected) < RTOL
+    model.unmerge_adapter()
+    for name, (module, _) in variants(model).items():
+        assert relative(module.get_base_layer().weight, before[name]) < 1e-6
+    assert relative(logits(model), expected) < RTOL
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_merge_and_unload_gives_the_dense_model(model, safe):
+    expected, dense = logits(model), changes(model)
+    before = {name: module.get_base_layer().weight.detach().double() for name, (module, _) in variants(model).items()}
+    merged = model.merge_and_unload(safe_merge=safe)
+    for name, change in dense.items():
+        weight = merged.get_submodule(name.removeprefix("base_model.model.")).weight
+        assert relative(weight - before[name], change) < RTOL
+    assert relative(logits(merged), expected) < RTOL
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
+@pytest.mark.parametrize("start", STARTS)
+def test_a_merge_into_4_bit_is_that_of_the_saved_adapter(start, tmp_path):
+    folder = save_tiny_base(tmp_path / "base")
+    model = attached(start, base=load_nf4(folder))
+    model.save_pretrained(tmp_path / "adapter")
+    reloaded = PeftModel.from_pretrained(load_nf4(folder), tmp_path / "adapter").eval()
+    protect_quantized_weights(reloaded)
+    # The codes next to a boundary may differ, so the logits do not agree to 1e-5.
+    assert relative(logits(model.merge_and_unload()), logits(reloaded.merge_and_unload())) < 0.02
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("kind", ["svd", "cat"])
+def test_a_weighted_sum_of_adapters_is_the_sum_of_their_changes(start, kind, tmp_path):
+    attached(start, seed=5, rank_pattern={"q_proj": 6}).save_pretrained(tmp_path)
+    model = attached(start)
+    model.load_adapter(tmp_path, "plain")
+    dense, other, expected = changes(model), deltas(model, "plain"), logits(model)
+    svd = {"svd_rank": 32} if kind == "svd" else {}
+    model.add_weighted_adapter(["default", "plain"], [0.7, -0.4], "sum", combination_type=kind, **svd)
+    assert_near(deltas(model, "sum"), {name: 0.7 * dense[name] - 0.4 * other[name].double() for name in dense})
+    # The attached adapter is where it was, and trains on.
+    assert torch.equal(logits(model), expected)
+    assert variants(model).keys() == dense.keys()
+    optimizer = Riemannion(model, lr=0.05)
+    next_token_loss(model, token_batch()).backward()
+    optimizer.step()
+    assert relative(logits(model), expected) > 1e-3
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("kind", ["linear", "ties", "magnitude_prune"])
+def test_combinations_of_the_factors_are_those_of_the_saved_adapters(start, kind, tmp_path):
+    models = [attached(start, seed=seed) for seed in (0, 5)]
+    for index, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(index))
+    plain = PeftModel.from_pretrained(tiny_llama(bias=True), tmp_path / "0")
+    for model in (models[0], plain):
+        model.load_adapter(tmp_path / "1", "other")
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type=kind, density=0.5)
+    assert_near(deltas(models[0], "both"), deltas(plain, "both"))
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("rank", [2, 4, 11])
+def test_hot_swapping_gives_the_other_adapter(start, rank, tmp_path):
+    other = with_lora(tiny_llama(bias=True), r=rank, lora_alpha=3)
+    fill_lora(other)
+    other.save_pretrained(tmp_path)
+    model = attached(start)
+    hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    assert relative(logits(model), logits(other.eval())) < RTOL
+    assert not variants(model)
+
+
+def test_a_hot_swap_that_fails_leaves_the_points(tmp_path):
+    other = with_lora(tiny_llama(layers=3))
+    other.save_pretrained(tmp_path)
+    model = attached("offset")
+    expected, found = logits(model), variants(model)
+    with pytest.raises(RuntimeError, match="unexpected keys"):
+        hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    assert torch.equal(logits(model), expected)
+    assert variants(model) == found
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_padding_the_factors_for_a_hot_swap_keeps_the_function(start):
+    model = attached(start)
+    expected = logits(model)
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    assert relative(logits(model), expected) < RTOL
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("beside", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_adapters_beside_an_attached_one_come_and_go(start, beside):
+    model = attached(start)
+    expected, dense = logits(model), changes(model)
+    config = LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **beside)
+    reference = with_lora(tiny_llama(bias=True))
+    for one in (model, reference):
+        torch.manual_seed(8)
+        one.add_adapter("beside", copy.deepcopy(config))
+        one.set_adapter("beside")
+        one.eval()
+    assert relative(logits(model), logits(reference)) < RTOL
+    assert relative(logits(model), expected) > 1e-3
+    model.set_adapter("default")
+    assert torch.equal(logits(model), expected)
+    model.delete_adapter("beside")
+    assert torch.equal(logits(model), expected)
+    assert_near(deltas(model, "default"), dense)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_without_the_attached_adapter_the_base_and_its_name_are_free(start, tmp_path):
+    model = attached(start)
+    model.add_adapter("beside", LoraConfig(r=3, target_modules=["q_proj"]))
+    model.set_adapter("beside")
+    model.delete_adapter("default")
+    assert relative(logits(model), logits(tiny_llama(bias=True).eval())) == 0
+    model.add_adapter("default", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.set_adapter("default")
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    reloaded = PeftModel.from_pretrained(tiny_llama(bias=True), tmp_path).eval()
+    assert relative(logits(reloaded), logits(model)) < RTOL
+
+
+# PEFT 0.21 takes the bias of a LoRA layer for a broken factor.
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. .* invalid shape")
+def test_a_detached_model_is_plain_lora_of_the_saved_rank(model, tmp_path):
+    expected, dense = logits(model), changes(model)
+    model.save_pretrained(tmp_path / "before")
+    assert qriemann.detach(model) is model
+    assert relative(logits(model), expected) < RTOL
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_variant"):
+            assert not module.lora_variant
+            factors = module.lora_B["default"].weight.double() @ module.lora_A["default"].weight.double()
+            assert relative(factors * module.scaling["default"], dense[name]) < RTOL
+            assert module.r["default"] == module.lora_A["default"].weight.shape[0]
+    model.save_pretrained(tmp_path / "after")
+    for folder in ("before", "after"):
+        reloaded = PeftModel.from_pretrained(tiny_llama(bias=True), tmp_path / folder).eval()
+        assert relative(logits(reloaded), expected) < RTOL
+    # Plain training reaches the factors, and they can be put back on the manifold at the rank that they have.
+    next_token_loss(model, token_batch()).backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5).step()
+    moved = logits(model)
+    assert relative(moved, expected) > 1e-4
+    attach(model)
+    assert relative(logits(model), moved) < RTOL
+    model.save_pretrained(tmp_path / "again")
+    reloaded = PeftModel.from_pretrained(tiny_llama(bias=True), tmp_path / "again").eval()
+    assert relative(logits(reloaded), moved) < RTOL
+
+
+def test_a_deep_copy_of_a_model_detaches_apart_from_it():
+    model = attached("offset")
+    expected = logits(model)
+    twin = qriemann.detach(copy.deepcopy(model))
+    assert not variants(twin)
+    assert len(variants(model)) == sum(
+        isinstance(v, FixedRankVariant) for m in model.modules() for v in getattr(m, "lora_variant", {}).values()
+    )
+    assert torch.equal(logits(model), expected)
+    assert relative(logits(twin), expected) < RTOL
+
+
+def test_an_ordinary_model_is_left_as_it_is():
+    model = with_lora(tiny_llama())
+    weights = list(model.parameters())
+    assert all(a is b for a, b in zip(qriemann.detach(model).parameters(), weights, strict=True))
+
+
+def test_the_saved_rank_is_said_where_it_is_not_the_configured_one(caplog, tmp_path: Path):
+    model = with_lora(tiny_llama(), r=3)
+    with caplog.at_level(logging.WARNING):
+        attach(model, start="zero")
+        assert not caplog.records
+        model = with_lora(tiny_llama(), r=3)
+        attach(model)
+        attach(model)
+    (record,) = caplog.records
+    assert "saved with r = 6, twice the configured 3" in record.getMessage()
+    qriemann.truncate_(model)
+    model.save_pretrained(tmp_path)
+    assert LoraConfig.from_pretrained(tmp_path).r == 3
