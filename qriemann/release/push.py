@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from httpx2 import HTTPError, TransportError
@@ -24,7 +24,7 @@ from rich.table import Table
 from safetensors import safe_open
 
 from qriemann.errors import InputError
-from qriemann.folder.contents import CURVE, PROOF, ModelFolder, is_hub_id, read_folder
+from qriemann.folder.contents import CURVE, GGUF_REPORT, PROOF, ModelFolder, is_hub_id, read_folder
 from qriemann.folder.private import find_private, hide_credentials, without_paths
 from qriemann.release.card import CARD, make_card, write_card
 from qriemann.upstream import quiet
@@ -43,11 +43,13 @@ _SHARED = [
     "metrics.jsonl",
     PROOF,
 ]
+_GGUF = ["*.gguf", "Modelfile", "chat_template.jinja", GGUF_REPORT]
 _FILES = {
+    "gguf": _GGUF,
     "adapter": ["adapter_config.json", "adapter_model.safetensors", *_SHARED],
     "model": ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *_SHARED],
 }
-_BINARY = (".png", ".model")
+_BINARY = (".png", ".model", ".gguf")
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -120,7 +122,7 @@ def push(
     api = HfApi(token=token)
     card = make_card(found, repo=repo, base_id=base, license={} if dry_run or base is None else _license(api, base))
     uploads = _uploads(found, card, base)
-    names = {upload.name for upload in uploads}
+    names = {Path(upload.name).parts[0] for upload in uploads}
     kept = sorted(path.name + "/" * path.is_dir() for path in found.path.iterdir() if path.name not in names)
     table = Table("file", "size", "", title=f"{'would go' if dry_run else 'going'} to {repo}", title_justify="left")
     for upload in uploads:
@@ -166,13 +168,13 @@ def _check(found: ModelFolder, repo: str, base_id: str | None) -> str | None:
         raise InputError(f"base-id must be OWNER/NAME of a model on the Hub, got {base_id!r}; correct it")
     if found.kind == "run":
         raise InputError(f"{found.path} holds neither an adapter nor a merged model; finish the run")
-    weights = "adapter_model.safetensors" if found.kind == "adapter" else "model*.safetensors"
+    weights = {"adapter": "adapter_model.safetensors", "gguf": "*.gguf"}.get(found.kind, "model*.safetensors")
     if not any(found.path.glob(weights)):
-        raise InputError(f"{found.path} holds no {weights}; pickled weights are not pushed")
+        raise InputError(f"{found.path} holds no {weights}; pickled and rejected weights are not pushed")
     if base_id is not None or found.base is None or is_hub_id(found.base):
         return base_id or found.base
     # A merged model loads without its base: only its card names it.
-    if found.kind == "model":
+    if found.kind != "adapter":
         return None
     raise InputError(_local_base(found.base, "--base-id"))
 
@@ -196,6 +198,11 @@ def _uploads(found: ModelFolder, card: str, base: str | None) -> list[Upload]:
     files = {path.name: path for path in sorted(found.path.iterdir()) if path.is_file()}
     uploads = [Upload(CARD, card.encode(), "the card")]
     uploads += [_upload(files[name], names) for name in filter_repo_objects(files, allow_patterns=_FILES[found.kind])]
+    for place, _ in found.exports:
+        if place != found.path:
+            inner = {path.name: path for path in sorted(place.iterdir()) if path.is_file()}
+            kept = (_upload(inner[name], names) for name in filter_repo_objects(inner, allow_patterns=_GGUF))
+            uploads += [replace(upload, name=f"{place.name}/{upload.name}") for upload in kept]
     if found.curve is not None and found.curve.parent != found.path:
         uploads.append(Upload(CURVE, found.curve))
     base_path = Path(found.base or "").expanduser()
