@@ -34,7 +34,6 @@ def byte_tokenizer(pre_tokenizer: Any = None, **options: Any) -> PreTrainedToken
 
 
 _SMALL = {
-    "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 4,
@@ -81,10 +80,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """A model of the type in float32; no norm is one and no bias zero."""
+def random_model(name: str, seed: int = 0, rows: int = VOCABULARY) -> PreTrainedModel:
+    """A model of the type in float32 with so many rows of embeddings; no norm is one and no bias zero."""
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(name.partition(".")[0], **{**_SMALL, **CONFIGS[name]})
+    config = transformers.AutoConfig.for_model(name.partition(".")[0], **{**_SMALL, **CONFIGS[name], "vocab_size": rows})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.ndim == 1:
