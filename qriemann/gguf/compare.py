@@ -6,12 +6,12 @@ because a near tie flips it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -98,18 +98,17 @@ def run(
     """
     conversations = _conversations(tokenizer) if talk else []
     texts = list(_HARD) if talk else []
-    forced = tokenizer("a", add_special_tokens=False)["input_ids"][0]
     request = {
         "model": str(model.resolve()),
         "lora": "" if adapter is None else str(adapter.resolve()),
         "context": 256 + max(map(len, (row["ids"] for row in recording.rows)), default=0) + 2 * _ANSWER_TOKENS,
         "threads": torch.get_num_threads(),
         "rows": recording.rows,
-        "forced": forced,
+        "forced": _ids(tokenizer, "a")[0],
         "count": _TOP,
-        "conversations": conversations,
+        "conversations": [messages for messages, _ in conversations],
         "texts": texts,
-        "asked": conversations[:_CONVERSATIONS],
+        "asked": [messages for messages, _ in conversations[:_CONVERSATIONS]],
         "tokens": _ANSWER_TOKENS,
     }
     with tempfile.TemporaryDirectory(dir=recording.path.parent) as scratch:
@@ -128,9 +127,8 @@ def run(
         with np.load(path.with_name("values.npz")) as values:
             figures = _figures(recording, values["tokens"], values["values"], values["targets"])
         result = json.loads(path.with_name("result.json").read_text("utf-8"))
-    ours = [_ids(tokenizer, render(tokenizer, messages)) for messages in conversations]
-    ours += [_ids(tokenizer, text) for text in texts]
-    said = [messages[-1]["content"] for messages in conversations] + texts
+    ours = [ids for _, ids in conversations] + [_ids(tokenizer, text) for text in texts]
+    said = [messages[-1]["content"] for messages, _ in conversations] + texts
     retold = [
         f"llama.cpp makes other tokens of {text[:40]!r}: {_first_difference(right, found)}"
         for text, right, found in zip(said, ours, [*result["conversations"], *result["texts"]], strict=True)
@@ -186,24 +184,20 @@ def _figures(recording: Recording, tokens: np.ndarray, values: np.ndarray, targe
     )
 
 
-def _conversations(tokenizer: PreTrainedTokenizerBase) -> list[list[dict[str, str]]]:
-    """Ten questions, and two conversations of more turns where the template takes them."""
+def _conversations(tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[dict[str, str]], list[int]]]:
+    """Ten questions, and two conversations of more turns where the template takes them, each with its tokens."""
     if not tokenizer.chat_template:
         return []
     lines = resources.files("qriemann.evaluation").joinpath("prompts.jsonl").read_text("utf-8").splitlines()
-    rows = [json.loads(line) for line in lines[: _CONVERSATIONS + 1]]
-    asked = [[{"role": "user", "content": row["prompt"]}] for row in rows[:_CONVERSATIONS]]
+    rows = [json.loads(line) for line in lines[:_CONVERSATIONS]]
+    asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     turns = [*asked[0], {"role": "assistant", "content": rows[0]["completion"]}, *asked[1]]
-    longer = [turns, [{"role": "system", "content": "Be brief."}, *turns]]
-    return asked + [messages for messages in longer if _takes(tokenizer, messages)]
-
-
-def _takes(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> bool:
-    try:
-        render(tokenizer, messages)
-    except InputError:
-        return False
-    return True
+    found = []
+    for messages in (*asked, turns, [{"role": "system", "content": "Be brief."}, *turns]):
+        # Many a template refuses a system prompt.
+        with contextlib.suppress(InputError):
+            found.append((messages, _ids(tokenizer, render(tokenizer, messages))))
+    return found
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

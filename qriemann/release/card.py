@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from qriemann.base.gguf import EMBEDDED_MODEL
 from qriemann.folder.contents import ModelFolder, is_hub_id, proof_rows
 from qriemann.folder.files import replace_text
 from qriemann.folder.private import without_paths
@@ -132,7 +131,7 @@ def _export(found: ModelFolder, place: Path, report: dict[str, Any]) -> dict[str
     return {
         "file": prefix + files[0].name if files else "",
         "adapter": report.get("to") == "gguf-adapter",
-        "embedded": report.get("base") == EMBEDDED_MODEL,
+        "embedded": report.get("embedded", False),
         "modelfile": prefix + "Modelfile" if (place / "Modelfile").is_file() else "",
         "template": prefix + "chat_template.jinja" if (place / "chat_template.jinja").is_file() else "",
         "ladder": proof_rows(report),

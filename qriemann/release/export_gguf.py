@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from qriemann.adapters.saved import read_adapter
-from qriemann.base.gguf import resolve_gguf
+from qriemann.base.gguf import EMBEDDED_MODEL, resolve_gguf
 from qriemann.errors import InputError, MissingExtraError
 from qriemann.evaluation import proof
 from qriemann.evaluation.proof import Verdict
@@ -88,7 +88,8 @@ def export_gguf(
             recording = proof.record(trained, rows, Path(scratch) / "recorded.safetensors")
             wanted = types if to == "gguf" else None
             files = write_files(trained, layout, partial, Path(scratch), out.name, wanted, console)
-            content = {**proof.describe(trained, rows, recording.untrained), "to": to, "stops": files.stops}
+            content = {**proof.describe(trained, rows, recording.untrained), "to": to}
+            content |= {"stops": files.stops, "embedded": trained.base == EMBEDDED_MODEL}
             own_base = resolve_gguf(trained.base) if to == "gguf-adapter" else None
             verdicts: list[Verdict] = []
             # llama.cpp is about to need the memory.

@@ -83,7 +83,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def random_model(name: str, seed: int = 0, rows: int = VOCABULARY, **changes: Any) -> PreTrainedModel:
     """A model of the type in float32 with so many rows of embeddings; no norm is one and no bias zero."""
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(name.partition(".")[0], **{**_SMALL, **CONFIGS[name], "vocab_size": rows, **changes})
+    config = transformers.AutoConfig.for_model(
+        name.partition(".")[0], **{**_SMALL, **CONFIGS[name], "vocab_size": rows, **changes}
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.ndim == 1:

@@ -14,8 +14,8 @@ LLAMA3 = (
 )
 # Puts what the system says before the first question, and refuses a conversation of another order.
 FOLDED = (
-    "{% if messages[0]['role'] == 'system' %}{% set said = messages[0]['content'] + '\n\n' %}{% set messages = messages[1:] %}"
-    "{% endif %}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + (said if loop.first and said else '') + "
+    "{% if messages[0]['role'] == 'system' %}{% set said = messages[0]['content'] + '\n\n' %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + (said if loop.first and said else '') + "
     "m['content'] + ' [/INST]' }}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
 )
 
@@ -41,7 +41,11 @@ def test_what_ollama_puts_first_itself_is_left_out():
     assert turns.default_system == ""
     assert turns.before_system == "<|start|>system<|stop|>\n\n"
     assert turns.after_user == "<|eot|><|start|>assistant<|stop|>\n\n"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert "<|begin|>" + turns.write(messages) == rendered
 
