@@ -19,10 +19,6 @@ from qriemann.errors import InputError
 _ROPE_FREQUENCIES = "rope_freqs.weight"
 
 
-def _no_more(writer: gguf.GGUFWriter, config: Any) -> None:
-    pass
-
-
 def _granite(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_attention_scale(config.attention_multiplier)
     writer.add_embedding_scale(config.embedding_multiplier)
@@ -74,7 +70,7 @@ class Architecture:
     plus_one: bool = False
     windows: bool = False
     gelu: bool = False
-    more: Callable[[gguf.GGUFWriter, Any], None] = _no_more
+    more: Callable[[gguf.GGUFWriter, Any], None] = lambda writer, config: None
 
 
 _ARCH = gguf.MODEL_ARCH

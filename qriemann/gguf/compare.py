@@ -15,7 +15,6 @@ import tempfile
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from qriemann.base.chat_template import render
 from qriemann.errors import InputError
 from qriemann.evaluation.proof import Recording
+from qriemann.evaluation.reload import Differences
 from qriemann.gguf import engine
 
 ENGINE = "xllamacpp"
@@ -40,19 +40,13 @@ _HARD = (
 )
 
 
-class Figures(TypedDict):
-    """A file in llama.cpp against the recorded model, over all counted tokens of all rows.
+class Figures(Differences):
+    """A file in llama.cpp against the recorded model.
 
-    As `qriemann.evaluation.reload.Differences`, but the divergence takes all tokens beyond the file's most likely 512 as one,
-    which can only make it smaller. largest_difference: of the log-probability of one of these tokens, nats.
+    The divergence takes all tokens beyond the file's most likely 512 as one, which can only make it smaller.
+    largest_difference: of the log-probability of one of these tokens, nats.
     """
 
-    mean_kl: float
-    worst_kl: float
-    top_agreement: float
-    loss: float
-    recorded_loss: float
-    tokens: int
     largest_difference: float
 
 

@@ -15,7 +15,8 @@ LLAMA3 = (
 # Puts what the system says before the first question, and refuses a conversation of another order.
 FOLDED = (
     "{% if messages[0]['role'] == 'system' %}{% set said = messages[0]['content'] + '\n\n' %}"
-    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + (said if loop.first and said else '') + "
+    "{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + (said if loop.first and said else '') + "
     "m['content'] + ' [/INST]' }}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
 )
 
