@@ -98,7 +98,9 @@ def read_folder(folder: str | os.PathLike[str], *, run: str | os.PathLike[str] |
         raise InputError(f"{records / 'run.json'} cannot be read; name the folder of a training with run")
     adapter, model = read_json(path / "adapter_config.json"), read_json(path / "config.json")
     places = [path, *sorted(found for found in path.iterdir() if found.is_dir())]
-    exports = [(place, report) for place in places if (report := read_json(place / GGUF_REPORT))]
+    reports = [(place, read_json(place / GGUF_REPORT)) for place in places]
+    # What was rejected beside the adapter is not for others.
+    exports = [(place, report) for place, report in reports if report and (place == path or report.get("accepted"))]
     is_export = bool(exports) and exports[0][0] == path
     exported_from = exports[0][1].get("base") if is_export else None
     if not (adapter or model or run_json or is_export):

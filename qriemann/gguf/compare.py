@@ -31,7 +31,7 @@ ENGINE = "xllamacpp"
 # Tokens of a position whose probabilities are compared one by one; the rest is one more. On the embedded model the rest has
 # 0.4 % of the mass on average.
 _TOP = 512
-_CONVERSATIONS, _ANSWER_TOKENS = 10, 64
+_CONVERSATIONS, _ASKED, _ANSWER_TOKENS = 10, 10, 64
 # Whatever tokenizers are known to cut in different ways.
 _HARD = (
     "  two  spaces 2026 3.14159 x=1;\n\n\n\ttab\r\nDON'T we'll I'd he's  \n   end ",
@@ -58,7 +58,7 @@ class Seen:
         figures: None if it did not load.
         failure: why it did not; empty if it did.
         retold: a sentence for each conversation or text whose tokens are not those of the training; empty if there is none.
-        ended: how many of the `asked` answers ended by themselves within 64 tokens.
+        ended: how many of the answers to the first `asked` rows ended by themselves within 64 tokens.
     """
 
     figures: Figures | None
@@ -102,7 +102,8 @@ def run(
         "count": _TOP,
         "conversations": [messages for messages, _ in conversations],
         "texts": texts,
-        "asked": [messages for messages, _ in conversations[:_CONVERSATIONS]],
+        # As far as what the rows' first answers begin after.
+        "asked": [row["ids"][: row["positions"][0] + 1] for row in recording.rows[: _ASKED * talk] if row["positions"]],
         "tokens": _ANSWER_TOKENS,
     }
     with tempfile.TemporaryDirectory(dir=recording.path.parent) as scratch:
@@ -128,8 +129,7 @@ def run(
         for text, right, found in zip(said, ours, [*result["conversations"], *result["texts"]], strict=True)
         if right != found
     ]
-    ended = sum(answer["end"] == "stop" for answer in result["answers"])
-    return Seen(figures, "", tuple(retold), len(result["answers"]), ended)
+    return Seen(figures, "", tuple(retold), len(result["endings"]), result["endings"].count("stop"))
 
 
 def far(seen: Seen, bound: float) -> list[str]:

@@ -104,11 +104,10 @@ def conversation(server: Any, messages: list[dict[str, str]]) -> list[int]:
     return tokens_of(server, post(server, "/apply-template", {"messages": messages})["prompt"], bos=True)
 
 
-def answer(server: Any, messages: list[dict[str, str]], tokens: int) -> dict[str, Any]:
-    """The most likely answer and why it ended: `stop` if the model ended its turn."""
-    found = server.handle_chat_completions({"messages": messages, "max_tokens": tokens, "temperature": 0})
-    choice = found["choices"][0]
-    return {"text": choice["message"]["content"], "end": choice["finish_reason"]}
+def ending(server: Any, prompt: list[int], tokens: int) -> str:
+    """Why the most likely answer ended: `stop` if the model ended its turn."""
+    found = server.handle_completions({"prompt": prompt, "n_predict": tokens, "temperature": 0})
+    return found["choices"][0]["finish_reason"]
 
 
 def main(path: str) -> None:
@@ -120,7 +119,7 @@ def main(path: str) -> None:
     result = {
         "conversations": [conversation(server, messages) for messages in request["conversations"]],
         "texts": [tokens_of(server, text) for text in request["texts"]],
-        "answers": in_slots(lambda messages: answer(server, messages, request["tokens"]), request["asked"]),
+        "endings": in_slots(lambda prompt: ending(server, prompt, request["tokens"]), request["asked"]),
     }
     Path(path).with_name("result.json").write_text(json.dumps(result), "utf-8")
     # It closes its port.

@@ -135,7 +135,7 @@ def conclusions(content: dict[str, Any]) -> list[str]:
     lines = [
         f"{content['engine']} computes what was trained: in {exact['dtype']} a log-probability differs by at most "
         f"{exact['largest_difference']:.1e}, and conversations become the tokens that training had; {exact['ended']} of "
-        f"{exact['asked']} answers ended by themselves within 64 tokens"
+        f"{exact['asked']} answers to the rows ended by themselves within 64 tokens"
     ]
     lines += [f"rejected: {one['into']}: {reason}" for one in merged for reason in one["reasons"]]
     near = [one for one in merged if one["accepted"] and content["to"] == "gguf"]

@@ -110,7 +110,7 @@ def export_gguf(
     if content["proved"]:
         console.print(proof.table(content))
     for line in content["conclusions"]:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return Released(folder, content["accepted"], verdicts, content)
 
 

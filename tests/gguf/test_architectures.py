@@ -68,7 +68,7 @@ def test_another_template_is_seen(make_case):
     case, other = make_case("llama"), byte_tokenizer()
     right = case.run(case.write_base(), case.write_adapter(), talk=True)
     assert compare.far(right, 0.01) == []
-    assert right.asked == 10
+    assert right.asked == 1
     other.chat_template = other.chat_template.replace("Be brief.", "Be clear.")
     seen = case.run(case.write_base(tokenizer=other), case.write_adapter(), talk=True)
     assert "llama.cpp makes other tokens of" in compare.far(seen, 0.01)[0]

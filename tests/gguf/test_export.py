@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -43,13 +44,15 @@ def test_merged_files_come_with_the_ladder_and_a_modelfile(exported: Path):
     assert report["stops"] == ["<|im_end|>"]
 
 
-def test_a_rung_that_is_too_far_is_rejected_by_name(adapter: Path, tmp_path: Path):
-    result = export_gguf(adapter, tmp_path / "tiny", types=["q8_0", "q4_0"], max_kl=2e-3)
+def test_a_rung_that_is_too_far_is_rejected_by_name(adapter: Path, exported: Path, tmp_path: Path):
+    half, small = json.loads((exported / "tiny" / "gguf_report.json").read_text())["merged"]
+    between = math.sqrt(half["mean_kl"] * small["mean_kl"])
+    result = export_gguf(adapter, tmp_path / "tiny", types=["f16", "q4_0"], max_kl=between)
     assert result.accepted
     assert [verdict.accepted for verdict in result.verdicts] == [True, False]
     names = {path.name for path in result.folder.iterdir()}
-    assert {"tiny-Q8_0.gguf", "tiny-Q4_0.gguf.rejected"} <= names
-    assert "FROM ./tiny-Q8_0.gguf" in (result.folder / "Modelfile").read_text()
+    assert {"tiny-F16.gguf", "tiny-Q4_0.gguf.rejected"} <= names
+    assert "FROM ./tiny-F16.gguf" in (result.folder / "Modelfile").read_text()
     assert "rejected: tiny-Q4_0.gguf: mean KL to the trained model is" in result.report["conclusions"][1]
 
 
