@@ -17,6 +17,8 @@ from torch import Tensor
 from qriemann.errors import InputError
 
 _ROPE_FREQUENCIES = "rope_freqs.weight"
+# Of a type that has a window and does not tell layers apart.
+_ALL_SLIDE = ["sliding_attention"]
 
 
 def _granite(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -155,9 +157,11 @@ class Layout:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rope = _rope(config)
         context = config.max_position_embeddings
-        if not self.architecture.windows and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None) or _ALL_SLIDE
+        if window and not self.architecture.windows and "sliding_attention" in kinds:
             # Up to there attention without a window is the same.
-            context = min(context, config.sliding_window)
+            context = min(context, window)
         writer.add_context_length(context)
         writer.add_vocab_size(config.vocab_size)
         writer.add_embedding_length(config.hidden_size)

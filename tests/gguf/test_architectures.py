@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import gguf
 import pytest
 
 from qriemann.errors import InputError
@@ -97,6 +98,14 @@ def test_what_llama_cpp_computes_otherwise_is_refused(name, changes, message, tm
         setattr(model.config, key, value)
     with pytest.raises(InputError, match=message):
         Layout(model).describe(Recorder())
+
+
+@pytest.mark.parametrize(("name", "length"), [("mistral", 64), ("gemma2", 512), ("llama", 512)])
+def test_a_window_that_llama_cpp_does_not_compute_limits_the_length(name, length):
+    """Up to there a model without a window is the same."""
+    writer = gguf.GGUFWriter(None, "tiny")
+    Layout(random_model(name)).describe(writer)
+    assert writer.kv_data[0]["tiny.context_length"].value == length
 
 
 class Recorder:
