@@ -22,7 +22,11 @@ from qriemann.gguf.write import write_adapter, write_model
 from tests.gguf.models import byte_tokenizer, random_model, save_base
 from tests.models import fill_lora
 
-pytest.importorskip("xllamacpp", reason="needs llama.cpp; pip install 'qriemann[gguf]'")
+
+@pytest.fixture(scope="session", autouse=True)
+def _llama_cpp_is_here() -> None:
+    if not compare.has_engine():
+        pytest.skip("needs llama.cpp; pip install 'qriemann[gguf]'")
 
 
 @pytest.fixture(autouse=True)
