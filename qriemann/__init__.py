@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qriemann.optim.scaled import ScaledAdamW as ScaledAdamW
     from qriemann.optim.scaled import ScaledGD as ScaledGD
     from qriemann.release.export import export as export
+    from qriemann.release.export_gguf import export_gguf as export_gguf
     from qriemann.release.inspect import inspect as inspect
     from qriemann.release.merge import merge as merge
     from qriemann.release.push import push as push
@@ -56,6 +57,7 @@ _HOME = {
     "detach": "adapters.detach",
     "evaluate": "evaluation.evaluate",
     "export": "release.export",
+    "export_gguf": "release.export_gguf",
     "for_trainer": "training.seam",
     "inspect": "release.inspect",
     "load_base": "adapters.attach",

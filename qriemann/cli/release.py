@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qriemann.cli.parser import add_command
+from qriemann.errors import InputError
 from qriemann.folder.files import check_exists, check_output
 from qriemann.upstream import quiet
 
@@ -45,16 +46,37 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _add_export(commands: Any) -> None:
-    parser = add_command(commands, "export", _export, "write a smaller adapter, and prove that it is near (3 if not)")
-    _add_adapter_arguments(parser, "the smaller adapter: a new folder")
-    parser.add_argument("--rank", type=int, required=True, metavar="R", help="of every layer that has more")
+    parser = add_command(
+        commands, "export", _export, "write a smaller adapter, or GGUF files, and prove that they are it (3 if not)"
+    )
+    _add_adapter_arguments(parser, "what is written: a new folder")
+    form = parser.add_mutually_exclusive_group(required=True)
+    form.add_argument("--rank", type=int, metavar="R", help="a smaller adapter: the rank of every layer that has more")
+    form.add_argument(
+        "--to",
+        choices=["gguf", "gguf-adapter"],
+        help="for llama.cpp and Ollama: the merged model, or the adapter for --lora",
+    )
+    parser.add_argument(
+        "--type",
+        metavar="TYPES",
+        help="of the merged GGUF files, with commas between: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 "
+        "(default: q8_0,q4_0)",
+    )
 
 
 def _export(arguments: argparse.Namespace) -> int:
     given = _adapter_arguments(arguments)
+    if arguments.type is not None and arguments.to != "gguf":
+        raise InputError("--type goes with --to gguf; remove it")
     with _loading() as console:
         from qriemann.release.export import export
+        from qriemann.release.export_gguf import export_gguf
 
+    if arguments.to is not None:
+        if arguments.type is not None:
+            given["types"] = [name.strip() for name in arguments.type.split(",") if name.strip()]
+        return _released(export_gguf(to=arguments.to, console=console, **given))
     return _released(export(rank=arguments.rank, console=console, **given))
 
 

@@ -16,6 +16,7 @@ from qriemann.errors import InputError
 
 CURVE = "loss.png"
 PROOF = "merge_report.json"
+GGUF_REPORT = "gguf_report.json"
 # The recipe's demo writes its answers here.
 _SAMPLES = "quickstart.json"
 
@@ -27,23 +28,25 @@ class ModelFolder:
     """A folder and what its files say.
 
     Attributes:
-        kind: a LoRA adapter, a whole (merged) model, or a run that left neither yet.
+        kind: a LoRA adapter, a whole (merged) model, GGUF files of either, or a run that left neither yet.
         base: the model it was made from, as it was named when it was made; None if nothing says so.
         config: `adapter_config.json` or `config.json`.
         run: `run.json`.
         metrics: one mapping a log event.
         proof: `merge_report.json`.
+        exports: the folders of GGUF files, this one or folders in it, with what their reports say.
         samples: answers before and after training, each with question, right, before, after.
         scores: (name, before, after) of what was measured on held-out rows.
     """
 
     path: Path
-    kind: Literal["adapter", "model", "run"]
+    kind: Literal["adapter", "model", "gguf", "run"]
     base: str | None
     config: dict[str, Any]
     run: dict[str, Any]
     metrics: list[dict[str, Any]]
     proof: dict[str, Any]
+    exports: list[tuple[Path, dict[str, Any]]]
     samples: list[dict[str, str]]
     scores: list[tuple[str, float, float]]
     curve: Path | None
@@ -94,7 +97,13 @@ def read_folder(folder: str | os.PathLike[str], *, run: str | os.PathLike[str] |
     if run is not None and not run_json:
         raise InputError(f"{records / 'run.json'} cannot be read; name the folder of a training with run")
     adapter, model = read_json(path / "adapter_config.json"), read_json(path / "config.json")
-    if not (adapter or model or run_json):
+    places = [path, *sorted(found for found in path.iterdir() if found.is_dir())]
+    reports = [(place, read_json(place / GGUF_REPORT)) for place in places]
+    # What was rejected beside the adapter is not for others.
+    exports = [(place, report) for place, report in reports if report and (place == path or report.get("accepted"))]
+    is_export = bool(exports) and exports[0][0] == path
+    exported_from = exports[0][1].get("base") if is_export else None
+    if not (adapter or model or run_json or is_export):
         inner = sorted(found.parent.name for found in path.glob("*/config.json"))
         hint = f"its folder {inner[0]} does" if inner else "check the path"
         raise InputError(f"{path} holds no adapter, merged model or run; {hint}")
@@ -103,12 +112,13 @@ def read_folder(folder: str | os.PathLike[str], *, run: str | os.PathLike[str] |
     demo = read_json(records / _SAMPLES)
     return ModelFolder(
         path=path,
-        kind="adapter" if adapter else "model" if model else "run",
-        base=adapter.get("base_model_name_or_path") or trained_on or proof.get("base"),
+        kind="gguf" if is_export else "adapter" if adapter else "model" if model else "run",
+        base=adapter.get("base_model_name_or_path") or trained_on or proof.get("base") or exported_from,
         config=adapter or model,
         run=run_json,
         metrics=read_lines(records / "metrics.jsonl"),
         proof=proof,
+        exports=exports,
         samples=[sample for sample in demo.get("samples", []) if isinstance(sample, dict)],
         scores=_scores(_mapping(run_json.get("result")), demo),
         curve=records / CURVE if (records / CURVE).is_file() else None,
@@ -126,21 +136,29 @@ def curve(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, flo
 
 
 def proof_rows(proof: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The comparison of merged models with the trained one: a head, the trained, the yardstick, and a row for each base."""
+    """The comparison of merged models with the trained one: a head, the trained, the yardstick, and a row for each base.
+
+    GGUF files have their size where merged models have the largest difference of a weight.
+    """
     merged = [entry for entry in proof.get("merged", []) if isinstance(entry, dict)]
     if not merged:
         return []
     trained = _mapping(proof.get("trained")).get("loss")
+    sized = any("bytes" in entry for entry in merged)
     rows: list[tuple[str, ...]] = [
-        ("model", "mean KL", "worst KL", "same top", "held-out loss", "weights", "verdict"),
+        ("model", "mean KL", "worst KL", "same top", "held-out loss", "size" if sized else "weights", "verdict"),
         ("trained", "0", "0", "100 %", _figure(trained, ".3f"), "", ""),
         ("untrained base", *_compared(_mapping(proof.get("untrained_base")), trained), "", ""),
     ]
     for entry in merged:
-        name = f"{entry.get('into')}, {_SHORT.get(entry.get('dtype', ''), entry.get('dtype'))}"
+        short = _SHORT.get(entry.get("dtype", ""), entry.get("dtype"))
+        name = str(entry.get("into")) if sized else f"{entry.get('into')}, {short}"
         weights = _mapping(entry.get("weights")).get("largest_relative_difference")
+        size = entry.get("bytes")
+        last = f"{size / 1e6:.0f} MB" if isinstance(size, int) else _figure(weights, ".0e")
+        judged = "accepted" in entry
         verdict = "accepted" if entry.get("accepted") else f"rejected: {'; '.join(map(str, entry.get('reasons', [])))}"
-        rows.append((name, *_compared(entry, trained), _figure(weights, ".0e"), verdict))
+        rows.append((name, *_compared(entry, trained), last, verdict if judged else "unproved"))
     return rows
 
 

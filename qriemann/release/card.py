@@ -29,6 +29,7 @@ _UPSTREAM = (
     "It has been trained using [TRL]",
 )
 _LOADERS = {"adapter": ("peft", "AutoPeftModelForCausalLM"), "model": ("transformers", "AutoModelForCausalLM")}
+_LIBRARIES = {"adapter": "peft", "model": "transformers", "gguf": "gguf"}
 # Of this machine, or of this run alone.
 _NOT_REPEATED = ("output_dir", "push", "push_to_hub", "resume")
 
@@ -88,14 +89,14 @@ def _written_by_a_person(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _metadata(found: ModelFolder, base_id: str | None) -> dict[str, Any]:
-    adapter = found.kind == "adapter"
+    adapter = found.kind == "adapter" or (found.kind == "gguf" and found.exports[0][1].get("to") == "gguf-adapter")
     dataset = found.settings.get("dataset_name")
     return {
         "base_model": base_id,
         "base_model_relation": ("adapter" if adapter else "finetune") if base_id else None,
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": _LIBRARIES.get(found.kind),
         "pipeline_tag": "text-generation",
-        "tags": ["qriemann", "lora", "sft", *filter(None, [found.settings.get("method")])],
+        "tags": ["qriemann", "lora", "sft", *filter(None, [found.exports and "gguf", found.settings.get("method")])],
         "datasets": [dataset] if dataset and is_hub_id(dataset) else None,
     }
 
@@ -115,10 +116,28 @@ def _body(found: ModelFolder, base_id: str | None, repo: str | None) -> str:
         held_out_rows=data.get("held_out_rows"),
         scores=[(name, f"{before:.4g}", f"{after:.4g}") for name, before, after in found.scores],
         proof=proof_rows(found.proof),
+        exports=[_export(found, place, report) for place, report in found.exports],
         facts=_facts(found, data),
         recipe=_recipe(found, base_id),
         private_rows=dataset is None or not is_hub_id(dataset),
     ).strip()
+
+
+def _export(found: ModelFolder, place: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """GGUF files: what the template says of them."""
+    prefix = "" if place == found.path else f"{place.name}/"
+    files = sorted(place.glob("*.gguf"), key=lambda path: path.stat().st_size)
+    prompts = report.get("prompts") or {}
+    return {
+        "file": prefix + files[0].name if files else "",
+        "adapter": report.get("to") == "gguf-adapter",
+        "embedded": report.get("embedded", False),
+        "modelfile": prefix + "Modelfile" if (place / "Modelfile").is_file() else "",
+        "template": prefix + "chat_template.jinja" if (place / "chat_template.jinja").is_file() else "",
+        "ladder": proof_rows(report),
+        "source": f"{prompts.get('tokens', '?')} tokens of {prompts.get('source', 'unknown rows')}",
+        "conclusions": report.get("conclusions", []),
+    }
 
 
 def _facts(found: ModelFolder, data: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -25,7 +25,7 @@ from safetensors import safe_open
 
 from qriemann.checkpoints.fingerprints import recorded_base
 from qriemann.errors import InputError
-from qriemann.folder.contents import CURVE, PROOF, ModelFolder, is_hub_id, read_folder
+from qriemann.folder.contents import CURVE, GGUF_REPORT, PROOF, ModelFolder, is_hub_id, read_folder
 from qriemann.folder.private import find_private, hide_credentials, without_paths
 from qriemann.folder.records import TRAINED_ON
 from qriemann.release.card import CARD, make_card, write_card
@@ -46,11 +46,13 @@ _SHARED = [
     "metrics.jsonl",
     PROOF,
 ]
+_GGUF = ["*.gguf", "Modelfile", "chat_template.jinja", GGUF_REPORT]
 _FILES = {
+    "gguf": _GGUF,
     "adapter": ["adapter_config.json", "adapter_model.safetensors", TRAINED_ON, *_SHARED],
     "model": ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *_SHARED],
 }
-_BINARY = (".png", ".model")
+_BINARY = (".png", ".model", ".gguf")
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -170,13 +172,13 @@ def _check(found: ModelFolder, repo: str, base_id: str | None) -> str | None:
         raise InputError(f"base-id must be OWNER/NAME of a model on the Hub, got {base_id!r}; correct it")
     if found.kind == "run":
         raise InputError(f"{found.path} holds neither an adapter nor a merged model; finish the run")
-    weights = "adapter_model.safetensors" if found.kind == "adapter" else "model*.safetensors"
+    weights = {"adapter": "adapter_model.safetensors", "gguf": "*.gguf"}.get(found.kind, "model*.safetensors")
     if not any(found.path.glob(weights)):
-        raise InputError(f"{found.path} holds no {weights}; pickled weights are not pushed")
+        raise InputError(f"{found.path} holds no {weights}; pickled and rejected weights are not pushed")
     if base_id is not None or found.base is None or is_hub_id(found.base):
         return base_id or found.base
     # A merged model loads without its base: only its card names it.
-    if found.kind == "model":
+    if found.kind != "adapter":
         return None
     raise InputError(_local_base(found.base, "--base-id"))
 
@@ -206,6 +208,11 @@ def _uploads(found: ModelFolder, card: str, base: str | None) -> list[Upload]:
     # Without it, whoever downloads the adapter would read it on a base in 4 bit.
     if found.kind == "adapter" and TRAINED_ON not in files and (recorded := recorded_base(found.path)):
         uploads.append(Upload(TRAINED_ON, (json.dumps(recorded, indent=2) + "\n").encode(), "how the base was loaded"))
+    for place, _ in found.exports:
+        if place != found.path:
+            inner = {path.name: path for path in sorted(place.iterdir()) if path.is_file()}
+            for name in filter_repo_objects(inner, allow_patterns=_GGUF):
+                uploads.append(_upload(f"{place.name}/{name}", inner[name], names))
     if found.curve is not None and found.curve.parent != found.path:
         uploads.append(Upload(CURVE, found.curve))
     base_path = Path(found.base or "").expanduser()

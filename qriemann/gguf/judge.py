@@ -1,0 +1,153 @@
+"""The verdict on GGUF files, and the ladder of their types.
+
+Two questions, answered apart. Does llama.cpp compute what was trained? That is asked of a file that rounds nothing: a layer
+whose rows are permuted wrongly or a scaling that is off is lost in the noise of a 4-bit file. And what does each smaller type
+cost? That is the ladder.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from transformers import PreTrainedTokenizerBase
+
+from qriemann.evaluation import proof
+from qriemann.evaluation.proof import Recording, Verdict, Written
+from qriemann.gguf import compare
+from qriemann.gguf.architectures import Architecture
+from qriemann.gguf.compare import Seen
+from qriemann.gguf.files import Files
+
+# Largest difference of a log-probability in a file that rounds nothing, nats. On the embedded model llama.cpp differs from
+# transformers by 3e-4 in float32 and by 0.02 in float16; one layer's k with its rows not permuted, or alpha 5 % too large, by
+# 0.7 and more. GELU is a table of float16 numbers there: 2e-3 on models of four layers.
+_FAR = {"f32": 0.01, "gelu": 0.05, "f16": 0.1}
+# A smaller file is the model if it is within a tenth of what the training changed, or within what float16 rounds.
+_KL_SHARE, _KL_FLOOR = 0.1, 1e-3
+_PRECISION = {"f32": "float32", "f16": "float16"}
+
+
+@dataclass(frozen=True)
+class _Rung:
+    written: Written
+    seen: Seen
+    size: int
+
+    def verdict(self, reasons: list[str]) -> Verdict:
+        """With what was found against the exact file first."""
+        found: Any = self.seen.figures
+        if found is None:
+            return Verdict(self.written, None, [*reasons, self.seen.failure])
+        far = proof.far_from_trained(found, self.written.max_kl, "the trained model")
+        return Verdict(self.written, found, [*reasons, *far])
+
+
+def prove(
+    files: Files,
+    architecture: Architecture,
+    own_base: Path | None,
+    recording: Recording,
+    tokenizer: PreTrainedTokenizerBase,
+    max_kl: float | None,
+    console: Console,
+) -> tuple[dict[str, Any], list[Verdict]]:
+    """The report's part on what llama.cpp found, and the verdict on each file; a file that is too far is renamed.
+
+    Args:
+        files: as they were written.
+        architecture: of the model.
+        own_base: the base's own GGUF file, to try an adapter on; None if it has none.
+        recording: logits of the trained model.
+        tokenizer: of the training.
+        max_kl: as in `export_gguf`.
+    """
+    if max_kl is None:
+        max_kl = max(_KL_FLOOR, _KL_SHARE * recording.untrained["mean_kl"])
+    precision = _PRECISION[files.exact_type]
+    bound = _FAR["gelu" if architecture.gelu and files.exact_type == "f32" else files.exact_type]
+
+    def measure(model: Path, adapter: Path | None, *, talk: bool = False) -> Seen:
+        console.print(f"Running llama.cpp on {model.name} ...", highlight=False)
+        return compare.run(model, adapter, recording, tokenizer, talk=talk)
+
+    exact = measure(files.exact, files.adapter, talk=True)
+    reasons = compare.far(exact, bound)
+    if not Written(files.exact, "", precision, files.worst, bound).weights_are_right:
+        reasons.insert(0, f"{files.worst[1]} is not what was trained: relative difference {files.worst[0]:.1e}")
+    rungs = []
+    if files.adapter is not None:
+        adapter, size = files.adapter, files.adapter.stat().st_size
+        named = Written(adapter, f"{adapter.name}, base in {precision}", "float32", files.worst, max_kl)
+        rungs.append(_Rung(named, exact, size))
+        if own_base is not None:
+            named = Written(adapter, f"the same, on {own_base.name}", "float32", files.worst, float("inf"))
+            rungs.append(_Rung(named, measure(own_base, adapter), size))
+    for kind, path in files.ladder.items():
+        named = Written(path, path.name, kind, files.worst, max_kl)
+        rungs.append(_Rung(named, measure(path, None), path.stat().st_size))
+    verdicts = [rung.verdict(reasons) for rung in rungs]
+    for verdict in verdicts:
+        path = verdict.written.folder
+        if not reasons and not verdict.accepted and path in files.ladder.values():
+            path.rename(path.with_name(f"{path.name}.rejected"))
+    figures: Any = exact.figures or {}
+    return {
+        "proved": True,
+        "engine": f"llama.cpp in {compare.ENGINE} {importlib.metadata.version(compare.ENGINE)}",
+        "exact": {
+            "dtype": precision,
+            "reasons": reasons,
+            "bound": bound,
+            "asked": exact.asked,
+            "ended": exact.ended,
+            **figures,
+        },
+        "merged": [{**one.as_dict(), "bytes": rung.size} for one, rung in zip(verdicts, rungs, strict=True)],
+        "accepted": not reasons and any(verdict.accepted for verdict in verdicts),
+    }, verdicts
+
+
+def unproved(files: Files) -> dict[str, Any]:
+    """The same where there is no llama.cpp."""
+    paths = [path for path in (files.adapter, *files.ladder.values()) if path is not None]
+    return {
+        "proved": False,
+        "merged": [{"into": path.name, "bytes": path.stat().st_size} for path in paths],
+        "accepted": True,
+    }
+
+
+def conclusions(content: dict[str, Any]) -> list[str]:
+    """A sentence for each thing to know about the report."""
+    if not content["proved"]:
+        return [
+            "unproved: nothing has run these files; pip install 'qriemann[gguf]' brings llama.cpp, and the same command "
+            "proves them"
+        ]
+    exact, merged = content["exact"], content["merged"]
+    if exact["reasons"]:
+        return [f"rejected: llama.cpp does not compute what was trained: {reason}" for reason in exact["reasons"]]
+    lines = [
+        f"{content['engine']} computes what was trained: in {exact['dtype']} a log-probability differs by at most "
+        f"{exact['largest_difference']:.1e}, and conversations become the tokens that training had; {exact['ended']} of "
+        f"{exact['asked']} answers to the rows ended by themselves within 64 tokens"
+    ]
+    lines += [f"rejected: {one['into']}: {reason}" for one in merged for reason in one["reasons"]]
+    near = [one for one in merged if one["accepted"] and content["to"] == "gguf"]
+    if near:
+        small = min(near, key=lambda one: one["bytes"])
+        lines.append(
+            f"the smallest of these files that is still the model: {small['into']}, {decimal(small['bytes'])}, mean KL "
+            f"{small['mean_kl']:.2g} nats a token"
+        )
+    if len(merged) == 2 and not near and merged[1].get("mean_kl", 0) > _KL_SHARE * content["untrained_base"]["mean_kl"]:
+        lines.append(
+            "the adapter was trained on the base in 4 bit (NF4), and on another file of the base it is farther from the "
+            "trained model; the merged file, --to gguf, is the model itself"
+        )
+    return lines
