@@ -16,6 +16,8 @@ from qriemann.errors import InputError
 
 CURVE = "loss.png"
 PROOF = "merge_report.json"
+#: Holds rows of the data, so it does not go up with the model.
+ROWS = "trained_rows.json"
 # The recipe's demo writes its answers here.
 _SAMPLES = "quickstart.json"
 
@@ -32,6 +34,7 @@ class ModelFolder:
         config: `adapter_config.json` or `config.json`.
         run: `run.json`.
         metrics: one mapping a log event.
+        rows: `trained_rows.json`, what was trained.
         proof: `merge_report.json`.
         samples: answers before and after training, each with question, right, before, after.
         scores: (name, before, after) of what was measured on held-out rows.
@@ -43,6 +46,7 @@ class ModelFolder:
     config: dict[str, Any]
     run: dict[str, Any]
     metrics: list[dict[str, Any]]
+    rows: dict[str, Any]
     proof: dict[str, Any]
     samples: list[dict[str, str]]
     scores: list[tuple[str, float, float]]
@@ -108,6 +112,7 @@ def read_folder(folder: str | os.PathLike[str], *, run: str | os.PathLike[str] |
         config=adapter or model,
         run=run_json,
         metrics=read_lines(records / "metrics.jsonl"),
+        rows=read_json(records / ROWS),
         proof=proof,
         samples=[sample for sample in demo.get("samples", []) if isinstance(sample, dict)],
         scores=_scores(_mapping(run_json.get("result")), demo),

@@ -49,6 +49,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         summary=_summary(found),
         tiles=list(_tiles(found)),
         curves=[(title, Markup(svg)) for title, svg in draw_curves(found.metrics)],
+        rows=found.rows,
         proof=proof_rows(found.proof),
         spectrum=Markup(as_svg(spectrum_figure(spectra))) if spectra else "",
         kinds=[_kind(kind, layers) for kind, layers in group_by_kind(spectra).items()],
