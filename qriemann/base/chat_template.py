@@ -82,3 +82,23 @@ def adjust_tokenizer(
     if not template:
         raise InputError(f"chat_template_path must name a chat template, got a tokenizer without one at {str(path)!r}")
     tokenizer.chat_template = template
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes after what an assistant says; None where there is none."""
+    if not tokenizer.chat_template:
+        return None
+    said = "qriemann"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    # A template may refuse these turns; rows that it refuses are reported when they are rendered.
+    except Exception:
+        return None
+    after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
+    return next((token for token in after if token in special_ids(tokenizer)), None)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that stand for no text."""
+    return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)

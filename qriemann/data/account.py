@@ -15,7 +15,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.data.chat_mask import end_of_turn
+from qriemann.base.chat_template import end_of_turn
 from qriemann.data.tokenized import IGNORED, TokenizedData
 
 #: What may hold of a row, and how people call it.

@@ -15,12 +15,12 @@ import functools
 import json
 import re
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.base.chat_template import explain, template_texts
+from qriemann.base.chat_template import end_of_turn, explain, special_ids, template_texts
 from qriemann.upstream import today_is
 
 Message = dict[str, Any]
@@ -55,14 +55,20 @@ class AssistantTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.special_ids = _special_ids(tokenizer)
+        self.special_ids = special_ids(tokenizer)
         end = end_of_turn(tokenizer)
         self.end: str | None = None if end is None else tokenizer.convert_ids_to_tokens(end)
+        self._ends = {end, tokenizer.eos_token_id}
 
     @functools.cached_property
     def writes_calls(self) -> bool:
         """Whether the template knows of tool calls."""
         return any("tool_calls" in text for text in template_texts(self.tokenizer))
+
+    @functools.cached_property
+    def writes_date(self) -> bool:
+        """Whether the template asks for the date of today."""
+        return any("strftime_now" in text for text in template_texts(self.tokenizer))
 
     @functools.cached_property
     def argument_text(self) -> bool:
@@ -208,13 +214,16 @@ class AssistantTokenizer:
 
     def _render(self, messages: Sequence[Message], options: dict[str, Any], *, prompt: bool = False) -> str:
         try:
-            with today_is(TODAY):
+            with self._day():
                 return self.tokenizer.apply_chat_template(
                     list(messages), tokenize=False, add_generation_prompt=prompt, **options
                 )
         except Exception as error:
             reason, remedy = explain(error)
             raise RowError(f"a conversation that the chat template refuses (it says: {reason})", remedy) from error
+
+    def _day(self) -> AbstractContextManager[None]:
+        return today_is(TODAY) if self.writes_date else nullcontext()
 
     def _text(self, messages: Sequence[Message], options: dict[str, Any]) -> str | None:
         """The conversation as the template writes it; None where it refuses."""
@@ -237,6 +246,11 @@ class AssistantTokenizer:
                 "split it into one row for each assistant turn",
             )
         if not turn.startswith(prompt):
+            if turn.startswith(self._render(messages[:index], options)):
+                raise RowError(
+                    f"an answer that the chat template asks for in words that it then leaves out (turn {index + 1})",
+                    "name another template with chat_template_path",
+                )
             raise RowError(
                 f"a question that the chat template renders differently once it is answered (turn {index} changes)",
                 "put the text of a system turn into the first user turn, or name another template with "
@@ -298,15 +312,21 @@ class AssistantTokenizer:
         options: dict[str, Any],
     ) -> list[bool]:
         """The mask of a template with generation markers, with the end tokens that the markers leave out."""
-        with today_is(TODAY):
+        with self._day():
             rendered = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
             )
         mask = [bool(bit) for bit in rendered["assistant_masks"]]
         if rendered["input_ids"] != ids or len(mask) != len(ids):
             raise RowError("tokens that the template's generation markers do not line up with", "use a fast tokenizer")
+        ended = False
         for index in range(1, len(ids)):
-            if mask[index - 1] and ids[index] in self.special_ids and ids[index - 1] not in self.special_ids:
+            before = ids[index - 1]
+            # A line feed after the end token may be marked as well; what follows it belongs to the next turn.
+            ended = mask[index - 1] and (
+                before in self._ends or (ended and not self.tokenizer.decode([before]).strip())
+            )
+            if mask[index - 1] and ids[index] in self.special_ids and before not in self.special_ids and not ended:
                 mask[index] = True
         # What comes before the first trained answer may be written differently once more follows; only its length counts.
         answers = (i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i not in context)
@@ -320,25 +340,6 @@ class AssistantTokenizer:
 
 def _names(messages: Sequence[Message]) -> set[str]:
     return {name for turn in messages for name in turn}
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes after what an assistant says; None where there is none."""
-    if not tokenizer.chat_template:
-        return None
-    said = "qriemann"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    # A template may refuse these turns; rows that it refuses are reported when they are rendered.
-    except Exception:
-        return None
-    after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
-    return next((token for token in after if token in _special_ids(tokenizer)), None)
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
 
 
 def _common_prefix_length(ids: Sequence[int], others: Sequence[int]) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.base.chat_template import template_texts
 from qriemann.data.chat_mask import AssistantTokenizer, Example, Message, RowError
 from qriemann.data.turns import (
     ANSWERS,
@@ -20,6 +19,7 @@ from qriemann.data.turns import (
     read_conversation,
     read_tools,
     system_prompt,
+    turns_in_text,
 )
 
 
@@ -34,8 +34,8 @@ class RowEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: str, text_field: str) -> None:
         self.text_field = text_field
         self.has_template = bool(tokenizer.chat_template)
-        self.writes_date = any("strftime_now" in text for text in template_texts(tokenizer))
         self._tokens, self._loss_on = AssistantTokenizer(tokenizer), loss_on
+        self.writes_date = self._tokens.writes_date
 
     def conversation(self, row: Row, parts: Sequence[tuple[str, Any]], *, last: Sequence[str] = ()) -> list[Example]:
         """One example, or one for each answer where the chat template rewrites earlier turns.
@@ -126,7 +126,7 @@ def _from_conversations(encoder: RowEncoder, row: Row) -> list[Example]:
 
 
 def _from_prompt_and_completion(encoder: RowEncoder, row: Row) -> list[Example]:
-    prompt, completion = row.get("prompt"), row.get("completion")
+    prompt, completion = (turns_in_text(row.get(key)) for key in ("prompt", "completion"))
     if not isinstance(prompt, list):
         turns = [
             ("prompt", _turn("user", row.string("prompt"))),

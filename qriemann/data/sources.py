@@ -116,7 +116,7 @@ def load_sources(
 
     Args:
         name: a Hub id, a local file or a local folder.
-        config: the configuration of a Hub dataset.
+        config: the configuration of a Hub dataset, or of a folder that is a copy of one.
         train_split: the split to train on; a file is one split, called train.
         test_split: the split to hold out; None takes test, validation or eval if one exists.
         eval_name: a second dataset or file to hold out, instead of a split.
@@ -167,7 +167,7 @@ def _load(name: str, config: str | None, columns: Mapping[str, str]) -> dict[str
             raise InputError(f"a dataset file must end in {', '.join(ENDINGS)}, got {path}; convert it to one of them")
         return {"train": _from_files([path], columns)}
     if path.is_dir():
-        return _read_folder(path, columns)
+        return _read_folder(path, config, columns)
     if path.suffix.lower() in ENDINGS or name.startswith((".", "/", "~")):
         raise InputError(f"dataset_name: {name}: no such file or folder")
     return _as_sources(_load_from_hub(name, config))
@@ -183,21 +183,21 @@ def _as_sources(loaded: Dataset | DatasetDict) -> dict[str, Source]:
     return {name: Source(rows, "") for name, rows in splits.items()}
 
 
-def _read_folder(path: Path, columns: Mapping[str, str]) -> dict[str, Source]:
+def _read_folder(path: Path, name: str | None, columns: Mapping[str, str]) -> dict[str, Source]:
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             _refuse_outside(path, _saved_files(path))
             return _as_sources(load_from_disk(str(path)))
         # The builder finds the files of each split, and those that the folder's README names, without reading a row.
         with literal_folders(), tempfile.TemporaryDirectory() as cache:
-            config = load_dataset_builder(str(path), cache_dir=cache).config
-        files = {split: [Path(name) for name in names] for split, names in (config.data_files or {}).items()}
+            config = load_dataset_builder(str(path), name, cache_dir=cache).config
+        files = {split: [Path(file) for file in found] for split, found in (config.data_files or {}).items()}
         _refuse_outside(path.resolve(), (file for names in files.values() for file in names))
         if _is_plain(config) and all(file.suffix.lower() in ENDINGS for names in files.values() for file in names):
             return {split: _from_files(names, columns) for split, names in files.items()}
         _check_cache()
         with literal_folders():
-            return _as_sources(load_dataset(str(path)))
+            return _as_sources(load_dataset(str(path), name))
     except InputError:
         raise
     except Exception as error:

@@ -182,6 +182,18 @@ def parse_json(value: Any, what: str) -> Any:
         raise RowError(f"{what} that cannot be read as JSON ({reason})", "correct it or remove the row") from error
 
 
+def turns_in_text(value: Any) -> Any:
+    """The turns of a cell that is a JSON text of turns, as CSV holds them; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        turns = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    are_turns = bool(turns) and all(isinstance(turn, dict) and {"role", "from"} & {*turn} for turn in turns)
+    return turns if are_turns else value
+
+
 def _add_system(talk: Conversation, row: Row) -> None:
     first = talk.messages[0]
     # A system turn in the conversation takes precedence; a column that says something else is then not used.

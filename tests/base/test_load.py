@@ -97,10 +97,10 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
+def write_gguf(path: Path, model: LlamaForCausalLM, **split: int) -> None:
     """The model as llama.cpp's converter writes it: its own names, and rows of Q and K reordered for its rotary layout."""
     config = model.config
-    writer = gguf.GGUFWriter(str(path), "llama")
+    writer = gguf.GGUFWriter(str(path), "llama", **split)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -234,6 +234,20 @@ def test_a_float_gguf_file_loads_as_the_model_it_was_made_from(gguf_file: Path, 
     assert not getattr(model, "is_quantized", False)
     assert not hasattr(model.config, "quantization_config")
     assert model.name_or_path == str(gguf_file)
+
+
+@pytest.mark.parametrize("named", [1, 3])
+def test_a_split_gguf_file_loads_as_the_model_it_was_made_from(
+    named: int, original: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", original, split_max_tensors=8)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert len(parts) == 3
+    model, tokenizer = load_base(parts[named - 1], quantize=None)
+    ids = tokenizer("the hen", return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-6)
+    parts[1].unlink()
+    assert parts[1].name in refusal(parts[named - 1])
 
 
 def test_a_gguf_file_and_a_folder_of_the_same_weights_quantize_to_the_same_bytes(gguf_file: Path, folder: Path) -> None:

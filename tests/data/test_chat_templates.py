@@ -274,3 +274,35 @@ def test_what_a_template_cannot_carry_is_refused_by_its_row(family, turns, line,
         tokenize_rows(*load_sources(str(path)), tokenizer_of(family))
     assert "row 2" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "gemma3"])
+def test_the_markers_of_trls_training_templates_are_kept_and_reach_into_no_other_turn(family):
+    tokenizer = make_tokenizer(published(f"{family}_training"))
+    ids, mask, _ = AssistantTokenizer(tokenizer).conversation(as_messages(SEVERAL))
+    marked = tokenizer.apply_chat_template(
+        as_messages(SEVERAL), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert ids == marked["input_ids"]
+    # The end token apart, which some markers leave out.
+    assert all(bit >= marker for bit, marker in zip(mask, marked["assistant_masks"], strict=True))
+    opened = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert not any(bit for token, bit in zip(ids, mask, strict=True) if token == opened)
+
+
+def test_a_prompt_may_hold_answers_that_a_marked_template_rewrites():
+    # As Qwen3's, with markers: earlier answers lose what stands before the bar.
+    rewriting = CHATML.replace(
+        "message['content'] + '<|im_end|>'",
+        "(message['content'] if loop.last else message['content'].split('|')[-1]) + '<|im_end|>'",
+    )
+    marked = rewriting.replace(
+        "{{ '<|im_start|>' + message['role'] + '\n' + (",
+        "{{ '<|im_start|>' + message['role'] + '\n' }}{% generation %}{{ (",
+    )
+    marked = marked.replace("+ '<|im_end|>' + '\n' }}", "+ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}")
+    talk = as_messages([("user", "a"), ("assistant", "why|b"), ("user", "c"), ("assistant", "d")])
+    tokenizer = make_tokenizer(marked)
+    ids, mask, _ = AssistantTokenizer(tokenizer).conversation(talk, context=[1])
+    assert by_turns(ids, mask, tokenizer)[-2:] == ["d<|im_end|>", "\n"]
+    assert sum(mask) == 2

@@ -188,6 +188,15 @@ def test_a_folder_that_says_how_its_files_are_to_be_read_is_obeyed(tmp_path):
     assert rows_of(tmp_path / "rows") == [{"text": "a,b", "note": "c"}]
 
 
+def test_a_folder_with_several_configurations_gives_the_one_that_is_named(tmp_path, write_rows):
+    (tmp_path / "rows").mkdir()
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("a", "b"))
+    (tmp_path / "rows" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name in ("a", "b"):
+        write_rows([{"text": name}], f"rows/{name}.jsonl")
+    assert rows_of(tmp_path / "rows", config="b") == [{"text": "b"}]
+
+
 @pytest.mark.parametrize("place", ["/dev/null/x", "/proc/nope"])
 def test_local_files_need_no_cache_and_a_cache_that_cannot_be_written_is_named(
     place, tmp_path, write_rows, monkeypatch

@@ -337,6 +337,16 @@ def test_the_roles_of_other_tools_are_known(role, name):
     )
 
 
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_turns_that_are_json_text_are_turns(key):
+    expected = fingerprint(read([{"messages": ask()}]).train)
+    assert fingerprint(read([{key: json.dumps(ask())}]).train) == expected
+    prompt, completion = json.dumps(ask()[:1]), json.dumps(ask()[1:])
+    assert fingerprint(read([{"prompt": prompt, "completion": completion}]).train) == expected
+    assert shown(read([{"prompt": "[1, 2]", "completion": "[3]"}])) == ["[1, 2][[3]<|im_end|>]"]
+
+
+@pytest.mark.slow
 def test_several_processes_give_the_same_rows_and_account(tmp_path, write_rows):
     rows = [{**row, "score": n, "system": "S."} for n, row in enumerate(chat_rows(6))]
     sources = load_sources(str(write_rows(rows)))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from qriemann import cli
 from qriemann.errors import InputError
 from qriemann.release.push import check_push, push
+from tests.models import word_tokenizer
 from tests.release.folders import adapter_folder, merged_folder, records
 from tests.release.hub import TOKEN, LoopbackHub
 
@@ -152,6 +153,21 @@ def test_a_dry_run_sends_and_writes_nothing(hub, run_folder, capsys):
     printed = capsys.readouterr().out
     assert all(name in printed for name in SENT)
     assert "stays here: checkpoint-5/, run.json, training_args.bin" in printed
+
+
+def test_named_chat_templates_go_up_with_the_model(run_folder, capsys):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = {"default": "a", "tool_use": "b", "rag": "c"}
+    tokenizer.save_pretrained(run_folder)
+    assert cli.main(["push", str(run_folder), "someone/tiny", "--dry-run"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for name in (
+        "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
+        "additional_chat_templates/rag.jinja",
+    ):
+        assert name in printed
+    assert "additional_chat_templates/," not in printed
 
 
 def test_a_local_base_is_refused_and_with_base_id_replaced_in_what_goes_up_alone(hub, tmp_path):
