@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,14 +62,14 @@ class Account:
 
     Attributes:
         train, held_out: the rows that are trained and held out; None without held-out rows.
-        left_out: those of either that have nothing to train.
+        left_out: those that have nothing to train; of each source that was read.
         ends: the tokens that end a turn or a text.
         embedding_rows: of the model.
     """
 
     train: RowAccount
     held_out: RowAccount | None
-    left_out: RowAccount
+    left_out: list[RowAccount]
     ends: list[int]
     embedding_rows: int
 
@@ -90,10 +89,9 @@ def take_account(
     """
     ends, embedding_rows = end_tokens(tokenizer, model), model.get_input_embeddings().weight.shape[0]
 
-    def read(datasets: Iterable[Dataset]) -> RowAccount:
+    def read(dataset: Dataset) -> RowAccount:
         parts = [
             _read(table, ends, tokenizer.bos_token_id, embedding_rows, max_length)
-            for dataset in datasets
             for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000)
         ]
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
@@ -103,12 +101,12 @@ def take_account(
         first = places[inverse]
         return RowAccount(lengths, largest, prints, first, {**arrays, "copy": first < np.arange(len(first))})
 
-    train, left_out = read([data.train]), read(data.left_out)
-    held_out = None if data.held_out is None else read([data.held_out])
+    train = read(data.train)
+    held_out = None if data.held_out is None else read(data.held_out)
     if held_out is not None:
         train.found["elsewhere"] = np.isin(train.prints, held_out.prints)
         held_out.found["elsewhere"] = np.isin(held_out.prints, train.prints)
-    return Account(train, held_out, left_out, ends, embedding_rows)
+    return Account(train, held_out, [read(dataset) for dataset in data.left_out], ends, embedding_rows)
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:

@@ -49,9 +49,9 @@ def describe_rows(
         data, account: of all rows.
         encoder, tokenizer, max_length: with which the data was made.
     """
-    parts = [part for part in (account.train, account.held_out, account.left_out) if part is not None]
-    groups = {"all": parts, "training": [account.train]}
+    groups = {"all": [account.train, *account.left_out], "training": [account.train]}
     if account.held_out is not None:
+        groups["all"].append(account.held_out)
         groups["held out"] = [account.held_out]
     counts = [[sum(part.count(name) for part in group) for group in groups.values()] for name in FINDINGS]
     sampler = _Sampler(encoder, tokenizer, max_length)
@@ -82,11 +82,11 @@ def write_page(path: Path, rows: dict[str, Any], said: Sequence[str]) -> None:
 
 def _choose(data: TokenizedData, account: Account) -> list[tuple[int, list[str], dict[str, list[int]]]]:
     """(number in the source, findings, tokens and labels) of the sample, in the source's order."""
-    train, left_out = account.train, data.left_out[0] if data.left_out else ()
-    chosen = []
-    for name in ("masked", "beyond"):
-        for index in [i for i in range(len(left_out)) if account.left_out.found[name][i]][:1]:
-            chosen.append((left_out[index]["row"], [f"left out: {FINDINGS[name]}"], left_out[index]))
+    train, chosen = account.train, []
+    for dataset, rows in zip(data.left_out[:1], account.left_out, strict=False):
+        for name in (name for name in ("masked", "beyond") if rows.count(name)):
+            index = int(rows.found[name].argmax())
+            chosen.append((dataset[index]["row"], [f"left out: {FINDINGS[name]}"], dataset[index]))
     for index in choose_rows(train, SAMPLE_ROWS - len(chosen)):
         findings = [FINDINGS[name] for name, holds in train.found.items() if holds[index] and name != "copy"]
         if train.found["copy"][index]:
