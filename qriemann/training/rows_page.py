@@ -56,16 +56,19 @@ def describe_rows(
     counts = [[sum(part.count(name) for part in group) for group in groups.values()] for name in FINDINGS]
     sampler = _Sampler(encoder, tokenizer, max_length)
     chosen = _choose(data, account)
-    rows = [row for number, _, _ in chosen for row in source.read(source.rows[[number]])]
+    sample = []
+    for number, findings, tokens in chosen:
+        (row,) = source.read(source.rows[[number]])
+        described = sampler.describe(row, source, tokens)
+        unused = [name for name in row.unused if name in data.unused]
+        findings += [f"not trained: {', '.join(unused)}"] if unused else []
+        sample.append({"row": number + 1, "findings": findings, **described})
     return {
         "name": source.name,
         "rows": {name: sum(map(len, group)) for name, group in groups.items()},
         "findings": list(zip(FINDINGS.values(), counts, strict=True)),
         "unused": data.unused,
-        "sample": [
-            {"row": number + 1, "findings": findings, **sampler.describe(row, source, tokens)}
-            for row, (number, findings, tokens) in zip(rows, chosen, strict=True)
-        ],
+        "sample": sample,
     }
 
 
@@ -127,11 +130,15 @@ class _Sampler:
             "tokens": len(ids),
             "trained": sum(len(places) for (name, _), places in runs if name == "trained"),
             "pieces": self._pieces([(*key, ids, places[0], places[-1] + 1) for key, places in runs]),
-            "chat": self._chat(row.talk, spans, ids, labels),
+            "chat": self._chat(row.talk, spans, ids, labels[: self.max_length]),
         }
 
     def _chat(self, talk: Conversation, spans: dict[int, range], ids: list[int], labels: list[int]) -> Any:
-        answered = [turn for turn, places in spans.items() if turn and any(labels[i] != IGNORED for i in places)]
+        answered = [
+            turn
+            for turn, places in spans.items()
+            if turn and any(labels[i] != IGNORED for i in places if i < len(labels))
+        ]
         if not answered:
             return None
         last = max(answered)

@@ -139,6 +139,8 @@ def test_what_is_cut_is_shown_as_cut(look):
     kinds = [kind for kind, _, count, _ in pieces_of(page)[0] for _ in range(count)]
     assert kinds[limit:] == ["cut"] * (len(data.train[0]["input_ids"]) - limit)
     assert "cut" not in kinds[:limit]
+    # Chat's prompt is compared with that of the last answer that is left.
+    assert "".join(text for _, _, _, text in pieces_of(page)[1]).endswith("say 2<|im_end|>\n<|im_start|>assistant\n")
 
 
 @pytest.mark.parametrize("turns", [TALK[:3], TALK[:5], TALK, TALK[1:]])
@@ -180,7 +182,8 @@ def test_nothing_of_a_row_is_markup_or_drives_a_terminal(look):
     assert "<script" not in page
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", page)
     assert described["unused"] == {evil: 1}
-    shown = evil.replace("\x1b", "\u241b").replace("\u202e", "[U+202E]")
+    assert described["sample"][0]["findings"] == [f"not trained: {evil}"]
+    shown = evil.replace("\x1b", "[U+001B]").replace("\u202e", "[U+202E]")
     assert [text for _, text in sources(pieces_of(page)[0])] == [f"{shown}<|im_end|>"]
     assert html.escape(shown, quote=True).replace("&quot;", "&#34;") in page
     # Nothing is loaded from anywhere, and nothing needs a script.

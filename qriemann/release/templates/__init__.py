@@ -6,11 +6,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 # Control characters but tab and newline, and marks of direction.
-_SIGNS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
-_SIGNS |= {
-    code: f"[U+{code:04X}]"
-    for code in (*range(127, 160), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
+_MARKS = (*range(9), *range(11, 32), *range(127, 160), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_SIGNS = {code: f"[U+{code:04X}]" for code in _MARKS}
 
 
 def render(template: str, /, **values: Any) -> str:
