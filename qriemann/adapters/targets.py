@@ -37,8 +37,8 @@ def adapter_config(settings: Any) -> LoraConfig:
     )
 
 
-def check_targets(model: nn.Module, config: LoraConfig) -> None:
-    """Raises unless every name in the configuration matches a layer and every rank fits its layer.
+def check_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The layers that get an adapter, each name in the configuration matching one and each rank fitting its layer.
 
     Raises:
         InputError: naming what would match, or the layer whose rank is too high.
@@ -73,6 +73,7 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
                 f"lora_modules_to_save must not name the input embeddings with offload_embeddings, got {wanted!r}; in host "
                 "memory they are frozen; remove one of the two keys"
             )
+    return list(matched)
 
 
 def _matched(model: Any, target: Any, linear: dict[str, nn.Module]) -> dict[str, nn.Module]:

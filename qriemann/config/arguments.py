@@ -30,6 +30,9 @@ def training_arguments(settings: Settings) -> SFTConfig:
     # Before transformers reads the same variables, and looks for packages.
     refuse_sharding()
     written = {key: value for key, value in settings.trl.items() if key not in _KEPT_BACK}
+    # YAML 1.1's words for false; transformers looks for a reporter of that name.
+    if str(written.get("report_to")).lower() in ("off", "no", "false"):
+        written["report_to"] = "none"
     own = {key: getattr(settings, key) for key in ("output_dir", "use_cpu", "trust_remote_code")}
     try:
         return SFTConfig(**{**_defaults(settings.written, use_cpu=settings.use_cpu), **written, **own})

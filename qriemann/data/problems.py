@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from datasets import Dataset
 
 from qriemann.data.sources import Source
+from qriemann.data.turns import MARKS
 from qriemann.errors import InputError
 
 _SHOWN_ROWS, _SHOWN_COLUMNS = 3, 12
@@ -31,11 +32,11 @@ def without_rejected(source: Source, examples: Dataset, allow: Collection[str], 
 
 
 def unused_notices(unused: Counter[str], rows: int) -> list[str]:
-    """A line for columns that are not trained, and one for what of the turns the chat template does not write."""
-    of_turns = [name for name in unused if "[]." in name or name == "tools"]
+    """A line for columns and marks that are not used, and one for what of the turns the chat template does not write."""
+    of_turns = [name for name in unused if name == "tools" or ("[]." in name and name.split("[].")[1] not in MARKS)]
     columns = [name for name in unused if name not in of_turns]
     remedy = "; name a template that does with chat_template_path if the model is to learn it"
-    lines = (("not trained: ", columns, ""), ("the chat template does not write ", of_turns, remedy))
+    lines = (("not used: ", columns, ""), ("the chat template does not write ", of_turns, remedy))
     notices = []
     for beginning, names, end in lines:
         shown = [f"{name} ({unused[name]} of {rows} rows)" for name in names]

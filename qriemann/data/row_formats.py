@@ -54,7 +54,9 @@ class RowEncoder:
         talk.sources[len(talk.sources) - len(last) :] = last
         messages, tools = talk.messages, read_tools(row)
         template_kwargs = parse_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
-        options = {"tools": tools, "template_kwargs": template_kwargs}
+        if not isinstance(template_kwargs, dict | None):
+            raise RowError("chat_template_kwargs that are no mapping", "correct them")
+        options: dict[str, Any] = {"tools": tools, "template_kwargs": template_kwargs}
         talk.options = {"tools": tools, **(template_kwargs or {})}
         if self._loss_on == "all":
             examples = [self._tokens.whole_conversation(messages, context=talk.marked, **options)]

@@ -115,7 +115,7 @@ def tokenize_rows(
     for name in read_elsewhere:
         del unused[name]
     notices += unused_notices(unused, len(train.rows) + (0 if held_out is None else len(held_out.rows)))
-    if encoder.writes_date:
+    if encoder.writes_date and row_format not in ("text", "input_ids"):
         notices.append(f"the chat template writes today's date: rows have {TODAY:%d %B %Y} instead, on any day")
     data = TokenizedData(_without_numbers(tokens), kept, row_format, notices, dict(unused), tokens["row"][:], left_out)
     if kept is not None:
@@ -175,11 +175,6 @@ def fingerprint(*datasets: Dataset | None) -> str:
 def trained_token_count(dataset: Dataset) -> int:
     """Number of tokens with a label."""
     return sum(int((np.asarray(labels) != IGNORED).sum()) for labels in _label_rows(dataset))
-
-
-def token_count(dataset: Dataset) -> int:
-    """Number of tokens, with a label or without."""
-    return sum(map(len, _label_rows(dataset)))
 
 
 def _label_rows(dataset: Dataset) -> Iterator[np.ndarray]:

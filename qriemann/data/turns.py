@@ -20,8 +20,8 @@ _ROLES = {
     ),
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
-# A turn that is not to be learnt says so with 0 or false: OpenAI and Mistral, Axolotl, ms-swift.
-_MARKS = ("weight", "train", "training", "trainable", "loss")
+#: A turn that is not to be learnt says so with 0 or false: OpenAI and Mistral, Axolotl, ms-swift.
+MARKS = ("weight", "train", "training", "trainable", "loss")
 _ROW_MARKS = ("weight", "train")
 # What rates the answer of a row: TRL's KTO, LLaMA-Factory's.
 _RATINGS = ("label", "kto_tag")
@@ -164,7 +164,7 @@ def read_tools(row: Row) -> list[Any] | None:
     tools = [parse_json(tool, "tools") for tool in (tools if isinstance(tools, list) else [tools])] if tools else []
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowError("tools that are no list of JSON objects", "correct them")
-    return tools or None
+    return [_tool(tool) for tool in tools] or None
 
 
 def parse_json(value: Any, what: str) -> Any:
@@ -216,8 +216,8 @@ def _add_turn(talk: Conversation, row: Row, style: AssistantTokenizer, column: s
         raise RowError(
             f"the unknown role {written!r} in turn {number}", f"rename it to one of {', '.join(sorted(_ROLES))}"
         )
-    message = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value", *_MARKS)}
-    marks = {key: turn[key] for key in _MARKS if turn.get(key) is not None}
+    message = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value", *MARKS)}
+    marks = {key: turn[key] for key in MARKS if turn.get(key) is not None}
     content = _content(turn)
     if role == "call":
         role = "assistant"
@@ -265,6 +265,14 @@ def _call(call: Any, style: AssistantTokenizer, what: str) -> dict[str, Any]:
         arguments = {} if arguments is None else arguments
         arguments = json.dumps(arguments, ensure_ascii=False) if style.argument_text else arguments
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """The tool with its parameters as a mapping, where they are written as JSON text."""
+    if isinstance(tool.get("function"), dict):
+        return {**tool, "function": _tool(tool["function"])}
+    parameters = tool.get("parameters")
+    return {**tool, "parameters": parse_json(parameters, "tools")} if isinstance(parameters, str) else tool
 
 
 def _content(turn: dict[str, Any]) -> str:

@@ -81,7 +81,7 @@ METHODS: dict[str, Method] = {
         state_blocks=1,
         take_when="the default; one rate for all layers and ranks, no dependence on how X is factored",
         defaults={
-            "lr": Default(5e-3, "about 120 steps by `rate_for_steps`, which recipes take"),
+            "lr": Default(None, "`default_rate` of the number of adapted matrices: recipes/results/beds"),
             "momentum": Default(0.9, _PAPER),
             "weight_decay": _NO_DECAY,
         },
@@ -92,7 +92,7 @@ METHODS: dict[str, Method] = {
         state_blocks=1,
         take_when="its paper is to be compared with; at the default start it trains as riemannion does, loss for loss",
         defaults={
-            "lr": Default(5e-3, "as riemannion: recipes/results/cpu, the same losses at the same rates"),
+            "lr": Default(None, "as riemannion: recipes/results/cpu, the same losses at the same rates"),
             "momentum": Default(0.9, "as riemannion"),
             "weight_decay": _NO_DECAY,
             "tangent_iterations": Default(3, "arXiv 2609.02734: 3 to 5"),
@@ -158,27 +158,6 @@ METHODS: dict[str, Method] = {
         },
     ),
 }
-
-
-# A step of Riemannion moves X by lr in the spectral norm, so lr times the number of steps bounds how far a run can go, and
-# that is what does well alike in runs of 30 and of 5,300 steps.
-_USUAL_WAY = Default(0.6, "recipes/results/cpu: 0.36 to 0.72 over 60 steps; the paper's 1e-4 for 5,300 make 0.53")
-_OTHER_WAY = Default(0.2, "recipes/results/cpu: 0.18 over 60 steps from S = 0, and from gradient bases with an offset")
-_LARGEST = Default(2e-2, "recipes/quickstart.py, 30 steps; shorter runs were not measured")
-
-
-def rate_for_steps(name: str, steps: int, *, usual_start: bool) -> float | None:
-    """The default learning rate of a run whose length is known; None where it does not depend on the length.
-
-    Args:
-        name: of the method.
-        steps: of the optimizer.
-        usual_start: random bases with an offset.
-    """
-    if find_method(name).optimizer is not Riemannion:
-        return None
-    way = _USUAL_WAY if usual_start else _OTHER_WAY
-    return float(f"{min(way.value / steps, _LARGEST.value):.2g}")
 
 
 def find_method(name: str) -> Method:

@@ -24,15 +24,20 @@ _BELOW_ONE = ("momentum", "beta2")
 _CHOICES = {
     "momentum_form": get_args(MomentumForm),
     "damping_form": get_args(DampingForm),
-    "adjust_lr_fn": (None, *get_args(LearningRateAdjustment)),
+    "adjust_lr_fn": get_args(LearningRateAdjustment),
 }
 # A rate copied from a method on another scale is off by 50 to 500; a rate tuned for a task, by less than 30.
 _FAR = 30.0
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises InputError for an option out of range, whichever method it belongs to; `adamw_x` has the range of `x`."""
+    """Raises InputError for an option out of range, whichever method it belongs to; `adamw_x` has the range of `x`.
+
+    None stands for a value that is not chosen yet.
+    """
     for key, value in options.items():
+        if value is None:
+            continue
         name = key.removeprefix("adamw_")
         # A tensor may lie on a device that would have to be waited for.
         if name in _FINITE and not isinstance(value, Tensor) and not 0 <= value < float("inf"):
@@ -66,7 +71,8 @@ def warn_of_another_scale(optimizer: type[torch.optim.Optimizer], options: Mappi
         rate = options.get(key)
         # Zero switches training off on purpose.
         if rate and not isinstance(rate, Tensor):
-            _warn_if_far(optimizer.__name__, key, float(rate), parameters[key].default, scale)
+            usual = getattr(optimizer, f"usual_{key}", parameters[key].default)
+            _warn_if_far(optimizer.__name__, key, float(rate), usual, scale)
 
 
 @functools.cache

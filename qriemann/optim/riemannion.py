@@ -5,14 +5,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from qriemann.ops.core import MomentumForm
+from qriemann.optim.adapter import ON_ADAPTER
 from qriemann.optim.batch import StepRule
 from qriemann.optim.fixed_rank import FixedRankOptimizer
+
+_RATE_OF_ONE_MATRIX = 0.15
+
+
+def default_rate(matrices: int) -> float:
+    """The learning rate that does well where so many weight matrices are adapted.
+
+    Each of them moves by `lr` in the spectral norm. What that does to the model's answers adds up as independent errors do,
+    with the root of their number. [recipes/results/README.md, "The default rate"]
+    """
+    return float(f"{_RATE_OF_ONE_MATRIX / math.sqrt(matrices):.2g}")
 
 
 class Riemannion(FixedRankOptimizer):
@@ -28,7 +41,7 @@ class Riemannion(FixedRankOptimizer):
     Args:
         params: a PEFT model (its LoRA layers are put on the manifold if they are not yet), or an iterable of parameters or
             param groups of a model that `qriemann.attach` was called on. A group may set any option below.
-        lr: spectral norm of one step of X, >= 0.
+        lr: spectral norm of one step of X, >= 0; None takes `default_rate` of the number of adapted matrices.
         momentum: heavy-ball factor, in [0, 1).
         weight_decay: decoupled decay of X, >= 0.
         nesterov: take the step along gradient + momentum * M.
@@ -50,13 +63,14 @@ class Riemannion(FixedRankOptimizer):
     that loading it restores every point to the bit, whatever dtype the adapter was saved in.
     """
 
-    lr_scale = "the spectral norm of one step of X, and about 0.6 over the number of steps does well"
+    lr_scale = "the spectral norm of one step of X, whatever the number of steps"
+    usual_lr: ClassVar[float] = default_rate(30 * 7)
     batch_options = ("nesterov", "momentum_form", "tangent_iterations")
 
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float = 5e-3,
+        lr: float | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         *,
@@ -92,6 +106,13 @@ class Riemannion(FixedRankOptimizer):
             use_triton=use_triton,
             capturable=capturable,
         )
+
+    def make_groups(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
+        groups = super().make_groups(params, defaults)
+        if defaults["lr"] is None:
+            factors = sum(len(group["params"]) for group in groups if group[ON_ADAPTER])
+            defaults["lr"] = default_rate(max(factors // 2, 1))
+        return groups
 
     def rule(self, group: dict[str, Any]) -> StepRule:
         """How the points of a param group move."""

@@ -2,7 +2,7 @@
 
     trainer = SFTTrainer(
         ...,
-        optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion", lr=5e-3),
+        optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion"),
         callbacks=[qriemann.LocallyOptimalInit(batches=8)],
     )
 

@@ -8,7 +8,6 @@ qriemann.check(prepared), or qriemann.train(prepared)
 from __future__ import annotations
 
 import copy
-import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
+from qriemann.adapters.lora_layers import lora_layers
 from qriemann.adapters.targets import adapter_config, check_targets
 from qriemann.base.chat_template import adjust_tokenizer
 from qriemann.base.on_cpu import keep_freed_memory
@@ -32,10 +32,11 @@ from qriemann.config.arguments import describe_settings, training_arguments
 from qriemann.data.account import take_account
 from qriemann.data.defects import Defect, find_defects
 from qriemann.data.row_formats import RowEncoder
-from qriemann.data.tokenized import TokenizedData, fingerprint, token_count
-from qriemann.distributed import is_main_process, process_count, run_on_main
+from qriemann.data.tokenized import TokenizedData, fingerprint
+from qriemann.distributed import is_main_process, run_on_main
 from qriemann.folder.lock import refuse_if_held
-from qriemann.optim.methods import find_method, rate_for_steps
+from qriemann.optim.methods import find_method
+from qriemann.optim.riemannion import default_rate
 from qriemann.training.display import PlainView, make_view, no_view
 from qriemann.training.inputs import read_base, read_rows, tokenize
 from qriemann.training.loi_callback import recipe_callbacks
@@ -134,8 +135,7 @@ def prepare(
         dense = _dense_weights(model)
         adjust_tokenizer(tokenizer, eos_token=args.eos_token, chat_template_path=settings.trl.get("chat_template_path"))
         adapter = None if isinstance(model, PeftModel) else adapter_config(settings)
-        if adapter is not None:
-            check_targets(model, adapter)
+        targets = None if adapter is None else check_targets(model, adapter)
         with view.doing("tokenizing and fingerprinting the rows"):
             data = tokenize(settings, args, sources, tokenizer)
             account = take_account(data, tokenizer, model, args.max_length)
@@ -143,12 +143,15 @@ def prepare(
             encoder = RowEncoder(tokenizer, settings.loss_on, args.dataset_text_field)
             rows = describe_rows(sources[0], data, account, encoder, tokenizer, args.max_length)
             data_print = fingerprint(data.train, data.held_out)
-        rate = _fitted_rate(settings, args, optimizer, data)
-        if rate is not None:
-            optimizer = (optimizer[0], {**optimizer[1], "lr": rate[0]})
-        for notice in (dense, *data.notices, rate and rate[1]):
-            if notice is not None:
-                view.note(str(notice))
+        notices = [*data.notices] if dense is None else [str(dense), *data.notices]
+        if optimizer[1]["lr"] is None:
+            matrices = len(lora_layers(model) if targets is None else targets)
+            optimizer = (optimizer[0], {**optimizer[1], "lr": default_rate(matrices)})
+            notices.append(
+                f"learning_rate {optimizer[1]['lr']:g}, the default of {settings.method} for {matrices} adapted matrices"
+            )
+        for notice in notices:
+            view.note(notice)
         args = _fitted_arguments(args, optimizer[1]["lr"], data, resuming=found.path is not None)
         prints = fingerprints(describe_settings(settings, args), model, data_print)
     if found.path is not None:
@@ -200,29 +203,6 @@ def _optimizer(settings: Settings, args: SFTConfig) -> tuple[type, dict[str, Any
     if find_method(settings.method).on_manifold:
         options.setdefault("seed", args.seed)
     return for_trainer(settings.method, **options)
-
-
-def _fitted_rate(
-    settings: Settings, args: SFTConfig, optimizer: tuple[type, dict[str, Any]], data: TokenizedData
-) -> tuple[float, str] | None:
-    """A learning rate that fits the number of steps, where nobody gave one, and a line about it."""
-    if "learning_rate" in settings.written or "lr" in (settings.method_kwargs or {}):
-        return None
-    steps = _planned_steps(args, data)
-    usual = optimizer[1].get("start") == "offset" and settings.init == "random"
-    rate = rate_for_steps(settings.method, steps, usual_start=usual)
-    return (
-        None if rate is None else (rate, f"learning_rate {rate:g}, the default of {settings.method} for {steps} steps")
-    )
-
-
-def _planned_steps(args: SFTConfig, data: TokenizedData) -> int:
-    if args.max_steps > 0:
-        return args.max_steps
-    # TRL packs later, and leaves some room in its rows.
-    rows = token_count(data.train) / args.max_length if args.packing and args.max_length else len(data.train)
-    batches = math.ceil(rows / (args.per_device_train_batch_size * process_count()))
-    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
 
 
 def _fitted_arguments(args: SFTConfig, rate: float, data: TokenizedData, *, resuming: bool) -> SFTConfig:

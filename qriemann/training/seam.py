@@ -1,6 +1,6 @@
 """The seam into stock TRL and transformers trainers: two arguments, no subclass.
 
-    trainer = SFTTrainer(..., optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion", lr=5e-3))
+    trainer = SFTTrainer(..., optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion"))
 
 `FixedRankCallback` is needed only to resume from checkpoints saved with an offset on a base that `load_base` did not load.
 """
@@ -51,8 +51,7 @@ def for_trainer(
     Args:
         method: a name in `qriemann.optim.methods.METHODS`: riemannion, lora-tsd, riemannlora, scaled-gd, scaled-adamw,
             adamw or muon.
-        lr: on the method's own scale; None takes the method's default, which knows nothing of the number of steps: see
-            `qriemann.optim.methods.rate_for_steps`. The trainer's scheduler scales it.
+        lr: on the method's own scale; None takes the method's default. The trainer's scheduler scales it.
         start: for a method on the manifold, "offset" (random bases, S = alpha I, the same point subtracted as a frozen
             offset; saves rank 2 r; the default) or "zero" (S = 0); see `qriemann.attach`.
         alpha: scale of S for "offset"; 1 by default.

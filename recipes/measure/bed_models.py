@@ -6,8 +6,9 @@ tasks, that learns another one.
 """
 
 import copy
+import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from qriemann.errors import InputError
 
 
 class Row(NamedTuple):
@@ -136,6 +139,8 @@ CHAT_TASKS: dict[str, tuple[str, Callable[[random.Random], tuple[str, str]]]] = 
     "words": ("Reverse the list of words.", _words),
 }
 
+_LONGEST = 256
+
 _SYMBOLS = 16
 SYMBOL_TASKS: dict[str, Callable[[list[int]], list[int]]] = {
     "copy": lambda symbols: symbols,
@@ -143,7 +148,7 @@ SYMBOL_TASKS: dict[str, Callable[[list[int]], list[int]]] = {
     "sort": sorted,
     "next": lambda symbols: [(symbol + 1) % _SYMBOLS for symbol in symbols],
     # What the toy is adapted to, never seen in pretraining.
-    "reverse-next": lambda symbols: [(symbol + 1) % _SYMBOLS for symbol in symbols[::-1]],
+    "sort-shift": lambda symbols: [(symbol + 5) % _SYMBOLS for symbol in sorted(symbols)],
     "running-sum": lambda symbols: [sum(symbols[: i + 1]) % _SYMBOLS for i in range(len(symbols))],
 }
 _PRETRAINED = ("copy", "reverse", "sort", "next")
@@ -151,18 +156,41 @@ _SEPARATOR, _END = _SYMBOLS + len(SYMBOL_TASKS), _SYMBOLS + len(SYMBOL_TASKS) + 
 
 
 def chat_rows(task: str, count: int, tokenizer: Any) -> list[Row]:
-    """`count` different questions and their answers in the chat template, always the same ones in the same order."""
-    (system, make), source = CHAT_TASKS[task], random.Random(0)
-    questions: dict[str, str] = {}
-    while len(questions) < count:
-        questions.update([make(source)])
-    rows = []
-    for question, answer in questions.items():
-        turns = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    """The first `count` questions of a task and their answers in the chat template, always the same ones in the same order.
+
+    Args:
+        task: of CHAT_TASKS, or a JSON-lines file of conversations, of which those up to 256 tokens are taken.
+        count: of rows.
+        tokenizer: with a chat template.
+
+    Raises:
+        InputError: the file has fewer.
+    """
+    rows: list[Row] = []
+    for *asked, (_, answer) in _conversations(task):
+        turns = [{"role": role, "content": content} for role, content in asked]
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         said = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        rows.append(Row([*prompt, *said, tokenizer.eos_token_id], len(prompt)))
-    return rows
+        row = Row([*prompt, *said, tokenizer.eos_token_id], len(prompt))
+        if len(row.ids) <= _LONGEST:
+            rows.append(row)
+        if len(rows) == count:
+            return rows
+    raise InputError(f"{task} must hold at least {count} rows of up to {_LONGEST} tokens, got {len(rows)}")
+
+
+def _conversations(task: str) -> Iterator[list[tuple[str, str]]]:
+    """The turns of each row, role and content, the answer last."""
+    if task not in CHAT_TASKS:
+        for line in Path(task).read_text(encoding="utf-8").strip().split("\n"):
+            yield [(turn["role"], turn["content"]) for turn in json.loads(line)["messages"]]
+        return
+    (system, make), source, seen = CHAT_TASKS[task], random.Random(0), set()
+    while True:
+        question, answer = make(source)
+        if question not in seen:
+            seen.add(question)
+            yield [("system", system), ("user", question), ("assistant", answer)]
 
 
 def symbol_rows(tasks: Sequence[str], count: int, seed: int = 0) -> list[Row]:

@@ -27,7 +27,7 @@ class Plan:
 
     Attributes:
         bed: "tail", or "toy" with `width` and `depth`.
-        tasks: of bed_models.py.
+        tasks: of bed_models.py; of a tail also JSON-lines files of conversations.
         arms: by name; `method`, `lrs` (numbers or auto), the method's options, and `rank`, `scale`, `steps` or `batch` where
             the arm has its own.
         layers: adapted ones, from the top.
@@ -55,8 +55,8 @@ class Plan:
     pretraining: int = 3000
 
 
-def read_plan(path: Path) -> Plan:
-    """The plan in a YAML file.
+def read_plans(path: Path) -> list[Plan]:
+    """The plans in a YAML file, a document each.
 
     Raises:
         InputError: it cannot be read, or a key or value of it is wrong.
@@ -65,18 +65,23 @@ def read_plan(path: Path) -> Plan:
     from bed_models import CHAT_TASKS, SYMBOL_TASKS
 
     try:
-        plan = Plan(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        plans = [Plan(**document) for document in yaml.safe_load_all(path.read_text(encoding="utf-8"))]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not a readable YAML file: {error}") from error
     except TypeError as error:
         known = ", ".join(item.name for item in fields(Plan))
         raise InputError(f"{path}: {str(error).replace('Plan.__init__() ', '')}; the keys are {known}") from error
-    if plan.bed not in ("tail", "toy"):
-        raise InputError(f"{path}: bed must be tail or toy, got {plan.bed!r}")
-    tasks = CHAT_TASKS if plan.bed == "tail" else SYMBOL_TASKS
-    if unknown := set(plan.tasks) - set(tasks):
-        raise InputError(f"{path}: tasks must be some of {', '.join(tasks)}, got {', '.join(sorted(unknown))}")
-    return plan
+    for plan in plans:
+        if plan.bed not in ("tail", "toy"):
+            raise InputError(f"{path}: bed must be tail or toy, got {plan.bed!r}")
+        tasks = CHAT_TASKS if plan.bed == "tail" else SYMBOL_TASKS
+        files = {task for task in plan.tasks if plan.bed == "tail" and Path(task).is_file()}
+        if unknown := set(plan.tasks) - set(tasks) - files:
+            raise InputError(
+                f"{path}: tasks must be some of {', '.join(tasks)}, or of a tail a file of conversations, got "
+                f"{', '.join(sorted(unknown))}"
+            )
+    return plans
 
 
 def runs_of(plan: Plan) -> list[dict[str, Any]]:
@@ -110,11 +115,10 @@ def runs_of(plan: Plan) -> list[dict[str, Any]]:
     return runs
 
 
-def run_plan(plan: Plan, results: Path, *, minutes: float | None = None) -> bool:
-    """Runs what is missing; returns whether the plan is complete."""
+def run_plan(plan: Plan, results: Path, *, deadline: float = float("inf")) -> bool:
+    """Runs what is missing and begins none after `deadline`, on the monotonic clock; returns whether the plan is complete."""
     from bed_train import Training, train
 
-    deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
     made_for, bed = None, None
     for run in runs_of(plan):
         if run["key"] in {done["key"] for done in read_runs(results)}:
@@ -186,12 +190,13 @@ def main(options: argparse.Namespace) -> int:
     from qriemann.upstream import quiet
 
     torch.set_num_threads(options.threads)
-    plan = read_plan(options.plan)
+    plans = read_plans(options.plan)
+    deadline = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
     results = options.results or Path(__file__).parents[1] / "results" / "beds"
     results.mkdir(parents=True, exist_ok=True)
     try:
         with quiet():
-            return 0 if run_plan(plan, results, minutes=options.minutes) else 3
+            return 0 if all(run_plan(plan, results, deadline=deadline) for plan in plans) else 3
     except KeyboardInterrupt:
         print("beds: the same command continues", file=sys.stderr)
         raise

@@ -277,3 +277,9 @@ def test_no_secret_leaves_the_settings(tmp_path, monkeypatch):
     assert described["eos_token"] == "<|im_end|>"
     assert described["run_name"] == "a <redacted>"
     assert described["method_kwargs"]["eps"] == 1e-7
+
+
+@pytest.mark.parametrize("word", ["off", "no", "none"])
+def test_no_reporter_may_be_written_as_yaml_writes_no(write_yaml, word):
+    settings = load_settings(write_yaml(f"report_to: {word}\nuse_cpu: true\n"))
+    assert training_arguments(settings).report_to == []

@@ -19,8 +19,6 @@ TOOLS = (
     "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function | tojson + '</call>' }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Takes the arguments as text alone, as DeepSeek's do.
-TEXT_TOOLS = TOOLS.replace("c.function | tojson", "c.function.name + ' ' + c.function.arguments")
 
 
 def read(rows, template=CHATML, **options):
@@ -125,6 +123,7 @@ def test_a_marked_answer_is_context_where_all_tokens_are_trained_and_in_the_midd
 def test_a_mark_that_is_neither_yes_nor_no_is_named():
     data = read([{"messages": ask(weight=0.5)}, {"messages": [turn("user", "a", train=True), *ask()[1:]]}])
     assert data.unused == {"messages[].weight": 1, "messages[].train": 1}
+    assert data.notices == ["not used: messages[].weight (1 of 2 rows), messages[].train (1 of 2 rows)"]
 
 
 REJECTED = {
@@ -168,8 +167,8 @@ def test_every_column_that_is_not_trained_is_named_once_with_its_rows():
     ]
     data = tokenize_rows(Source.of(rows[:2], "rows"), Source.of(rows[2:], "more"), make_tokenizer())
     assert data.unused == {"rejected_response": 1, "score": 2, "images": 1}
-    (line,) = [notice for notice in data.notices if notice.startswith("not trained")]
-    assert line == "not trained: rejected_response (1 of 3 rows), score (2 of 3 rows), images (1 of 3 rows)"
+    (line,) = [notice for notice in data.notices if notice.startswith("not used")]
+    assert line == "not used: rejected_response (1 of 3 rows), score (2 of 3 rows), images (1 of 3 rows)"
 
 
 def test_columns_beside_tokens_are_named():
@@ -213,94 +212,6 @@ def test_a_reasoning_under_two_names_is_written_once_and_not_named():
     rows = [{"messages": ask("4", reasoning="x", reasoning_content="x")}]
     assert len(read(rows, TOOLS).unused) == 1
     assert "messages[].reasoning_content" not in read(rows, TOOLS).unused
-
-
-OSLO = {"city": "Oslo"}
-
-
-def calling(arguments, **more):
-    return {"type": "function", "function": {"name": "weather", "arguments": arguments}, **more}
-
-
-CALLS = {
-    "a mapping": ask("", tool_calls=[calling(OSLO)]),
-    "JSON text": ask(None, tool_calls=[calling('{"city": "Oslo"}')]),
-    "all calls as JSON text": ask("", tool_calls=json.dumps([calling('{"city": "Oslo"}')])),
-    "a call without a wrapper": ask("", tool_calls=[{"name": "weather", "arguments": OSLO}]),
-    "OpenAI's older key": ask(None, function_call={"name": "weather", "arguments": '{"city": "Oslo"}'}),
-    "ShareGPT's role": [
-        {"from": "human", "value": "a"},
-        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
-    ],
-    "ms-swift's role": [
-        turn("user", "a"),
-        turn("tool_call", '{"name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}'),
-    ],
-}
-
-
-@pytest.mark.parametrize("turns", CALLS.values(), ids=CALLS)
-def test_the_arguments_of_a_tool_are_parsed_once_however_they_are_written(turns):
-    data = read([{"messages": turns}], TOOLS)
-    assert shown(data, TOOLS)[0].endswith(
-        '[<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call><|im_end|>]\n'
-    )
-    assert data.unused == {}
-    text = shown(read([{"messages": turns}], TEXT_TOOLS), TEXT_TOOLS)[0]
-    assert text.endswith('[<call>weather {"city": "Oslo"}</call><|im_end|>]\n')
-
-
-@pytest.mark.parametrize("arguments", ["", None, {}, "{}", " "])
-def test_a_call_without_arguments_has_an_empty_mapping(arguments):
-    text = shown(read([{"messages": ask("", tool_calls=[calling(arguments)])}], TOOLS), TOOLS)[0]
-    assert '[<call>{"name": "weather", "arguments": {}}</call><|im_end|>]' in text
-
-
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [
-        {"tools": [TOOL]},
-        {"tools": json.dumps([TOOL])},
-        {"tools": TOOL},
-        {"tools": [json.dumps(TOOL)]},
-        {"functions": [TOOL["function"]]},
-    ],
-    ids=["list", "JSON", "one", "JSON in a list", "OpenAI's older column"],
-)
-def test_tools_reach_the_template_however_they_are_written(columns):
-    data = read([{"messages": ask(), **columns}], TOOLS)
-    assert shown(data, TOOLS)[0].startswith(f"<tools>{json.dumps([TOOL])}</tools>")
-    assert data.unused == {}
-    assert read([{"messages": ask(), "tools": [TOOL]}]).unused == {"tools": 1}
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"messages": ask(), "tools": '[{"type": '},
-        {"messages": ask(), "tools": ["f"]},
-        {"messages": ask("", tool_calls=[calling('{"city": ')])},
-        {"messages": ask("", tool_calls=[{"type": "function"}])},
-        {"messages": '[{"role": "user"'},
-        {"messages": ask(), "chat_template_kwargs": "{"},
-        {"instruction": "a", "output": "b", "history": [["a", "b", "c"]]},
-    ],
-)
-def test_broken_json_in_a_cell_is_one_line_with_the_row(row):
-    good = {**row, "messages": ask()} if "messages" in row else {**row, "history": []}
-    good = {key: value for key, value in good.items() if key not in ("tools", "chat_template_kwargs")}
-    with pytest.raises(InputError, match=r"^row 2 of rows has .*; (correct it|correct them|rewrite it)") as caught:
-        read([good, row], TOOLS)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_tool_call_that_the_template_drops_is_no_answer():
-    with pytest.raises(InputError, match=r"an empty assistant turn, because .* does not write its tool_calls"):
-        read([{"messages": ask("", tool_calls=[calling(OSLO)])}])
-    assert read([{"messages": ask("here", tool_calls=[calling(OSLO)])}]).unused == {"messages[].tool_calls": 1}
 
 
 def test_a_function_call_is_trained_as_text_where_the_template_knows_no_calls():

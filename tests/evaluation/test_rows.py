@@ -14,7 +14,7 @@ def test_answers_are_the_text_of_their_cells_and_belong_to_the_rows_that_count(t
     assert any(
         "1 of 3 rows of rows.csv (train) say that they are not to be learnt" in notice for notice in found.notices
     )
-    assert "not trained: topic (1 of 3 rows)" in found.notices
+    assert "not used: topic (1 of 3 rows)" in found.notices
 
 
 def test_the_answer_takes_the_place_of_the_last_turn(write_rows):

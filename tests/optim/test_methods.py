@@ -217,14 +217,19 @@ def test_every_default_reaches_the_optimizer_and_has_a_source(name):
     assert {"lr", "weight_decay"} < defaults.keys()
     assert {"momentum", "betas"} & defaults.keys()
     for key, default in defaults.items():
-        assert group[key] == default.value
+        # The rate of Riemannion depends on the model: test_rate.py.
+        assert group[key] == default.value or (key, default.value) == ("lr", None)
         assert default.source
 
 
 @every_method
 def test_the_classes_own_defaults_are_those_of_the_table(name):
     group = METHODS[name].optimizer(with_lora(tiny_llama(layers=1))).param_groups[0]
-    own = {key: default.value for key, default in METHODS[name].defaults.items() if key != "tangent_iterations"}
+    own = {
+        key: default.value
+        for key, default in METHODS[name].defaults.items()
+        if key != "tangent_iterations" and default.value is not None
+    }
     assert {key: group[key] for key in own} == own
 
 
@@ -245,9 +250,8 @@ def test_a_learning_rate_of_another_methods_scale_is_warned_of(warned):
     qriemann.for_trainer("adamw", lr=5e-2)
     qriemann.for_trainer("muon", adamw_lr=3.0)
     first, second, third = warned()
-    assert "lr=0.0001 is at least 30 times off the 0.005 of Riemannion" in first
-    # The paper's own rate, for 5,300 steps: the line gives the rule by which it is right.
-    assert "the spectral norm of one step of X, and about 0.6 over the number of steps does well" in first
+    assert "lr=0.0001 is at least 30 times off the 0.01 of Riemannion" in first
+    assert "the spectral norm of one step of X, whatever the number of steps" in first
     assert "lr=0.05 is at least 30 times off the 0.0002 of AdamW" in second
     assert "adamw_lr=3 is at least 30 times off the 0.0001 of Muon" in third
 

@@ -132,7 +132,7 @@ def test_the_tasks_are_what_they_say_and_no_question_comes_twice():
             asked = tokenizer.decode(row.ids[: row.start]).split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
             assert tokenizer.decode(row.ids[row.start :]) == solve(asked) + "<|im_end|>"
     assert models.SYMBOL_TASKS["running-sum"]([15, 2, 3]) == [15, 1, 4]
-    assert models.SYMBOL_TASKS["reverse-next"]([15, 2, 3]) == [4, 3, 0]
+    assert models.SYMBOL_TASKS["sort-shift"]([15, 2, 3]) == [7, 8, 4]
 
 
 def _reversed(words: str) -> str:
@@ -142,7 +142,7 @@ def _reversed(words: str) -> str:
 def write_plan(folder: Path, **changes: Any) -> Path:
     content = {
         "bed": "toy",
-        "tasks": ["reverse-next"],
+        "tasks": ["sort-shift"],
         "width": [32],
         "depth": [2],
         "layers": [1, 2],
@@ -160,7 +160,7 @@ def write_plan(folder: Path, **changes: Any) -> Path:
 
 
 def test_a_plan_runs_once_and_only_what_a_change_adds(tmp_path):
-    plan = beds.read_plan(write_plan(tmp_path))
+    (plan,) = beds.read_plans(write_plan(tmp_path))
     assert beds.run_plan(plan, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [(line["layers"], line["arm"], line["rate"]) for line in lines] == [
@@ -169,18 +169,18 @@ def test_a_plan_runs_once_and_only_what_a_change_adds(tmp_path):
         (2, "ours", 1e-2),
         (2, "adamw", 1e-3),
     ]
-    assert beds.run_plan(beds.read_plan(write_plan(tmp_path, steps=[2, 3], layers=[2])), tmp_path)
+    assert beds.run_plan(*beds.read_plans(write_plan(tmp_path, steps=[2, 3], layers=[2])), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [(line["steps"], line["arm"]) for line in lines[4:]] == [(3, "ours"), (3, "adamw")]
 
 
 def test_the_last_test_is_on_other_rows_and_out_of_time_is_not_done(tmp_path):
-    plan = beds.read_plan(write_plan(tmp_path, layers=[2], arms={"adamw": {"method": "adamw", "lrs": [1e-3]}}))
+    (plan,) = beds.read_plans(write_plan(tmp_path, layers=[2], arms={"adamw": {"method": "adamw", "lrs": [1e-3]}}))
     assert beds.run_plan(plan, tmp_path)
-    tested = beds.read_plan(
+    (tested,) = beds.read_plans(
         write_plan(tmp_path, layers=[2], test=True, arms={"adamw": {"method": "adamw", "lrs": [1e-3]}})
     )
-    assert not beds.run_plan(tested, tmp_path, minutes=0)
+    assert not beds.run_plan(tested, tmp_path, deadline=0)
     assert beds.run_plan(tested, tmp_path)
     search, test = (json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines())
     assert search["training_loss"] == test["training_loss"]
@@ -197,11 +197,11 @@ def test_the_last_test_is_on_other_rows_and_out_of_time_is_not_done(tmp_path):
 )
 def test_a_wrong_plan_is_refused(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
-        beds.read_plan(write_plan(tmp_path, **changes))
+        beds.read_plans(write_plan(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("path", sorted(MEASURE.glob("beds_*.yaml")), ids=lambda path: path.name)
 def test_the_plans_of_the_recipes_name_runs(path):
-    runs = beds.runs_of(beds.read_plan(path))
+    runs = [run for plan in beds.read_plans(path) for run in beds.runs_of(plan)]
     assert runs
     assert len({run["key"] for run in runs}) == len(runs)

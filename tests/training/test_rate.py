@@ -1,12 +1,15 @@
-"""The learning rate of a recipe that names none: fitted to the number of steps, where the method's rate depends on it."""
+"""The learning rate of a run that names none: that of the number of adapted matrices, whoever makes the optimizer."""
 
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
+import qriemann
 from qriemann.optim.methods import METHODS
+from tests.models import tiny_llama, with_lora
 from tests.recipe_fixtures import train_on
 
 
@@ -15,45 +18,59 @@ def settings(settings):
     return {**settings, "per_device_train_batch_size": 2, "save_strategy": "no", "eval_size": 0, "use_cpu": True}
 
 
+RATE = 0.15
+
+
 def rate_of(result) -> float:
     return result.trainer.optimizer.param_groups[0]["initial_lr"]
 
 
+def matrices_of(model) -> int:
+    return sum("lora_A" in name for name, _ in model.named_parameters())
+
+
 @pytest.mark.parametrize(
-    ("changes", "steps", "rate"),
+    "changes",
     [
-        ({"max_steps": 40}, 40, 0.015),
-        # 24 rows, 4 a step: 6 steps an epoch.
-        ({"num_train_epochs": 7, "gradient_accumulation_steps": 2}, 42, 0.014),
-        # 22 rows left, 4 a step: a step of two rows ends each epoch.
-        ({"num_train_epochs": 6, "gradient_accumulation_steps": 2, "max_train_rows": 22}, 36, 0.017),
-        ({"max_steps": 40, "start": "zero"}, 40, 0.005),
-        ({"max_steps": 40, "method": "lora-tsd"}, 40, 0.015),
-        ({"max_steps": 3}, 3, 0.02),
+        {},
+        {"max_steps": 9},
+        {"lora_target_modules": ["q_proj", "v_proj"]},
+        {"lora_target_modules": r".*layers\.0\..*_proj"},
+        {"start": "zero"},
+        {"method": "lora-tsd"},
     ],
+    ids=str,
 )
-def test_the_rate_times_the_steps_that_the_trainer_takes_is_the_default(settings, tmp_path, changes, steps, rate):
-    result = train_on({**settings, **changes})
-    assert result.steps == steps
-    assert rate_of(result) == rate
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["config"]["learning_rate"] == rate
+def test_the_rate_falls_with_the_root_of_the_number_of_adapted_matrices(settings, tmp_path, changes):
+    result = train_on({"max_steps": 2, **settings, **changes})
+    matrices = matrices_of(result.trainer.model)
+    assert rate_of(result) == pytest.approx(RATE / math.sqrt(matrices), rel=0.05)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["config"]["learning_rate"] == rate_of(result)
 
 
-def test_packed_rows_are_counted_by_their_tokens(settings):
-    packed = {"packing": True, "max_length": 128, "num_train_epochs": 8, "per_device_train_batch_size": 1}
-    result = train_on({**settings, **packed})
-    assert rate_of(result) == pytest.approx(0.6 / result.steps, rel=0.25)
-    assert result.steps < 24 * 8
+def test_a_class_and_for_trainer_take_the_rate_that_a_recipe_takes():
+    rates = []
+    for make in (
+        lambda model: qriemann.Riemannion(model),
+        lambda model: qriemann.for_trainer()[0]()(model, **qriemann.for_trainer()[1]),
+        lambda model: qriemann.Riemannion(parameters_of(model)),
+    ):
+        optimizer = make(with_lora(tiny_llama(layers=2)))
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [pytest.approx(RATE / math.sqrt(14), rel=0.05)] * 3
 
 
-def test_gradient_bases_take_a_third(settings):
-    result = train_on({**settings, "max_steps": 40, "init": "loi", "init_kwargs": {"batches": 2}})
-    assert rate_of(result) == 0.005
+def parameters_of(model):
+    qriemann.attach(model)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def test_the_line_says_what_was_chosen_and_why(settings, capsys):
-    train_on({**settings, "max_steps": 2, "display": "plain"})
-    assert "learning_rate 0.02, the default of riemannion for 2 steps" in capsys.readouterr().out
+    result = train_on({**settings, "max_steps": 2, "display": "plain"})
+    line = (
+        f"learning_rate {rate_of(result):g}, the default of riemannion for {matrices_of(result.trainer.model)} adapted"
+    )
+    assert line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", [{"learning_rate": 3e-3}, {"method_kwargs": {"lr": 3e-3}}])
