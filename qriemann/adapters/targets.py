@@ -71,7 +71,7 @@ def without_experts(model: Any, config: LoraConfig) -> tuple[LoraConfig, str | N
     target = config.target_modules
     if isinstance(target, str):
         asked = _matched(model, target, linear)
-        one = {name for name in asked if target == _ALL_LINEAR and 1 in _shape(linear[name])}
+        one = {name for name in asked if target == _ALL_LINEAR and 1 in shape_of(linear[name])}
         kept = {name for name in asked if _last(name) not in experts} - one
         wanted = {_last(name) for name in kept} if target == _ALL_LINEAR else kept
     else:

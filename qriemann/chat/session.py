@@ -153,9 +153,7 @@ class Session:
         return messages, dropped
 
     def _tokens(self, messages: list[dict[str, str]]) -> torch.Tensor:
-        templated = self.tokenizer.chat_template is not None
-        text = render(self.tokenizer, messages) if templated else "\n".join(m["content"] for m in messages)
-        return self.tokenizer(text, add_special_tokens=not templated, return_tensors="pt")["input_ids"]
+        return torch.tensor([prompt_tokens(self.tokenizer, messages)], dtype=torch.long)
 
     def _generate(self, messages: list[dict[str, str]], on_text: Callable[[str], None]) -> None:
         ids = self._tokens(messages).to(self.model.device)
@@ -185,6 +183,17 @@ class Session:
                 generation_config=config,
                 streamer=_Pieces(self.tokenizer, on_text),
             )
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """What the model is sent of a conversation, up to where its answer begins.
+
+    Raises:
+        InputError: the chat template refuses the messages.
+    """
+    templated = tokenizer.chat_template is not None
+    text = render(tokenizer, messages) if templated else "\n".join(message["content"] for message in messages)
+    return tokenizer(text, add_special_tokens=not templated)["input_ids"]
 
 
 def load_session(

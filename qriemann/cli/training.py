@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qriemann.cli.parser import add_command
@@ -62,10 +63,13 @@ def _add_check(commands: Any) -> None:
     parser = add_command(commands, "check", _check, text, takes_pairs=True)
     parser.add_argument("file", metavar="FILE.yaml", help="the settings; --key value overrides them")
     parser.add_argument("--vram", type=float, metavar="GIB", help="memory to keep to, where the card has more")
+    parser.add_argument(
+        "--html", metavar="FILE", help="write a page: sample rows as the model reads them, counts over all"
+    )
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    run_check(arguments.file, arguments.pairs, arguments.vram)
+    run_check(arguments.file, arguments.pairs, arguments.vram, arguments.html)
 
 
 def run_training(path: str | None, pairs: Sequence[str]) -> int:
@@ -92,17 +96,19 @@ def run_training(path: str | None, pairs: Sequence[str]) -> int:
     return 0
 
 
-def run_check(path: str, pairs: Sequence[str], vram_gib: float | None) -> None:
-    """Checks the run that the YAML file and the pairs describe, on this machine.
+def run_check(path: str, pairs: Sequence[str], vram_gib: float | None, html: str | None) -> None:
+    """Checks the run that the YAML file and the pairs describe, on this machine; `html` is a file for a page about the rows.
 
     Raises:
         InputError: as `qriemann.check`.
     """
     settings, view = _begin(path, pairs, to_train=False)
+    if html is not None and (Path(html).expanduser().is_dir() or not Path(html).expanduser().parent.is_dir()):
+        raise InputError(f"html must name a file in a folder that exists, got {html!r}")
     with quiet(), view.doing(_LOADING):
         from qriemann.training.check import check
         from qriemann.training.prepare import prepare
-    check(prepare(settings, view=view, to_train=False), vram_gib, view.console)
+    check(prepare(settings, view=view, to_train=False), vram_gib, view.console, html)
 
 
 def run_plan(path: str, pairs: Sequence[str], vram_gib: float | None, *, all_cards: bool) -> None:

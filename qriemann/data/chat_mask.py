@@ -15,7 +15,7 @@ import functools
 import json
 import re
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -180,6 +180,18 @@ class AssistantTokenizer:
             if self._text(left, {"tools": offered, **(template_kwargs or {})}) == written:
                 removed.add(name)
         return removed
+
+    def answers(self, messages: Sequence[Message], ids: list[int], options: dict[str, Any]) -> dict[int, range]:
+        """The tokens of each answer in one of the rows that a conversation became, but for those that it rewrites."""
+        ends = range(len(messages), 0, -1)
+        texts = ((end, self._text(messages[:end], options)) for end in ends)
+        turns, text = next(((end, text) for end, text in texts if text and self._encode(text) == ids), (0, ""))
+        found = {}
+        for index in (i for i, turn in enumerate(messages[:turns]) if turn["role"] == "assistant"):
+            with suppress(RowError):
+                start, stop, _ = self._span(messages[:turns], index, text, ids, options)
+                found[index] = range(start, stop)
+        return found
 
     def completion(self, prompt: str, completion: str) -> Example:
         """The same for two plain strings; the end-of-sequence token is appended to the completion and trained."""

@@ -1,4 +1,4 @@
-"""Mistakes in the training data, found in its tokens.
+"""Mistakes in the training data, found in the account of its tokens.
 
 An error stops the run, because the loss curve would not show it: a model whose end token is never trained does not stop
 talking, and packed samples that see each other teach it to attend to unrelated text. A user who means it names it in `allow`.
@@ -6,17 +6,15 @@ talking, and packed samples that see each other teach it to attend to unrelated 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.base.chat_template import end_of_turn
-from qriemann.data.tokenized import IGNORED, TokenizedData
+from qriemann.data.account import Account
+from qriemann.data.tokenized import IGNORED
 from qriemann.errors import InputError
 
 # Below this share of rows, an end token that is rarely trained is worth a line.
@@ -62,26 +60,17 @@ def refuse(defects: Iterable[Defect], allow: Collection[str], note: Callable[[st
         raise InputError(str(stopping))
 
 
-def find_defects(
-    data: TokenizedData, tokenizer: PreTrainedTokenizerBase, model: Any, max_length: int | None = None
-) -> list[Defect]:
+def find_defects(account: Account, tokenizer: PreTrainedTokenizerBase) -> list[Defect]:
     """The defects of the rows as they will be trained, errors first.
 
     Args:
-        data: before truncation and packing.
-        tokenizer: with which the data was made.
-        model: whose embedding must have a row for every token.
-        max_length: the tokens that are kept of a row.
-
-    Cost: one pass over the tokens.
+        account: of the rows.
+        tokenizer: with which they were made.
     """
-    ends, rows = end_tokens(tokenizer, model), model.get_input_embeddings().weight.shape[0]
-    ended = doubled = largest = 0
-    for ids, labels in _rows(data.train):
-        ended += bool(np.isin(labels[1:max_length], ends).any())
-        doubled += len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
-        largest = max(largest, int(ids.max()))
-    count, names = len(data.train), " or ".join(repr(tokenizer.convert_ids_to_tokens(end)) for end in ends)
+    ends, rows, count = account.ends, account.embedding_rows, len(account.train)
+    ended, doubled = count - account.train.count("endless"), account.train.count("doubled-bos")
+    largest = int(account.train.largest.max())
+    names = " or ".join(repr(tokenizer.convert_ids_to_tokens(end)) for end in ends)
     found = []
     if ends and not ended:
         found.append(
@@ -125,27 +114,16 @@ def find_defects(
                 "set pad_token to another token; the labels of this run are not affected",
             )
         )
-    if data.held_out is not None:
-        trained = {ids.tobytes() for ids, _ in _rows(data.train)}
-        common = sum(ids.tobytes() in trained for ids, _ in _rows(data.held_out))
-        if common:
-            found.append(
-                Defect(
-                    "rows-in-both-splits",
-                    f"{common} of {len(data.held_out)} held-out rows are also training rows, so the held-out loss is "
-                    "meaningless",
-                    "remove the duplicates",
-                )
+    if account.held_out is not None and (common := account.held_out.count("elsewhere")):
+        found.append(
+            Defect(
+                "rows-in-both-splits",
+                f"{common} of {len(account.held_out)} held-out rows are also training rows, so the held-out loss is "
+                "meaningless",
+                "remove the duplicates",
             )
+        )
     return sorted(found, key=lambda defect: not defect.error)
-
-
-def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
-    """The tokens that end a turn or a text: the tokenizer's, the generation config's and the chat template's."""
-    generation = getattr(model, "generation_config", None)
-    configured = getattr(generation, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    return sorted(end for end in ends | {end_of_turn(tokenizer)} if end is not None)
 
 
 def preview(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
@@ -175,8 +153,3 @@ def _coloured(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTo
         text.append(f"[{shown}]" if trained[start] else shown, style="bold green" if trained[start] else "dim")
         start = stop
     return text
-
-
-def _rows(dataset: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for batch in dataset.select_columns(["input_ids", "labels"]).with_format("numpy").iter(batch_size=1000):
-        yield from zip(batch["input_ids"], batch["labels"], strict=True)

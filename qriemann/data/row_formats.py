@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.data.chat_mask import AssistantTokenizer, Example, RowError
+from qriemann.data.chat_mask import AssistantTokenizer, Example, Message, RowError
 from qriemann.data.turns import (
     ANSWERS,
+    Conversation,
     Row,
     history_turns,
     parse_json,
@@ -36,24 +37,27 @@ class RowEncoder:
         self._tokens, self._loss_on = AssistantTokenizer(tokenizer), loss_on
         self.writes_date = self._tokens.writes_date
 
-    def conversation(self, row: Row, parts: Sequence[tuple[str, Any]]) -> list[Example]:
+    def conversation(self, row: Row, parts: Sequence[tuple[str, Any]], *, last: Sequence[str] = ()) -> list[Example]:
         """One example, or one for each answer where the chat template rewrites earlier turns.
 
         Args:
             row: for its system prompt, tools and the account of what is used.
             parts: column and turns; the answers of the last one are trained.
+            last: the columns that the last turns came from, where they were no turns.
         """
         if not self.has_template:
             raise RowError(
                 "a conversation, but the tokenizer has no chat template",
                 "name a template, or a model that has one, with chat_template_path",
             )
-        talk = read_conversation(row, self._tokens, parts)
+        talk = row.talk = read_conversation(row, self._tokens, parts)
+        talk.sources[len(talk.sources) - len(last) :] = last
         messages, tools = talk.messages, read_tools(row)
         template_kwargs = parse_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
         if not isinstance(template_kwargs, dict | None):
             raise RowError("chat_template_kwargs that are no mapping", "correct them")
         options: dict[str, Any] = {"tools": tools, "template_kwargs": template_kwargs}
+        talk.options = {"tools": tools, **(template_kwargs or {})}
         if self._loss_on == "all":
             examples = [self._tokens.whole_conversation(messages, context=talk.marked, **options)]
         else:
@@ -70,16 +74,32 @@ class RowEncoder:
                 )
         return examples
 
-    def completion(self, prompt: str, completion: str) -> list[Example]:
-        """A prompt and its completion as plain strings."""
+    def completion(self, row: Row, turns: Sequence[tuple[str, Message]], prompt: str) -> list[Example]:
+        """A prompt and its completion as plain strings.
+
+        Args:
+            row: for the account of its turns.
+            turns: column and turn, the completion last.
+            prompt: the text of the others.
+        """
+        completion, place = str(turns[-1][1]["content"]), len(turns) - 1
         if not completion.strip():
             raise RowError("an empty completion", "fill it or remove the row")
         ids, mask, straddles = self._tokens.completion(prompt, completion)
+        start = len(ids) - sum(mask)
+        spans = {place - 1: range(start), place: range(start, len(ids))}
+        row.talk = Conversation([turn for _, turn in turns], [column for column, _ in turns], spans=spans)
         return [(ids, [True] * len(ids), False) if self._loss_on == "all" else (ids, mask, straddles)]
 
-    def text(self, text: str) -> list[Example]:
+    def text(self, row: Row, text: str) -> list[Example]:
         """A text without roles."""
-        return [self._tokens.text(text)]
+        example = self._tokens.text(text)
+        row.talk = Conversation([_turn("assistant", text)], [self.text_field], spans={0: range(len(example[0]))})
+        return [example]
+
+    def answers(self, row: Row, ids: list[int]) -> dict[int, range]:
+        """The tokens of each answer of `row.talk` in one of the row's examples."""
+        return row.talk.spans or self._tokens.answers(row.talk.messages, ids, row.talk.options)
 
 
 @dataclass(frozen=True)
@@ -110,9 +130,13 @@ def _from_conversations(encoder: RowEncoder, row: Row) -> list[Example]:
 def _from_prompt_and_completion(encoder: RowEncoder, row: Row) -> list[Example]:
     prompt, completion = (turns_in_text(row.get(key)) for key in ("prompt", "completion"))
     if not isinstance(prompt, list):
-        return encoder.completion(row.string("prompt"), row.string("completion"))
+        turns = [
+            ("prompt", _turn("user", row.string("prompt"))),
+            ("completion", _turn("assistant", row.string("completion"))),
+        ]
+        return encoder.completion(row, turns, row.string("prompt"))
     if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
+        completion = [_turn("assistant", completion)]
     return encoder.conversation(row, [("prompt", prompt), ("completion", completion)])
 
 
@@ -122,18 +146,24 @@ def _from_alpaca(encoder: RowEncoder, row: Row) -> list[Example]:
         raise RowError("an empty output", "fill it or remove the row")
     answer = row.string("output")
     question = f"{question}\n\n{context}" if context else question
-    turns = [*history_turns(row), {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    asked, history = [_turn("user", question), _turn("assistant", answer)], history_turns(row)
     if encoder.has_template:
-        return encoder.conversation(row, [("history", turns)])
-    before = [system_prompt(row), *(str(turn.get("content") or "") for turn in turns[:-1])]
-    return encoder.completion("".join(f"{text}\n\n" for text in before if text), answer)
+        return encoder.conversation(row, [("history", [*history, *asked])], last=("instruction", "output"))
+    before = [("system", _turn("system", system_prompt(row))), *(("history", turn) for turn in history)]
+    turns = [*before, *zip(("instruction", "output"), asked, strict=True)]
+    texts = [str(turn.get("content") or "") for _, turn in turns[:-1]]
+    return encoder.completion(row, turns, "".join(f"{text}\n\n" for text in texts if text))
 
 
 def _from_text(encoder: RowEncoder, row: Row) -> list[Example]:
     text = row.string(encoder.text_field)
     if not text.strip():
         raise RowError("no text", "fill it or remove the row")
-    return encoder.text(text)
+    return encoder.text(row, text)
+
+
+def _turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
 
 
 #: In order of precedence. Alpaca comes before text: its copies on the Hub also hold the rendered prompt in a text column.

@@ -49,6 +49,8 @@ class TokenizedData:
         row_format: the name of the training rows' format.
         notices: what the user should know about the rows, one line each.
         unused: how many rows hold something under a column or a turn's key (`messages[].name`) that is not trained.
+        numbers: for each row of `train` that of its source's row, counted from 0.
+        left_out: rows with nothing to train, as `input_ids`, `labels` and `row`; those of the training rows' source first.
     """
 
     train: Dataset
@@ -56,6 +58,8 @@ class TokenizedData:
     row_format: str
     notices: list[str] = field(default_factory=list)
     unused: dict[str, int] = field(default_factory=dict)
+    numbers: list[int] = field(default_factory=list)
+    left_out: list[Dataset] = field(default_factory=list)
 
 
 def tokenize_rows(
@@ -96,12 +100,15 @@ def tokenize_rows(
     """
     notices: list[str] = []
     unused: Counter[str] = Counter()
+    left_out: list[Dataset] = []
     row_format = _recognize(train, text_field).name
     encoder = RowEncoder(tokenizer, loss_on, text_field)
 
     def tokenize(source: Source) -> Dataset:
         examples = _tokenize(source, encoder, loss_on, num_proc, allow, notices, unused)
-        return _drop_untrained(source, examples, max_length, notices, "no-trained-token" in allow)
+        kept, dropped = _drop_untrained(source, examples, max_length, notices, "no-trained-token" in allow)
+        left_out.append(dropped)
+        return kept
 
     tokens = tokenize(train)
     kept = None if held_out is None else _without_numbers(tokenize(held_out))
@@ -110,30 +117,32 @@ def tokenize_rows(
     notices += unused_notices(unused, len(train.rows) + (0 if held_out is None else len(held_out.rows)))
     if encoder.writes_date and row_format not in ("text", "input_ids"):
         notices.append(f"the chat template writes today's date: rows have {TODAY:%d %B %Y} instead, on any day")
+    data = TokenizedData(_without_numbers(tokens), kept, row_format, notices, dict(unused), tokens["row"][:], left_out)
     if kept is not None:
-        return TokenizedData(_without_numbers(tokens), kept, row_format, notices, dict(unused))
+        return data
     # A conversation that became several rows is held out whole.
     by_row: dict[int, list[int]] = defaultdict(list)
-    for index, number in enumerate(tokens["row"]):
+    for index, number in enumerate(data.numbers):
         by_row[number].append(index)
-    tokens, members = _without_numbers(tokens), list(by_row.values())
+    members = list(by_row.values())
     count = round(eval_size * len(members)) if eval_size < 1 else int(eval_size)
     count = max(count, 1) if eval_size > 0 else 0
     count = min(count, max_held_out) if max_held_out is not None and eval_size < 1 else count
     if count == 0:
-        return TokenizedData(tokens, None, row_format, notices, dict(unused))
+        return data
     if count >= len(members):
         raise InputError(
             f"eval_size must leave at least one of the {len(members)} rows of {train.name} to train on, got {eval_size:g}; "
             "lower it, or set eval_size: 0"
         )
     parts = Dataset.from_dict({"member": range(len(members))}).train_test_split(test_size=count, seed=seed)
-    trained, kept = (
-        tokens.select([index for member in parts[name]["member"] for index in members[member]])
-        for name in ("train", "test")
+    trained, tested = (
+        [index for member in parts[name]["member"] for index in members[member]] for name in ("train", "test")
     )
+    data.train, data.held_out = data.train.select(trained), data.train.select(tested)
+    data.numbers = [data.numbers[index] for index in trained]
     notices.append(f"{count} of {len(members)} rows of {train.name} are held out (eval_size {eval_size:g})")
-    return TokenizedData(trained, kept, row_format, notices, dict(unused))
+    return data
 
 
 def _recognize(source: Source, text_field: str) -> RowFormat:
@@ -249,8 +258,11 @@ def _without_numbers(examples: Dataset) -> Dataset:
 
 def _drop_untrained(
     source: Source, examples: Dataset, max_length: int | None, notices: list[str], allow_untrained: bool
-) -> Dataset:
-    """The examples with a trained token: InputError if a row never had one, a notice if only truncation removed it."""
+) -> tuple[Dataset, Dataset]:
+    """The examples with a trained token, and those without.
+
+    Raises InputError if a row never had one, and notes if only truncation removed it.
+    """
     bare, cut, truncated = [], [], 0
     numbers = examples["row"]
     for index, labels in enumerate(_label_rows(examples)):
@@ -275,15 +287,14 @@ def _drop_untrained(
         notices.append(f"{truncated} of {len(examples)} rows of {source.name} are cut at max_length {max_length}")
     if bare:
         notices.append(f"{len(bare)} of {len(examples)} rows of {source.name} have no trained token and are left out")
-    if not cut and not bare:
-        return examples
     if cut:
         notices.append(
             f"{len(cut)} of {len(examples)} rows of {source.name} have no trained token within max_length {max_length} and "
             f"are left out: {rows_in_words(numbers[i] for i in cut)}"
         )
     dropped = {*cut, *bare}
-    return examples.select([index for index in range(len(examples)) if index not in dropped])
+    kept = [index for index in range(len(examples)) if index not in dropped]
+    return examples.select(kept) if dropped else examples, examples.select(sorted(dropped))
 
 
 def _examples(

@@ -38,6 +38,7 @@ class Row(dict[str, Any]):
         used: columns that were read with `get`.
         dropped: turn keys, as `messages[].name`, and `tools` that the chat template does not write.
         told: what people should know about the row, in words.
+        talk: its turns, once they were read.
     """
 
     def __init__(self, cells: dict[str, Any]) -> None:
@@ -45,6 +46,7 @@ class Row(dict[str, Any]):
         self.used: set[str] = set()
         self.dropped: set[str] = set()
         self.told: set[str] = set()
+        self.talk = Conversation()
 
     def get(self, key: str, default: Any = None) -> Any:
         self.used.add(key)
@@ -90,12 +92,18 @@ class Conversation:
 
     Attributes:
         messages: mappings with role and content, and whatever else the row says of the turn.
+        sources: for each of them the column that it came from, and which of its turns it is.
+        options: what else the chat template takes.
+        spans: the tokens of a turn, where no chat template wrote it.
         marked: indices of the answers that are marked as not to be learnt.
         first_trained: answers before this index belong to the prompt.
         labels: the name for messages of each key of a turn.
     """
 
     messages: list[Message] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    spans: dict[int, range] = field(default_factory=dict)
     marked: set[int] = field(default_factory=set)
     first_trained: int = 0
     labels: dict[str, str] = field(default_factory=dict)
@@ -118,8 +126,9 @@ def read_conversation(row: Row, style: AssistantTokenizer, parts: Sequence[tuple
         turns = parse_json(turns, column)
         if not isinstance(turns, list) or not turns:
             raise RowError(f"no list of turns in {column}, or an empty one", "fill it or remove the row")
-        for turn in turns:
+        for number, turn in enumerate(turns, 1):
             _add_turn(talk, row, style, column, turn)
+            talk.sources.append(f"{column}, turn {number}")
     _add_system(talk, row)
     return talk
 
@@ -192,6 +201,7 @@ def _add_system(talk: Conversation, row: Row) -> None:
         row.used |= {key for key in _SYSTEM if dict.get(row, key) == first["content"]}
     elif text := system_prompt(row):
         talk.messages.insert(0, {"role": "system", "content": text})
+        talk.sources.insert(0, next(key for key in _SYSTEM if key in row.used))
         talk.marked = {index + 1 for index in talk.marked}
         talk.first_trained += bool(talk.first_trained)
 

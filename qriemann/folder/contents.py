@@ -17,6 +17,8 @@ from qriemann.errors import InputError
 CURVE = "loss.png"
 PROOF = "merge_report.json"
 GGUF_REPORT = "gguf_report.json"
+#: Holds rows of the data, so it does not go up with the model.
+ROWS = "trained_rows.json"
 # The recipe's demo writes its answers here.
 _SAMPLES = "quickstart.json"
 
@@ -33,6 +35,7 @@ class ModelFolder:
         config: `adapter_config.json` or `config.json`.
         run: `run.json`.
         metrics: one mapping a log event.
+        rows: `trained_rows.json`, what was trained.
         proof: `merge_report.json`.
         exports: the folders of GGUF files, this one or folders in it, with what their reports say.
         samples: answers before and after training, each with question, right, before, after.
@@ -45,6 +48,7 @@ class ModelFolder:
     config: dict[str, Any]
     run: dict[str, Any]
     metrics: list[dict[str, Any]]
+    rows: dict[str, Any]
     proof: dict[str, Any]
     exports: list[tuple[Path, dict[str, Any]]]
     samples: list[dict[str, str]]
@@ -117,6 +121,7 @@ def read_folder(folder: str | os.PathLike[str], *, run: str | os.PathLike[str] |
         config=adapter or model,
         run=run_json,
         metrics=read_lines(records / "metrics.jsonl"),
+        rows=read_json(records / ROWS),
         proof=proof,
         exports=exports,
         samples=[sample for sample in demo.get("samples", []) if isinstance(sample, dict)],

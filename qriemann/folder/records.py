@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import qriemann
-from qriemann.folder.contents import curve, read_lines
+from qriemann.folder.contents import ROWS, curve, read_lines
 from qriemann.folder.files import replace_file, replace_text
 from qriemann.folder.private import hide_credentials
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 TRAINED_ON = "trained_on.json"
 METRICS, RUN, PLOT, MANIFEST = "metrics.jsonl", "run.json", "loss.png", "manifest.json"
 # The files that say a folder holds a run, and that `overwrite` removes; anything else in the folder is left alone.
-_RUN_FILES = (RUN, METRICS, PLOT, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_RUN_FILES = (RUN, METRICS, PLOT, ROWS, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 

@@ -122,8 +122,8 @@ def main(path: str) -> None:
         "endings": in_slots(lambda prompt: ending(server, prompt, request["tokens"]), request["asked"]),
     }
     Path(path).with_name("result.json").write_text(json.dumps(result), "utf-8")
-    # It closes its port.
-    del server
+    # It closes its port when nothing holds it any longer.
+    server = None
 
 
 if __name__ == "__main__":

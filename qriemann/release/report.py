@@ -49,6 +49,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         summary=_summary(found),
         tiles=list(_tiles(found)),
         curves=[(title, Markup(svg)) for title, svg in draw_curves(found.metrics)],
+        rows=found.rows,
         proof=proof_rows(found.proof),
         exports=[
             (proof_rows(report), Markup(as_svg(figure)) if (figure := ladder_figure(report)) else "", report)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.panel import Panel
@@ -23,6 +25,7 @@ from qriemann.memory.dry_run import (
 )
 from qriemann.memory.plan import GIB, Plan, plan
 from qriemann.training.prepare import Prepared
+from qriemann.training.rows_page import write_page
 from qriemann.training.trainer import build_trainer
 from qriemann.upstream import quiet
 
@@ -51,18 +54,28 @@ class Check:
     planned_gib: float
 
 
-def check(prepared: Prepared, vram_gib: float | None = None, console: Console | None = None) -> Check:
+def check(
+    prepared: Prepared,
+    vram_gib: float | None = None,
+    console: Console | None = None,
+    html: str | os.PathLike[str] | None = None,
+) -> Check:
     """Takes the longest batch through forward, backward, step and evaluation, and looks at the rows.
 
     Args:
         prepared: from `prepare`; the step moves its adapter, so it is not to be trained afterwards.
         vram_gib: memory that the run is to keep to; None for what this machine has.
         console: where the preview and the figures are drawn; standard output by default.
+        html: a file for a page with a sample of the rows and counts over all; None for none.
 
     Raises:
         InputError: for anything that stops the run, and for errors in the data that `allow` does not name.
     """
     console = console or Console()
+    if html is not None:
+        # First: it may show why the batches do not fit, or why the rows are refused.
+        write_page(Path(html).expanduser(), prepared.rows, [*prepared.data.notices, *map(str, prepared.defects)])
+        console.print(f"rows: {html}", markup=False, highlight=False, soft_wrap=True)
     planned = plan(prepared.settings, dense_copies=prepared.dense is not None and prepared.dense.held)
     with quiet(bars=console.is_terminal):
         result = _measure(prepared, planned, vram_gib)

@@ -34,7 +34,9 @@ from qriemann.config.arguments import (
     run_dtype,
     training_arguments,
 )
+from qriemann.data.account import take_account
 from qriemann.data.defects import Defect, find_defects
+from qriemann.data.row_formats import RowEncoder
 from qriemann.data.tokenized import TokenizedData, fingerprint, token_lengths
 from qriemann.device import describe_device, refuse_unused_gpu
 from qriemann.distributed import is_main_process, run_on_main
@@ -45,6 +47,7 @@ from qriemann.training.display import PlainView, make_view, no_view
 from qriemann.training.inputs import read_base, read_rows, tokenize
 from qriemann.training.loi_callback import recipe_callbacks
 from qriemann.training.publishing import push_target
+from qriemann.training.rows_page import describe_rows
 from qriemann.training.seam import for_trainer
 from qriemann.upstream import attention_of, quiet, take_one_gpu
 
@@ -67,6 +70,7 @@ class Prepared:
         optimizer: the value of TRL's `optimizer_cls_and_kwargs`.
         initialization: the callbacks that choose the adapter's start, if the settings ask for any.
         defects: what is wrong with the tokens; errors among them stop a training.
+        rows: what people may see of the rows, from `describe_rows`.
         fingerprints: of settings, tokens and base, which a run that goes on from a checkpoint must share.
         found: the checkpoint to go on from, if there is one.
         push_to: the Hub repository for the adapter at the end; None for none.
@@ -83,6 +87,7 @@ class Prepared:
     optimizer: tuple[type, dict[str, Any]]
     initialization: tuple[TrainerCallback, ...]
     defects: tuple[Defect, ...]
+    rows: dict[str, Any]
     fingerprints: dict[str, Any]
     found: FoundCheckpoint
     push_to: str | None
@@ -148,7 +153,10 @@ def prepare(
             check_targets(model, adapter)
         with view.doing("tokenizing and fingerprinting the rows"):
             data = tokenize(settings, args, sources, tokenizer)
-            defects = find_defects(data, tokenizer, model, args.max_length)
+            account = take_account(data, tokenizer, model, args.max_length)
+            defects = find_defects(account, tokenizer)
+            encoder = RowEncoder(tokenizer, settings.loss_on, args.dataset_text_field)
+            rows = describe_rows(sources[0], data, account, encoder, tokenizer, args.max_length)
             defects += [*packing_mask(args, attention_of(model.config)), *much_padding(args, token_lengths(data.train))]
             data_print = fingerprint(data.train, data.held_out)
         idle = idle_without_rows(args) if data.held_out is None else None
@@ -171,6 +179,7 @@ def prepare(
         optimizer=optimizer,
         initialization=tuple(initialization),
         defects=tuple(defects),
+        rows=rows,
         fingerprints=prints,
         found=found,
         push_to=push_to,

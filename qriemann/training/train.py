@@ -24,6 +24,7 @@ from qriemann.device import explaining_memory
 from qriemann.distributed import is_main_process, run_on_main
 from qriemann.errors import InputError
 from qriemann.folder import records
+from qriemann.folder.contents import ROWS
 from qriemann.folder.lock import hold
 from qriemann.memory.auto_batch import AutoBatch, BatchFit
 from qriemann.memory.dry_run import DryRun, cheapest_change
@@ -76,15 +77,19 @@ class _Recorder:
     def __init__(self, prepared: Prepared, folder: Path, view: PlainView) -> None:
         self.prepared, self.folder, self.view = prepared, folder, view
         self.described = describe_run(prepared)
-        settings = prepared.settings
         self.monitor = Monitor(
             view,
             folder,
             prepared.args.device,
-            lambda step: begin_run(
-                folder, resume=settings.resume, overwrite=settings.overwrite, step=step, described=self.described
-            ),
+            self._begin,
         )
+
+    def _begin(self, step: int) -> None:
+        settings = self.prepared.settings
+        begin_run(
+            self.folder, resume=settings.resume, overwrite=settings.overwrite, step=step, described=self.described
+        )
+        records.write_json(self.folder / ROWS, self.prepared.rows)
 
     def train(self, stop: GracefulStop, callbacks: Sequence[TrainerCallback]) -> TrainResult:
         prepared, settings = self.prepared, self.prepared.settings

@@ -7,8 +7,9 @@ from importlib.resources import files
 
 import pytest
 
+from qriemann.data.account import end_tokens, take_account
 from qriemann.data.chat_mask import AssistantTokenizer
-from qriemann.data.defects import end_tokens, find_defects
+from qriemann.data.defects import find_defects
 from qriemann.data.sources import load_sources
 from qriemann.data.tokenized import IGNORED, tokenize_rows
 from qriemann.errors import InputError
@@ -209,7 +210,7 @@ def test_the_end_of_a_turn_is_known_and_no_defect_is_found(family, write_rows):
     tokenizer = tokenizer_of(family)
     rows = tokenize_rows(*load_sources(str(write_rows([{"messages": as_messages(ONE)}]))), tokenizer)
     model = tiny_llama(vocabulary=len(tokenizer))
-    assert find_defects(rows, tokenizer, model) == []
+    assert find_defects(take_account(rows, tokenizer, model), tokenizer) == []
     last = [label for label in rows.train[0]["labels"] if label != IGNORED][-1]
     assert last in end_tokens(tokenizer, model)
 

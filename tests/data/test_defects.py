@@ -9,7 +9,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from qriemann import cli
-from qriemann.data.defects import end_tokens, find_defects, preview, refuse
+from qriemann.data.account import end_tokens, take_account
+from qriemann.data.defects import find_defects, preview, refuse
 from qriemann.data.sources import Source
 from qriemann.data.tokenized import TokenizedData, tokenize_rows
 from qriemann.errors import InputError
@@ -41,6 +42,10 @@ def run(tmp_path, settings):
     return start
 
 
+def defects_of(data, tokenizer, model, max_length=None):
+    return find_defects(take_account(data, tokenizer, model, max_length), tokenizer)
+
+
 def names(found):
     return [defect.name for defect in found]
 
@@ -53,7 +58,7 @@ def tokenized(rows, held_out=None):
 
 def test_rows_without_a_defect_have_none(model, tokenizer):
     data = tokenize_rows(Source(Dataset.from_list(chat_rows()), "rows"), None, tokenizer, eval_size=3)
-    assert find_defects(data, tokenizer, model) == []
+    assert defects_of(data, tokenizer, model) == []
 
 
 def test_an_end_token_that_is_never_trained_stops_the_run_unless_it_is_allowed(run, write_rows, capsys):
@@ -74,13 +79,13 @@ def test_an_end_token_that_truncation_cuts_off_counts_as_untrained(model, tokeni
     data = tokenize_rows(Source(Dataset.from_list(chat_rows()), "rows"), None, tokenizer)
     shortest = min(len(ids) for ids in data.train["input_ids"])
     # The end token is the last but a newline.
-    assert names(find_defects(data, tokenizer, model, max_length=shortest - 2)) == ["end-token-untrained"]
-    assert names(find_defects(data, tokenizer, model, max_length=shortest)) == []
+    assert names(defects_of(data, tokenizer, model, max_length=shortest - 2)) == ["end-token-untrained"]
+    assert names(defects_of(data, tokenizer, model, max_length=shortest)) == []
 
 
 def test_an_end_token_in_few_rows_is_said(model, tokenizer):
     end = tokenizer.eos_token_id
-    assert names(find_defects(tokenized([[1, 2, end], [1, 2], [3, 4], [5, 6]]), tokenizer, model)) == ["end-token-rare"]
+    assert names(defects_of(tokenized([[1, 2, end], [1, 2], [3, 4], [5, 6]]), tokenizer, model)) == ["end-token-rare"]
 
 
 def test_the_templates_own_end_of_turn_counts_as_an_end(model):
@@ -124,7 +129,7 @@ def test_a_template_that_changes_the_history_stops_the_run(run, write_rows, caps
 
 def test_a_token_outside_the_embedding_stops_the_run(model, tokenizer):
     rows = model.get_input_embeddings().weight.shape[0]
-    found = find_defects(tokenized([[1, rows, tokenizer.eos_token_id]]), tokenizer, model)
+    found = defects_of(tokenized([[1, rows, tokenizer.eos_token_id]]), tokenizer, model)
     assert names(found) == ["token-outside-embedding"]
     with pytest.raises(InputError, match=rf"token {rows} .* outside the embedding's {rows} rows"):
         refuse(found, [], print)
@@ -134,7 +139,7 @@ def test_a_bos_token_that_the_template_doubles_is_said(model):
     tokenizer = make_tokenizer("{{ '<|im_start|><|im_start|>' }}" + CHATML)
     tokenizer.bos_token = "<|im_start|>"
     data = tokenize_rows(Source(Dataset.from_list(chat_rows(5)), "rows"), None, tokenizer)
-    (found,) = find_defects(data, tokenizer, model)
+    (found,) = defects_of(data, tokenizer, model)
     assert found.name == "doubled-bos"
     assert "5 of 5" in found.problem
 
@@ -143,21 +148,21 @@ def test_a_pad_token_that_ends_turns_is_said(model):
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     data = tokenize_rows(Source(Dataset.from_list(chat_rows()), "rows"), None, tokenizer)
-    assert names(find_defects(data, tokenizer, model)) == ["pad-is-end"]
+    assert names(defects_of(data, tokenizer, model)) == ["pad-is-end"]
 
 
 def test_held_out_rows_that_are_trained_on_are_counted(model, tokenizer):
     rows = chat_rows(8)
     train, held_out = Dataset.from_list(rows), Dataset.from_list([*rows[2:4], *chat_rows(20)[15:]])
     data = tokenize_rows(Source(train, "train"), Source(held_out, "test"), tokenizer)
-    (found,) = find_defects(data, tokenizer, model)
+    (found,) = defects_of(data, tokenizer, model)
     assert found.name == "rows-in-both-splits"
     assert found.problem.startswith("2 of 7")
 
 
 def test_all_defects_are_noted_before_the_first_error_stops(model, tokenizer):
     rows = model.get_input_embeddings().weight.shape[0]
-    found = find_defects(tokenized([[1, rows], [2, 3]], held_out=[[2, 3]]), tokenizer, model)
+    found = defects_of(tokenized([[1, rows], [2, 3]], held_out=[[2, 3]]), tokenizer, model)
     noted = []
     with pytest.raises(InputError, match=rf"token {rows} .* outside the embedding"):
         refuse(found, ["end-token-untrained"], noted.append)

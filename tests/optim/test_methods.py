@@ -250,7 +250,7 @@ def test_a_learning_rate_of_another_methods_scale_is_warned_of(warned):
     qriemann.for_trainer("adamw", lr=5e-2)
     qriemann.for_trainer("muon", adamw_lr=3.0)
     first, second, third = warned()
-    assert "lr=0.0001 is at least 30 times off the 0.01 of Riemannion" in first
+    assert "lr=0.0001 is at least 30 times off the 0.005 of Riemannion" in first
     assert "the spectral norm of one step of X, whatever the number of steps" in first
     assert "lr=0.05 is at least 30 times off the 0.0002 of AdamW" in second
     assert "adamw_lr=3 is at least 30 times off the 0.0001 of Muon" in third

@@ -40,7 +40,7 @@ def adapter_folder(folder: Path, *, base: str = "someone/base", **run: Any) -> P
 
 
 def records(folder: Path, *, base: str = "someone/base", settings: dict[str, Any] | None = None, **run: Any) -> None:
-    """run.json, metrics.jsonl and loss.png."""
+    """run.json, metrics.jsonl, loss.png and trained_rows.json."""
     config = {**SETTINGS, "output_dir": str(folder), "model_name_or_path": base, **(settings or {})}
     content = {
         "started_at": "2026-01-02T03:04:05+00:00",
@@ -54,6 +54,7 @@ def records(folder: Path, *, base: str = "someone/base", settings: dict[str, Any
         "result": {"steps": 5, "train_loss": 1.0, "eval_loss_before": 3.5, "eval_loss": 1.25, "tokens_per_s": 71.0},
     }
     (folder / "run.json").write_text(json.dumps({**content, **run}))
+    (folder / "trained_rows.json").write_text("{}")
     lines: list[dict[str, Any]] = [{"step": 0, "eval_loss": 3.5}]
     lines += [
         {"step": step, "loss": loss, "learning_rate": 0.02 / step, "tokens_per_s": 70.0 + step, "peak_gib": 1.5}

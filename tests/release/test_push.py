@@ -93,7 +93,7 @@ def test_a_push_publishes_what_a_model_needs_in_one_commit_and_a_second_adds_non
     assert f"{hub.url}/me/tiny/commit/" in printed.out
     assert hub.repos["me/tiny"][0] is True
     assert TOKEN not in printed.out + printed.err
-    assert push(run_folder, "me/tiny").kept == ["checkpoint-5/", "run.json", "training_args.bin"]
+    assert push(run_folder, "me/tiny").kept == ["checkpoint-5/", "run.json", "trained_rows.json", "training_args.bin"]
     assert_published(hub, run_folder)
     assert len(hub.commits) == 1
 
@@ -166,7 +166,7 @@ def test_a_dry_run_sends_and_writes_nothing(hub, run_folder, capsys):
     assert hub.requests == []
     printed = capsys.readouterr().out
     assert all(name in printed for name in SENT)
-    assert "stays here: checkpoint-5/, run.json, training_args.bin" in printed
+    assert "stays here: checkpoint-5/, run.json, trained_rows.json, training_args.bin" in printed
 
 
 def test_named_chat_templates_go_up_with_the_model(run_folder, capsys):

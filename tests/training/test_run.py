@@ -56,6 +56,9 @@ def test_a_run_leaves_an_adapter_whose_loss_under_plain_peft_is_the_reported_one
     assert run["result"]["orthonormality_drift"] < 1e-5
     assert run["data"]["held_out_rows"] == 4
     assert "sesame" not in (out / "run.json").read_text()
+    rows = json.loads((out / "trained_rows.json").read_text())
+    assert rows["rows"] == {"all": 24, "training": 20, "held out": 4}
+    assert {"it is 0<|im_end|>", "it is 23<|im_end|>"} & {p["text"] for row in rows["sample"] for p in row["pieces"]}
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in metrics if "loss" in record] == [1, 2, 3, 4]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")

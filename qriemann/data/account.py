@@ -1,0 +1,163 @@
+"""What the tokens of all rows say of them: which are cut, end untrained, are there twice, or are in both splits.
+
+`find_defects` judges this account, and the page of `check --html` shows it, so both give the same counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from qriemann.base.chat_template import end_of_turn
+from qriemann.data.tokenized import IGNORED, TokenizedData
+
+#: What may hold of a row, and how people call it.
+FINDINGS = {
+    "masked": "every token is masked",
+    "beyond": "every token before max_length is masked",
+    "cut": "cut at max_length",
+    "endless": "without a trained end",
+    "copy": "a copy of an earlier row",
+    "elsewhere": "in the training and the held-out rows",
+    "doubled-bos": "with two tokens for the beginning",
+    "outside": "with tokens outside the embedding",
+}
+
+
+@dataclass(frozen=True)
+class RowAccount:
+    """Some of the rows; every array has an entry for each.
+
+    Attributes:
+        lengths: in tokens.
+        largest: the largest token.
+        prints: hashes of the tokens.
+        first: the first row with the same tokens.
+        found: for names in `FINDINGS`, whether it holds.
+    """
+
+    lengths: np.ndarray
+    largest: np.ndarray
+    prints: np.ndarray
+    first: np.ndarray
+    found: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def count(self, name: str) -> int:
+        """Rows of which it holds."""
+        return int(self.found[name].sum()) if name in self.found else 0
+
+
+@dataclass(frozen=True)
+class Account:
+    """All rows.
+
+    Attributes:
+        train, held_out: the rows that are trained and held out; None without held-out rows.
+        left_out: those that have nothing to train; of each source that was read.
+        ends: the tokens that end a turn or a text.
+        embedding_rows: of the model.
+    """
+
+    train: RowAccount
+    held_out: RowAccount | None
+    left_out: list[RowAccount]
+    ends: list[int]
+    embedding_rows: int
+
+
+def take_account(
+    data: TokenizedData, tokenizer: PreTrainedTokenizerBase, model: Any, max_length: int | None = None
+) -> Account:
+    """The account of the rows as they will be trained.
+
+    Args:
+        data: before truncation and packing.
+        tokenizer: with which the data was made.
+        model: whose embedding must have a row for every token.
+        max_length: the tokens that are kept of a row.
+
+    Cost: one pass over the tokens, and 8 bytes of hash a row.
+    """
+    ends, embedding_rows = end_tokens(tokenizer, model), model.get_input_embeddings().weight.shape[0]
+
+    def read(dataset: Dataset) -> RowAccount:
+        parts = [
+            _read(table, ends, tokenizer.bos_token_id, embedding_rows, max_length)
+            for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000)
+        ]
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+        none = np.zeros(0, np.int64)
+        lengths, largest, prints = (arrays.pop(name, none) for name in ("lengths", "largest", "prints"))
+        _, places, inverse = np.unique(prints, return_index=True, return_inverse=True)
+        first = places[inverse]
+        return RowAccount(lengths, largest, prints, first, {**arrays, "copy": first < np.arange(len(first))})
+
+    train = read(data.train)
+    held_out = None if data.held_out is None else read(data.held_out)
+    if held_out is not None:
+        train.found["elsewhere"] = np.isin(train.prints, held_out.prints)
+        held_out.found["elsewhere"] = np.isin(held_out.prints, train.prints)
+    return Account(train, held_out, [read(dataset) for dataset in data.left_out], ends, embedding_rows)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
+    """The tokens that end a turn or a text: the tokenizer's, the generation config's and the chat template's."""
+    generation = getattr(model, "generation_config", None)
+    configured = getattr(generation, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    return sorted(end for end in ends | {end_of_turn(tokenizer)} if end is not None)
+
+
+def choose_rows(rows: RowAccount, limit: int) -> list[int]:
+    """The rows to look at: one for each finding, the longest and the shortest, and others evenly spread."""
+    if len(rows) <= limit:
+        return list(range(len(rows)))
+    chosen = {int(holds.argmax()) for holds in rows.found.values() if holds.any()}
+    chosen |= {int(rows.lengths.argmax()), int(rows.lengths.argmin())}
+    chosen.update(np.linspace(0, len(rows) - 1, limit - len(chosen)).astype(int).tolist())
+    return sorted(chosen)
+
+
+def _read(
+    table: pa.Table, ends: list[int], bos: int | None, embedding_rows: int, max_length: int | None
+) -> dict[str, np.ndarray]:
+    columns = [table.combine_chunks().column(name).chunk(0) for name in ("input_ids", "labels")]
+    lengths = columns[0].value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    ids, labels = (column.flatten().to_numpy(zero_copy_only=False).astype(np.int64) for column in columns)
+    starts, rows = np.cumsum(lengths) - lengths, np.repeat(np.arange(len(lengths)), lengths)
+    places = np.arange(len(ids)) - starts[rows]
+
+    def any_of(tokens: np.ndarray) -> np.ndarray:
+        return np.bincount(rows[tokens], minlength=len(lengths)) > 0
+
+    # A first token is never predicted: nothing comes before it.
+    trained = (labels != IGNORED) & (places > 0)
+    kept = trained if max_length is None else trained & (places < max_length)
+    begins = ids == (-1 if bos is None else bos)
+    largest = np.full(len(lengths), -1)
+    np.maximum.at(largest, rows, ids)
+    return {
+        "lengths": lengths,
+        "largest": largest,
+        "prints": _prints(ids, starts),
+        "masked": ~any_of(trained),
+        "beyond": any_of(trained) & ~any_of(kept),
+        "cut": lengths > (max_length or np.inf),
+        "endless": ~any_of(kept & np.isin(labels, ends)) & bool(ends),
+        "doubled-bos": any_of((places == 1) & begins & np.roll(begins, 1)),
+        "outside": largest >= embedding_rows,
+    }
+
+
+def _prints(ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in np.split(ids, starts[1:])]
+    return np.frombuffer(b"".join(digests), np.int64)
