@@ -42,6 +42,18 @@ def put_card(monkeypatch, capability, *, count=1):
         monkeypatch.setattr(torch.cuda, name, answer)
 
 
+def taken_arguments(monkeypatch):
+    """What the trainer's arguments are made of; they themselves are those of a CPU."""
+    given = {}
+
+    def make(**arguments):
+        given.update(arguments)
+        return SFTConfig(**{**arguments, "use_cpu": True, "bf16": False, "fp16": False})
+
+    monkeypatch.setattr("qriemann.config.arguments.SFTConfig", make)
+    return given
+
+
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")])
 def test_a_card_computes_in_the_dtype_that_it_has_and_trainer_base_and_plan_agree(
     capability, dtype, monkeypatch, settings
@@ -50,8 +62,7 @@ def test_a_card_computes_in_the_dtype_that_it_has_and_trainer_base_and_plan_agre
     expected = getattr(torch, dtype)
     assert compute_dtype(torch.device("cuda")) == expected
     # transformers looks for the card itself; what is decided here is what goes into its arguments.
-    given = {}
-    monkeypatch.setattr("qriemann.config.arguments.SFTConfig", lambda **arguments: given.update(arguments))
+    given = taken_arguments(monkeypatch)
     training_arguments(settings_from(settings))
     assert (given["bf16"], given["fp16"]) == (dtype == "bfloat16", False)
     assert ("float16 is faster" in describe_device(torch.device("cuda"), expected)) == (dtype == "float32")
@@ -68,8 +79,7 @@ def test_a_card_computes_in_the_dtype_that_it_has_and_trainer_base_and_plan_agre
 )
 def test_the_trainer_computes_in_the_dtype_that_was_asked_for(written, trainer, base, monkeypatch, settings):
     put_card(monkeypatch, (8, 9))
-    given = {}
-    monkeypatch.setattr("qriemann.config.arguments.SFTConfig", lambda **arguments: given.update(arguments))
+    given = taken_arguments(monkeypatch)
     asked = settings_from({**settings, **written})
     training_arguments(asked)
     assert (given.get("bf16"), given.get("fp16")) == trainer

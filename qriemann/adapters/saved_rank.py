@@ -49,8 +49,8 @@ def _set_saved_rank(owner: Any, adapter: str, *, doubled: bool) -> None:
         kept[adapter], owner.peft_config[adapter] = (twice, config), twice
         if is_main_process():
             logger.warning(
-                "the adapter %r will be saved with r = %d, twice the configured %d, because of its offset; "
-                "qriemann.truncate_ or `qriemann export --rank` lowers it after training, and start='zero' has no offset",
+                "the adapter %r will be saved with r = %d, a point of r = %d and its offset; qriemann.truncate_ or "
+                "`qriemann export --rank` lowers it after training, and start='zero' has no offset",
                 adapter,
                 twice.r,
                 config.r,

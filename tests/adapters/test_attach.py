@@ -340,7 +340,7 @@ def test_a_base_from_load_base_takes_a_checkpoint_with_an_offset_without_a_callb
 
 def trained(model: nn.Module) -> torch.Tensor:
     """The logits after two steps of the active adapter, which is put on the manifold with an offset."""
-    optimizer = Riemannion(model, lr=0.1)
+    optimizer = Riemannion(model, lr=0.1, start="offset")
     for seed in range(2):
         optimizer.zero_grad()
         next_token_loss(model, token_batch(seed)).backward()
@@ -454,7 +454,7 @@ def test_a_model_with_an_injected_adapter_saves_what_transformers_loads(start, t
 def test_an_offset_is_refused_where_no_config_can_say_the_rank():
     part = with_lora(tiny_llama()).base_model.model.model.layers
     with pytest.raises(InputError, match=r"got a ModuleList without peft_config; pass the whole model"):
-        attach(part)
+        attach(part, start="offset")
     assert attach(part, start="zero")
     assert attach(part)  # nothing is to be done any more
 

@@ -268,10 +268,10 @@ def test_the_saved_rank_is_said_where_it_is_not_the_configured_one(caplog, tmp_p
         attach(model, start="zero")
         assert not caplog.records
         model = with_lora(tiny_llama(), r=3)
-        attach(model)
-        attach(model)
+        attach(model, start="offset")
+        attach(model, start="offset")
     (record,) = caplog.records
-    assert "saved with r = 6, twice the configured 3" in record.getMessage()
+    assert "saved with r = 6, a point of r = 3" in record.getMessage()
     qriemann.truncate_(model)
     model.save_pretrained(tmp_path)
     assert LoraConfig.from_pretrained(tmp_path).r == 3

@@ -392,7 +392,7 @@ def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"quantize": "int8"}, "quantize must be 'nf4' or None"),
+        ({"quantize": "int8"}, "quantize must be 'nf4', 'fp4' or None"),
         ({"device": "cuda:99"}, "on this machine, got 'cuda:99'"),
         ({"device": "quantum"}, "on this machine, got 'quantum'"),
         ({"dtype": "int8"}, "dtype must be float32, bfloat16, float16 or None"),

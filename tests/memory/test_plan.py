@@ -106,7 +106,7 @@ def held_bytes(model, points):
         if state is not None:
             tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
     for point in points:
-        tensors += [point.s, *point.offset]
+        tensors += [point.s, *(point.offset or ())]
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
 
@@ -141,6 +141,7 @@ CONFIGURATIONS = {
 def test_the_planned_peak_is_the_allocators(
     name, quantize, batch, length, checkpointing, padded, dense, folders, make_config
 ):
+    start = "offset" if padded else "zero"
     config = make_config(
         name,
         quantize=quantize,
@@ -149,12 +150,13 @@ def test_the_planned_peak_is_the_allocators(
         activation_checkpointing=checkpointing,
         eval_strategy="no",
         use_cpu=True,
+        start=start,
     )
     base = load_nf4(folders[name]) if quantize == "nf4" else AutoModelForCausalLM.from_pretrained(folders[name])
     copies = hold_dequantized(base) if dense else 0
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
-    model = get_peft_model(base, without_experts(base, adapter_config(config, offset=False))[0])
-    optimizer = Riemannion(model, start="offset", seed=0)
+    model = get_peft_model(base, without_experts(base, adapter_config(config, offset=padded))[0])
+    optimizer = Riemannion(model, start=start, seed=0)
     if checkpointing:
         base.activation_checkpointing_enable()
         base.enable_input_require_grads()
@@ -178,7 +180,7 @@ def test_the_planned_peak_is_the_allocators(
 def test_the_optimizer_state_is_what_the_optimizer_holds(folders, make_config):
     config = make_config("qwen", max_length=64)
     model = get_peft_model(load_nf4(folders["qwen"]), adapter_config(config, offset=False))
-    optimizer = Riemannion(model, start="offset", seed=0)
+    optimizer = Riemannion(model, seed=0)
     blocks = [block for batch in optimizer._batches for block in batch.momentum]
     held = sum(block.numel() * block.element_size() for block in blocks)
     assert dict(plan(config).stored)["optimizer state"] == held

@@ -360,7 +360,9 @@ def test_every_step_of_a_resumed_run_needs_the_state_of_its_own_method(name):
 
 def test_an_adapter_with_an_offset_does_not_go_on_under_plain_factors(base, tmp_path):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    sft_trainer(load_nf4(base), tmp_path / "first", "riemannion", **settings).train()
+    first = sft_trainer(load_nf4(base), tmp_path / "first", "riemannion", **settings)
+    first.optimizer_cls_and_kwargs = qriemann.for_trainer("riemannion", start="offset")
+    first.train()
     other = sft_trainer(load_nf4(base), tmp_path / "second", "adamw", **settings)
     qriemann.FixedRankCallback().on_init_end(other.args, other.state, other.control, model=other.model)
     with pytest.raises(qriemann.InputError, match=r"saved with an offset.*q_proj under plain LoRA"):

@@ -238,9 +238,9 @@ def test_processes_with_different_batches_start_at_the_point_of_all_batches(tmp_
     ("attached", "asked", "rank", "scale"),
     [
         ({"start": "zero"}, {}, RANK, 0),
-        ({"alpha": 0.25}, {}, 2 * RANK, 0.25),
+        ({"start": "offset", "alpha": 0.25}, {}, 2 * RANK, 0.25),
         ({"start": "zero"}, {"start": "offset", "alpha": 0.5}, 2 * RANK, 0.5),
-        ({"alpha": 0.25}, {"start": "zero"}, RANK, 0),
+        ({"start": "offset", "alpha": 0.25}, {"start": "zero"}, RANK, 0),
     ],
     ids=str,
 )
@@ -389,7 +389,7 @@ def settings(settings) -> dict[str, Any]:
 
 def test_a_recipe_asks_for_it_by_one_word(settings, capsys):
     watch = Watch()
-    result = train_on({**settings, "alpha": 0.25}, callbacks=[watch])
+    result = train_on({**settings, "start": "offset", "alpha": 0.25, "lora_r": 2 * RANK}, callbacks=[watch])
     assert "locally optimal initialization: 2 passes over 3 batches" in capsys.readouterr().err
     assert json.loads((result.output_dir / "run.json").read_text())["config"]["init"] == "loi"
     for name, x in watch.at_start.items():

@@ -336,7 +336,7 @@ def test_a_second_trainer_on_the_same_model_leaves_the_adapter_as_it_was(start, 
 BAD = {
     "a misspelt method": ({"method": "riemanion"}, "method must be one of riemannion.*did you mean 'riemannion'"),
     "a misspelt start": ({"start": "ofset"}, "start must be one of 'zero', 'offset', got 'ofset'"),
-    "alpha 0": ({"alpha": 0.0}, "alpha must be a finite number > 0, got 0.0"),
+    "alpha 0": ({"start": "offset", "alpha": 0.0}, "alpha must be a finite number > 0, got 0.0"),
     "a misspelt option": ({"momentun": 0.9}, "momentun is not an option of riemannion.*did you mean 'momentum'"),
     "lr negative": ({"lr": -1.0}, "lr must be a finite number >= 0, got -1.0"),
     "lr NaN": ({"lr": math.nan}, "lr must be a finite number, got nan"),
