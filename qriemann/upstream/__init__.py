@@ -1,0 +1,54 @@
+"""Every private part, patch and warning filter of other libraries that qriemann relies on, each with the reason.
+
+Written for transformers 5.23, TRL 1.16, PEFT 0.21, datasets 5.2, bitsandbytes 0.50 and gguf 0.19. An entry names the test
+that fails once upstream has changed, or that passes without the entry once it can go. Libraries are imported where they are
+used, so importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from qriemann.upstream.files import gguf_parsed_once as gguf_parsed_once
+from qriemann.upstream.files import literal_folders as literal_folders
+from qriemann.upstream.files import today_is as today_is
+from qriemann.upstream.models import attention_of as attention_of
+from qriemann.upstream.models import has_causal_lm as has_causal_lm
+from qriemann.upstream.models import is_4_bit as is_4_bit
+from qriemann.upstream.models import is_repacked as is_repacked
+from qriemann.upstream.models import keep_unpacked as keep_unpacked
+from qriemann.upstream.models import name_of as name_of
+from qriemann.upstream.models import set_attention as set_attention
+from qriemann.upstream.models import set_compute_dtype as set_compute_dtype
+from qriemann.upstream.models import set_name as set_name
+from qriemann.upstream.models import untie as untie
+from qriemann.upstream.models import was_conv1d as was_conv1d
+from qriemann.upstream.models import watching_quantization as watching_quantization
+from qriemann.upstream.noise import quiet as quiet
+from qriemann.upstream.noise import without_telemetry as without_telemetry
+from qriemann.upstream.trainers import TrainerCounts as TrainerCounts
+from qriemann.upstream.trainers import take_one_gpu as take_one_gpu
+from qriemann.upstream.trainers import token_sums as token_sums
+from qriemann.upstream.tuners import keep_input_dtype as keep_input_dtype
+from qriemann.upstream.tuners import names_of_experts as names_of_experts
+from qriemann.upstream.tuners import replace_peft_functions as replace_peft_functions
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.layer import LoraVariant as LoraVariant
+    from peft.tuners.tuners_utils import check_target_module_exists as check_target_module_exists
+    from peft.utils.other import get_pattern_key as get_pattern_key
+
+# PEFT calls LoraVariant private: it replaces the forward of any LoRA layer, 4-bit or not, without a subclass. The other two
+# are how PEFT matches layers with the names in a configuration. Contract: tests/adapters/test_peft_contract.py.
+_HOME = {
+    "LoraVariant": "peft.tuners.lora.layer",
+    "check_target_module_exists": "peft.tuners.tuners_utils",
+    "get_pattern_key": "peft.utils.other",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

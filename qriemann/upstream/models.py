@@ -1,0 +1,103 @@
+"""Private parts of transformers' models and of bitsandbytes' 4-bit layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def attention_of(config: Any) -> str:
+    """The attention implementation that a transformers model computes with; tests/memory/test_dry_run.py."""
+    return config._attn_implementation
+
+
+def set_attention(config: Any, implementation: str) -> None:
+    """Sets the attention of a configuration whose model is still to be built; tests/base/test_load.py."""
+    config._attn_implementation = implementation
+
+
+def set_name(model: Any, name: str) -> None:
+    """Sets the name that PEFT saves as `base_model_name_or_path`; tests/base/test_load.py."""
+    model.name_or_path = model.config._name_or_path = name
+
+
+def name_of(model: Any) -> str:
+    """The name or path that the model was loaded from; empty if it has none."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "")
+
+
+def has_causal_lm(config: Any) -> bool:
+    """Whether transformers has a causal language model for the configuration's class; tests/memory/test_plan.py."""
+    from transformers import AutoModelForCausalLM
+
+    return type(config) in AutoModelForCausalLM._model_mapping
+
+
+def untie(model: Any) -> None:
+    """Gives the output head of a model with tied embeddings a weight of its own, in place; tests/release/test_kinds.py."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
+@contextmanager
+def watching_quantization(watch: Callable[[str, Any], None]) -> Iterator[None]:
+    """Within the block, `watch` sees each weight by its name before transformers stores it in 4 bit.
+
+    transformers offers no such hook, and afterwards NaN does not show: on a GPU the largest number of a block is found by
+    comparisons, which pass over it. tests/base/test_files.py
+    """
+    from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+
+    convert = Bnb4bitQuantize.convert
+
+    def watched(self: Any, input_dict: dict[str, Any], **options: Any) -> Any:
+        for name, value in input_dict.items():
+            watch(name, value[0] if isinstance(value, list) else value)
+        return convert(self, input_dict, **options)
+
+    Bnb4bitQuantize.convert = watched
+    try:
+        yield
+    finally:
+        Bnb4bitQuantize.convert = convert
+
+
+def is_4_bit(layer: Any) -> bool:
+    """Whether the layer is a `Linear4bit` of bitsandbytes, told by the switch that `keep_unpacked` needs."""
+    return hasattr(layer, "support_avx512bf16_for_cpu")
+
+
+def was_conv1d(layer: Any) -> bool:
+    """Whether a 4-bit layer was quantized from a Conv1D, whose weight a checkpoint has transposed.
+
+    tests/release/test_kinds.py
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    return issubclass(getattr(layer, "source_cls", object), Conv1D)
+
+
+def is_repacked(layer: Any) -> bool:
+    """Whether bitsandbytes has repacked the layer's 4-bit weight for inference on this CPU."""
+    return bool(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
+def keep_unpacked(layer: Any) -> None:
+    """Forbids bitsandbytes to repack a 4-bit weight, after which no gradient flows through the layer.
+
+    On CPUs with AVX512-BF16 it does so in the first forward in eval mode without grad, and never unpacks the weight: the
+    base's bytes have changed then, and training fails in train mode too. Goes when tests/base/test_quantized.py passes
+    without it.
+    """
+    layer.support_avx512bf16_for_cpu = False
+
+
+def set_compute_dtype(layer: Any, dtype: Any) -> None:
+    """Makes a 4-bit layer compute in `dtype` instead of the dtype its checkpoint names; tests/base/test_load.py."""
+    layer.compute_dtype = dtype
+    layer.compute_type_is_set = True
