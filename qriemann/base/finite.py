@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qriemann.geometry.parameter import CountedWrites
+
 # The dtypes for which torch computes the least and the greatest.
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,8 +28,9 @@ def find_not_finite(content: Any, name: str = "") -> str | None:
         return next((broken for key, item in items if (broken := find_not_finite(item, key)) is not None), None)
     if isinstance(content, list | tuple):
         return find_not_finite(dict(enumerate(content)), name)
-    # Subclasses, such as 8-bit optimizer states, may lack the operation.
-    if type(content) in (Tensor, nn.Parameter):
+    # Other subclasses, such as 8-bit optimizer states, may lack the operation.
+    if isinstance(content, CountedWrites) or type(content) in (Tensor, nn.Parameter):
+        assert isinstance(content, Tensor)
         return None if is_finite(content) else name
     # An infinite number is legitimate: schedulers start with an infinite best value.
     return name if isinstance(content, float) and math.isnan(content) else None

@@ -17,8 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from qriemann.checkpoints.manifest import read_manifest
 from qriemann.distributed import process_count
 from qriemann.errors import InputError
-from qriemann.folder.contents import read_json
-from qriemann.folder.records import RUN, TRAINED_ON, finite
+from qriemann.folder.records import finite
 
 # Settings that may change on resume: they change no step, or the fingerprints of tokens and base cover their effect. Add
 # every new setting here that cannot change a step, or resuming refuses it.
@@ -37,7 +36,6 @@ _FREE_OF_MODEL = re.compile(
     r"_.*|.*name_or_path|.*version|(torch_)?dtype|quantization_config|architectures|use_cache|(pad|bos|eos)_token_id"
     r"|output_.*|return_dict|id2label|label2id|tie_encoder_decoder|task_specific_params|problem_type|is_.*|finetuning_task"
 )
-_RECORDED = ("fingerprint", "quantized", "quant_type", "double_quant", "device", "dtype")
 # What PEFT adds to the names of a base that it wraps.
 _PEFT_NAMES = re.compile(r"^base_model\.model\.|\.(token_adapter|base_layer|original_module)\b")
 # Elements of a tensor that are copied at a time; a whole embedding would take a gigabyte.
@@ -136,21 +134,6 @@ def _as_bytes(tensor: Tensor) -> memoryview:
 def describe_base(model: PreTrainedModel, fingerprint: str | None = None) -> dict[str, Any]:
     """What a record says about the base that an adapter was trained on, for `recorded_base` to find."""
     return {"fingerprint": fingerprint, **_loaded_as(model)}
-
-
-def recorded_base(folder: Path) -> dict[str, Any]:
-    """How the base of the adapter in a folder was loaded when it was trained, as `describe_base` has it.
-
-    Empty where nothing says so: the adapter is from another tool, or was trained by a script and saved outside a checkpoint.
-
-    Args:
-        folder: of a run, of one of its checkpoints, or of an adapter that `export` wrote or `push` uploaded.
-    """
-    manifest = (read_manifest(folder) or {}).get("run", {})
-    for record in (read_json(folder / TRAINED_ON), read_json(folder / RUN).get("model"), manifest.get("loaded")):
-        if isinstance(record, dict) and isinstance(record.get("quantized"), bool):
-            return {key: record.get(key) for key in _RECORDED}
-    return {}
 
 
 def other_base(recorded: Mapping[str, Any], model: PreTrainedModel, name: str) -> str | None:

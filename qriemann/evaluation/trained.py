@@ -17,10 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from qriemann.adapters.saved import SavedAdapter, saved_tokenizer
 from qriemann.base.load import compute_in, load_base
-from qriemann.checkpoints.fingerprints import other_base, recorded_base
+from qriemann.checkpoints.fingerprints import other_base
 from qriemann.device import compute_device, compute_dtype, describe_device
 from qriemann.evaluation.rows import Rows, load_rows
 from qriemann.folder.contents import read_folder
+from qriemann.folder.records import recorded_base
 from qriemann.upstream import was_conv1d
 
 _MAX_LENGTH, _MAX_TOKENS = 1024, 2048

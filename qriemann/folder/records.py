@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import qriemann
-from qriemann.folder.contents import ROWS, curve, read_lines
+from qriemann.folder.contents import ROWS, curve, read_json, read_lines
 from qriemann.folder.files import replace_file, replace_text
 from qriemann.folder.private import hide_credentials
 
@@ -31,6 +31,8 @@ TRAINED_ON = "trained_on.json"
 METRICS, RUN, PLOT, MANIFEST = "metrics.jsonl", "run.json", "loss.png", "manifest.json"
 # The files that say a folder holds a run, and that `overwrite` removes; anything else in the folder is left alone.
 _RUN_FILES = (RUN, METRICS, PLOT, ROWS, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# What they say of the base.
+_OF_THE_BASE = ("fingerprint", "quantized", "quant_type", "double_quant", "device", "dtype")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
@@ -152,3 +154,19 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def recorded_base(folder: Path) -> dict[str, Any]:
+    """How the base of the adapter in a folder was loaded when it was trained, as a run's record has it.
+
+    Empty where nothing says so: the adapter is from another tool, or was trained by a script and saved outside a checkpoint.
+
+    Args:
+        folder: of a run, of one of its checkpoints, or of an adapter that `export` wrote or `push` uploaded.
+    """
+    of_checkpoint = read_json(folder / MANIFEST).get("run")
+    loaded = of_checkpoint.get("loaded") if isinstance(of_checkpoint, dict) else None
+    for record in (read_json(folder / TRAINED_ON), read_json(folder / RUN).get("model"), loaded):
+        if isinstance(record, dict) and isinstance(record.get("quantized"), bool):
+            return {key: record.get(key) for key in _OF_THE_BASE}
+    return {}

@@ -16,11 +16,10 @@ from safetensors.torch import save_file
 
 from qriemann.adapters.saved import LoraFactors, read_adapter
 from qriemann.adapters.spectrum import factored_svd
-from qriemann.checkpoints.fingerprints import recorded_base
 from qriemann.errors import InputError
 from qriemann.evaluation import proof, reload
 from qriemann.folder.files import check_output
-from qriemann.folder.records import TRAINED_ON, write_json
+from qriemann.folder.records import TRAINED_ON, recorded_base, write_json
 from qriemann.release.atomic_folder import Released, move_into_place, written_or_nothing
 from qriemann.upstream import quiet
 

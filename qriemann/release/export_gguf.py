@@ -43,6 +43,7 @@ def export_gguf(
     types: Sequence[str] = ("q8_0", "q4_0"),
     base: str | None = None,
     revision: str | None = None,
+    quantize: str | None = None,
     data: str | None = None,
     max_kl: float | None = None,
     console: Console | None = None,
@@ -55,7 +56,7 @@ def export_gguf(
         to: "gguf" is the model merged with the adapter, one file for each type. "gguf-adapter" is the adapter alone, in
             float32, for llama.cpp's `--lora` on a GGUF file of the base.
         types: of the merged files: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0.
-        base, revision, data, console: as in `merge`.
+        base, revision, quantize, data, console: as in `merge`.
         max_kl: largest mean KL of a file to the trained model that is accepted, nats a token; None is a tenth of the
             untrained base's.
 
@@ -79,7 +80,7 @@ def export_gguf(
     check_output(out)
     saved = read_adapter(adapter)
     with quiet(), written_or_nothing(out) as partial:
-        trained = load_trained(saved, base, revision, console)
+        trained = load_trained(saved, base, revision, console, quantize=quantize)
         layout, tokenizer = Layout(trained.model), trained.tokenizer
         rows = trained.proof_rows(data, console)
         rows = replace(rows, rows=_first(rows.rows, _TOKENS))

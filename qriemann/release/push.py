@@ -23,11 +23,10 @@ from rich.filesize import decimal
 from rich.table import Table
 from safetensors import safe_open
 
-from qriemann.checkpoints.fingerprints import recorded_base
 from qriemann.errors import InputError
 from qriemann.folder.contents import CURVE, GGUF_REPORT, PROOF, ModelFolder, is_hub_id, read_folder
 from qriemann.folder.private import find_private, hide_credentials, without_paths
-from qriemann.folder.records import TRAINED_ON
+from qriemann.folder.records import TRAINED_ON, recorded_base
 from qriemann.release.card import CARD, make_card, write_card
 from qriemann.upstream import quiet
 

@@ -1,4 +1,4 @@
-"""What qriemann relies on in PEFT beyond its public interface. If one of these fails, PEFT has changed: see qriemann/upstream."""
+"""What qriemann relies on in PEFT beyond its public interface; where one fails, PEFT has changed: see qriemann/upstream."""
 
 from __future__ import annotations
 

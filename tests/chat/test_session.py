@@ -1,5 +1,6 @@
 """A conversation against transformers' own generation on the same prompt."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -171,7 +172,9 @@ def test_a_pickled_adapter_is_talked_to_only_where_its_file_is_named(session, ad
 
 
 def test_an_adapter_that_names_no_base_asks_for_one(adapter_folder, tmp_path):
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
+    shutil.copy(adapter_folder / "adapter_model.safetensors", tmp_path)
+    config = json.loads((adapter_folder / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     with pytest.raises(InputError, match="--base"):
         load_session(tmp_path)
 

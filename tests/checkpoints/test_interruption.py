@@ -287,7 +287,7 @@ def test_what_changed_since_the_checkpoint_is_named_and_can_be_allowed_by_name(t
     }
     assert run_cli(tmp_path, changed, "--resume") == 2
     line = capfd.readouterr().err.splitlines()[-1]
-    assert "learning_rate 0.125 instead of 0.02" in line
+    assert "learning_rate 0.125 instead of 0.005" in line
     assert "max_steps 8 instead of 6" in line
     assert "not the base" in line
     assert "logging_steps" not in line

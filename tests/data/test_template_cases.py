@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from qriemann.base.chat_template import render
+from qriemann.data.account import take_account
 from qriemann.data.defects import find_defects
 from qriemann.data.sources import load_sources
 from qriemann.data.tokenized import fingerprint, tokenize_rows
@@ -59,7 +60,7 @@ def test_rows_with_tools_take_the_template_of_that_name(write_rows):
     data = tokenize_rows(*load_sources(str(write_rows(rows))), tokenizer)
     texts = [tokenizer.decode(ids) for ids in data.train["input_ids"]]
     assert ["Use tools." in text for text in texts] == [False, True]
-    assert find_defects(data, tokenizer, tiny_llama(vocabulary=len(tokenizer))) == []
+    assert find_defects(take_account(data, tokenizer, tiny_llama(vocabulary=len(tokenizer)), None), tokenizer) == []
 
 
 def test_named_templates_without_a_default_say_so(write_rows):

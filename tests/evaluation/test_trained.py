@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qriemann.adapters.saved import read_adapter
 from qriemann.chat.session import load_session
-from qriemann.checkpoints.fingerprints import base_fingerprint, recorded_base
+from qriemann.checkpoints.fingerprints import base_fingerprint
 from qriemann.cli import main
 from qriemann.errors import InputError
 from qriemann.evaluation.evaluate import evaluate
 from qriemann.evaluation.trained import Dequantized, load_trained
+from qriemann.folder.records import recorded_base
 from qriemann.release.export import export
 from qriemann.release.merge import merge
 from qriemann.training.train import TrainResult

@@ -8,8 +8,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from qriemann import cli
-from qriemann.checkpoints.fingerprints import recorded_base
 from qriemann.errors import InputError
+from qriemann.folder.records import recorded_base
 from qriemann.release.push import check_push, push
 from tests.models import word_tokenizer
 from tests.release.folders import adapter_folder, merged_folder, records

@@ -77,7 +77,9 @@ def run(settings: dict[str, Any], name: str, *, processes: int, **changes: Any) 
         "dataset_name": settings["rows"],
         "output_dir": str(folder),
         "quantize": "nf4",
-        "lora_r": 4,
+        # DDP makes the factors equal; the offset and the core at S = I are ours to keep equal.
+        "start": "offset",
+        "lora_r": 8,
         "lora_dropout": 0.0,
         "max_steps": STEPS,
         "per_device_train_batch_size": 4 // processes,
@@ -118,7 +120,7 @@ def run_and_resume(settings: dict[str, Any], processes: int) -> dict[str, Any]:
 def drawn_start(seed: int) -> dict[str, torch.Tensor]:
     """The point and the offset of a start that nobody gave a seed."""
     torch.manual_seed(seed)
-    optimizer = OptimizerFactory()(with_lora(tiny_llama(), seed=seed), method="riemannion", lr=1e-3)
+    optimizer = OptimizerFactory()(with_lora(tiny_llama(), seed=seed), method="riemannion", lr=1e-3, start="offset")
     return {f"{p.name}.{i}": part.clone() for p in optimizer.points for i, part in enumerate((*p.point(), *p.offset))}
 
 
