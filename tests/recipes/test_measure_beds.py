@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import yaml
 
 from qriemann import InputError, Riemannion
+from qriemann.optim.methods import METHODS
 from tests.recipe_fixtures import make_tokenizer
 
 MEASURE = Path(__file__).parents[2] / "recipes" / "measure"
@@ -207,3 +208,19 @@ def test_the_plans_of_the_recipes_name_runs(path, tmp_path, monkeypatch):
     runs = [run for plan in beds.read_plans(path) for run in beds.runs_of(plan)]
     assert runs
     assert len({run["key"] for run in runs}) == len(runs)
+
+
+@pytest.mark.slow
+def test_the_default_rate_is_near_the_best_over_a_thousand_steps():
+    bed = models.Bed(models.toy(64, 2, steps=800), 2)
+    bed.keep(models.symbol_rows(["running-sum"], 8256))
+
+    def loss(rate: float) -> float:
+        run = training.Training("riemannion", rate, 1000, rank=8)
+        return training.train(bed, run, range(256, 8256), range(256))["loss"]
+
+    default = METHODS["riemannion"].defaults["lr"].value
+    losses = {rate: loss(rate) for rate in (default, default / 4, 4 * default)}
+    assert losses[default] <= 1.1 * min(losses.values()), losses
+    # It would be no test if every rate did well; this one was the default for so many steps once.
+    assert loss(0.2 / 1000) > 1.1 * losses[default]
