@@ -22,7 +22,7 @@ def on_a_card():
     return importlib.import_module("on_a_card")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_rehearsal_on_the_cpu_finds_every_fact_right(on_a_card, tmp_path):
     path = tmp_path / "out" / "card.json"
     command = [sys.executable, str(MEASURE), "on_a_card", "--device", "cpu", "--json", str(path)]
