@@ -78,6 +78,13 @@ def differences(model: Any, rows: list[Row], recorded: Path) -> Differences:
             agreements.append((reference.argmax(-1) == logits.argmax(-1)).double())
             losses.append(F.nll_loss(log_q, targets, reduction="none"))
             recorded_losses.append(F.nll_loss(log_p, targets, reduction="none"))
+    return summarize(divergences, agreements, losses, recorded_losses)
+
+
+def summarize(
+    divergences: list[Tensor], agreements: list[Tensor], losses: list[Tensor], recorded_losses: list[Tensor]
+) -> Differences:
+    """The figures of all rows, from those of each row's counted tokens."""
     divergence = torch.cat(divergences)
     return Differences(
         mean_kl=divergence.mean().item(),

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from qriemann.base.chat_template import render
 from qriemann.errors import InputError
 from qriemann.evaluation.proof import Recording
-from qriemann.evaluation.reload import Differences
+from qriemann.evaluation.reload import Differences, summarize
 from qriemann.gguf import engine
 
 ENGINE = "xllamacpp"
@@ -166,16 +166,7 @@ def _figures(recording: Recording, tokens: np.ndarray, values: np.ndarray, targe
             recorded_losses.append(-whole.gather(-1, torch.tensor(row["targets"])[:, None])[:, 0])
             largest = max(largest, (log_p - log_q).abs().max().item())
             start = stop
-    divergence = torch.cat(divergences)
-    return Figures(
-        mean_kl=divergence.mean().item(),
-        worst_kl=divergence.max().item(),
-        top_agreement=torch.cat(agreements).mean().item(),
-        loss=torch.cat(losses).mean().item(),
-        recorded_loss=torch.cat(recorded_losses).mean().item(),
-        tokens=divergence.numel(),
-        largest_difference=largest,
-    )
+    return {**summarize(divergences, agreements, losses, recorded_losses), "largest_difference": largest}
 
 
 def _conversations(tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[dict[str, str]], list[int]]]:
