@@ -16,16 +16,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel
-from torch import Tensor, nn
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.adapters.saved_config import CONFIG, read_config, value_for
 from qriemann.adapters.saved_tensors import PICKLE, first_line, stored_tensors
-from qriemann.adapters.targets import shape_of
 from qriemann.base.files import load_tokenizer
 from qriemann.errors import InputError
-from qriemann.upstream import check_target_module_exists
+from qriemann.upstream import quiet
 
 _NAME = re.compile(r"[\w.-]+")
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>[\w.-]+)\.lora_(?P<side>[AB])\.(?P<kind>weight|bias)")
@@ -61,6 +60,7 @@ class SavedAdapter:
     Attributes:
         config: as PEFT reads it.
         layers: the change of each layer, by the module's name in the base.
+        keys: the names of all tensors in its file.
         replaced: whole tensors that were trained (`modules_to_save`, biases), by their name in the base.
         rows: of the embeddings that were trained alone (`trainable_token_indices`): their numbers and values, by the name of
             the tensor in the base.
@@ -68,6 +68,7 @@ class SavedAdapter:
 
     folder: Path
     config: LoraConfig
+    keys: frozenset[str]
     layers: dict[str, LoraFactors]
     replaced: dict[str, Tensor]
     rows: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
@@ -105,43 +106,6 @@ class SavedAdapter:
             raise InputError(f"{self.folder / CONFIG} names no base model; name it with --base")
         return name
 
-    def check_fits(self, model: nn.Module, base: str) -> None:
-        """Raises InputError, naming the first mismatch, unless the adapter and the model have the same layers.
-
-        Args:
-            model: the base.
-            base: its name, for the message.
-        """
-        for name, layer in self.layers.items():
-            expected = (layer.b.shape[0], layer.a.shape[1])
-            try:
-                found = shape_of(model.get_submodule(name))
-            except AttributeError:
-                found = None
-            if found != expected:
-                got = "no such linear layer" if found is None else f"one of {found[0]} x {found[1]}"
-                raise InputError(
-                    f"the base must have every layer of the adapter, {name} of {expected[0]} x {expected[1]} among them, got "
-                    f"{got} in {base}; {_OTHER_BASE}"
-                )
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, tensor in self.replaced.items():
-            shape = tuple(parameters[name].shape) if name in parameters else None
-            if shape != tuple(tensor.shape):
-                raise InputError(
-                    f"the base must have every tensor that was trained whole, {name} of {tuple(tensor.shape)} among them, "
-                    f"got {shape or 'no such tensor'} in {base} (the head of a classifier or a reward model is none of a "
-                    f"language model); {_OTHER_BASE}"
-                )
-        for name, (indices, values) in self.rows.items():
-            shape = tuple(parameters[name].shape) if name in parameters else (0,)
-            if shape[1:] != tuple(values.shape[1:]) or max(indices, default=0) >= shape[0]:
-                raise InputError(
-                    f"the base must have the embeddings whose rows were trained, {name} with row {max(indices)} of "
-                    f"{values.shape[1]} numbers, got {shape} in {base}; {_OTHER_BASE}"
-                )
-        self._check_named(model, base)
-
     def put_on(self, model: PreTrainedModel, base: str) -> PeftModel:
         """The model with the adapter, in eval mode, computed by PEFT.
 
@@ -153,43 +117,27 @@ class SavedAdapter:
             InputError: the adapter does not fit.
         """
         self.grow_vocabulary(model)
-        self.check_fits(model, base)
+        ends = {id(layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+        ends_named = {f"{name}.weight" for name, module in model.named_modules() if id(module) in ends}
         config = copy.copy(self.config)
         # The trained factors replace whatever a start would draw or compute.
         config.init_lora_weights = True
         try:
-            return PeftModel.from_pretrained(model, str(self.folder), config=config).eval()
-        except (RuntimeError, ValueError, OSError, KeyError) as error:
+            with quiet():
+                peft = PeftModel.from_pretrained(model, str(self.folder), config=config).eval()
+        except (RuntimeError, ValueError, OSError, LookupError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise InputError(f"{self.folder} does not fit {base}: {' '.join(lines[:2])}; {_OTHER_BASE}") from error
-
-    def _check_named(self, model: Any, base: str) -> None:
-        """Raises InputError unless the file holds what the configuration names, and nothing else."""
-        config, held = self.config, self.layers.keys()
-        named = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
-        if named != held:
-            missing, extra = sorted(named - held), sorted(held - named)
-            got = f"none for {missing[0]}" if missing else f"factors for {extra[0]}, which is not one of them"
+        # PEFT ignores tensors that are missing or additional. It saves embeddings and head where the vocabulary has grown.
+        asked = get_peft_model_state_dict(peft, save_embedding_layers=False).keys()
+        added = {key for key in self.keys - asked if _name_in_base(key) not in ends_named}
+        if differing := sorted(asked - self.keys) or sorted(added):
+            got = "none for" if differing[0] in asked else "also"
             raise InputError(
-                f"an adapter must have factors for the target_modules of its {CONFIG} in {base}, and for no other layer, got "
-                f"{got} in {self.folder}; copy the adapter again, or {_OTHER_BASE}"
+                f"an adapter must hold the tensors that its {CONFIG} asks for in {base}, and no others, got {got} "
+                f"{differing[0]} in {self.folder}; copy the adapter again, or {_OTHER_BASE}"
             )
-        whole = config.modules_to_save or []
-        for name in whole:
-            if not any(f".{name}." in f".{tensor}" for tensor in self.replaced):
-                raise InputError(
-                    f"{self.folder} holds no tensor of {name}, one of the adapter's modules_to_save; copy the adapter again"
-                )
-        # PEFT also saves the embeddings and the head where the vocabulary has grown.
-        embeddings = {id(layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
-        may_differ = {f"{name}.weight" for name, module in model.named_modules() if id(module) in embeddings}
-        for tensor in self.replaced.keys() - may_differ:
-            is_bias = tensor.endswith(".bias") and config.bias != "none"
-            if not is_bias and not any(f".{name}." in f".{tensor}" for name in whole):
-                raise InputError(
-                    f"{self.folder} replaces {tensor} of the base, which the adapter's {CONFIG} does not name; copy the "
-                    "adapter again"
-                )
+        return peft
 
 
 def read_adapter(path: str | os.PathLike[str], command: str = "merge") -> SavedAdapter:
@@ -205,30 +153,36 @@ def read_adapter(path: str | os.PathLike[str], command: str = "merge") -> SavedA
     """
     path, folder = Path(path).expanduser(), adapter_folder(path)
     config = read_config(folder, command)
+    keys: list[str] = []
     factors: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
     rows: dict[str, tuple[list[int], Tensor]] = {}
     for key, tensor in stored_tensors(folder, pickled=folder != path):
+        if ".original_module." in key:
+            # Of a grown vocabulary PEFT saves what `modules_to_save` replaces as well.
+            continue
+        keys.append(key)
         match, tokens = _FACTOR.fullmatch(key), _TOKENS.fullmatch(key)
         if match is not None and tensor.ndim == (2 if match["kind"] == "weight" else 1):
             side = match["side"] if match["kind"] == "weight" else f"{match['side']} bias"
             factors.setdefault(match["module"], {})[side] = tensor.float()
         elif tokens is not None:
             rows[f"{tokens['module']}.weight"] = _token_rows(tokens["module"], tensor, config, folder)
-        elif ".original_module." in key:
-            # Of a grown vocabulary PEFT saves what `modules_to_save` replaces as well.
-            continue
         elif "lora_" in key or not _NAME.fullmatch(key):
             raise InputError(
                 f"an adapter must be plain LoRA on linear layers, got the tensor {key!r} of {tuple(tensor.shape)} in "
                 f"{folder}; merge it with the tool that trained it"
             )
         else:
-            replaced[_WRAPPED.sub("", key.removeprefix("base_model.model."))] = tensor
+            replaced[_name_in_base(key)] = tensor
     layers = {name: _factors(name, pair, config, folder) for name, pair in sorted(factors.items())}
     if not layers:
         raise InputError(f"{folder} holds no LoRA layer; check the folder")
-    return SavedAdapter(folder, config, layers, replaced, rows)
+    return SavedAdapter(folder, config, frozenset(keys), layers, replaced, rows)
+
+
+def _name_in_base(key: str) -> str:
+    return _WRAPPED.sub("", key.removeprefix("base_model.model."))
 
 
 def adapter_folder(path: str | os.PathLike[str]) -> Path:

@@ -18,79 +18,47 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 
 COMMANDS = ("inspect", "chat", "eval", "merge", "export")
-_ALL = frozenset(COMMANDS)
-_ELSEWHERE = "merge it with the tool that trained it"
 
 
 class Kind(NamedTuple):
-    """Adapters that have one key of their configuration set, and the commands that read them.
+    """Adapters that not every command reads, told by one key of their configuration.
 
     Attributes:
         key: of `adapter_config.json`.
-        found: whether its value makes an adapter one of this kind.
+        instead: what to do with the others.
         commands: that read it; the others refuse it by name.
-        instead: what to do where they do.
+        found: whether the key's value makes an adapter one of this kind.
     """
 
     key: str
-    found: Callable[[Any], bool]
-    commands: frozenset[str] = _ALL
-    instead: str = _ELSEWHERE
+    instead: str = "merge it with the tool that trained it"
+    commands: tuple[str, ...] = ()
+    found: Callable[[Any], bool] = bool
 
     def __str__(self) -> str:
         return self.key
 
 
-# What each command reads. Training tells of what it accepts and some command refuses; see `unread`.
+# Training tells of what it accepts and some command refuses; see `unread`.
 KINDS = (
-    *(
-        Kind(key, bool)
-        for key in (
-            "rank_pattern",
-            "alpha_pattern",
-            "use_rslora",
-            "lora_bias",
-            "bias",
-            "modules_to_save",
-            "trainable_token_indices",
-            # Only says how the base stores its weights, as GPT-2's Conv1D does.
-            "fan_in_fan_out",
-            "ensure_weight_tying",
-            "exclude_modules",
-            "layers_to_transform",
-            "layers_pattern",
-        )
-    ),
     # A sequence classifier, a reward model: its factors are plain, but it is no language model.
     Kind(
         "task_type",
-        lambda task: task not in (None, "CAUSAL_LM"),
-        frozenset({"inspect"}),
         "load and merge it with PEFT's class for that task; inspect shows its factors",
+        ("inspect",),
+        lambda task: task not in (None, "CAUSAL_LM"),
     ),
     # These starts change the base's own weights, which the folder does not hold.
     Kind(
         "init_lora_weights",
-        lambda start: str(start).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")),
-        frozenset(),
         "it changes the base's own weights, so save it as PEFT converts it to plain LoRA",
+        found=lambda start: str(start).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")),
     ),
     # With one of these the trained function is not W + scaling B A on linear layers.
-    *(
-        Kind(key, bool, frozenset())
-        for key in (
-            "alora_invocation_tokens",
-            "arrow_config",
-            "kasa_config",
-            "layer_replication",
-            "megatron_config",
-            "monteclora_config",
-            "target_parameters",
-            "use_bdlora",
-            "use_dora",
-            "use_qalora",
-            "velora_config",
-        )
+    *map(
+        Kind,
+        "alora_invocation_tokens arrow_config kasa_config layer_replication megatron_config monteclora_config "
+        "target_parameters use_bdlora use_dora use_qalora velora_config".split(),
     ),
 )
 # The types of the values that are computed with; PEFT checks none.
@@ -99,7 +67,7 @@ _TYPES = {"r": int, "lora_alpha": int | float, "rank_pattern": dict | None, "alp
 
 def unread(config: Mapping[str, Any]) -> list[Kind]:
     """The kinds of an adapter that not every command reads."""
-    return [kind for kind in KINDS if kind.commands != _ALL and kind.found(config.get(kind.key))]
+    return [kind for kind in KINDS if kind.found(config.get(kind.key))]
 
 
 def check_config(folder: Path, command: str) -> dict[str, Any]:

@@ -181,12 +181,12 @@ def load_trained(
         notes.append(f"warning: the adapter was trained on the base {_how(stored)}, and is read on it {_how(chosen)}")
     if grown := saved.grow_vocabulary(model):
         notes.append(f"note: {grown}")
-    saved.check_fits(model, name)
     tokenizer = _tokenizer(saved, model, tokenizer, notes)
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)
     dequantized = Dequantized(model)
-    untrained = {name: dequantized[name].clone() for name in saved.replaced if name.endswith(".bias")}
+    biases = [name for name in saved.replaced if name.endswith(".bias") and name in dequantized]
+    untrained = {name: dequantized[name].clone() for name in biases}
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     ends = model.get_output_embeddings(), model.get_input_embeddings()
     ties = ends[0] is not None and ends[0].weight is ends[1].weight

@@ -36,14 +36,12 @@ from qriemann.upstream.tuners import replace_peft_functions as replace_peft_func
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraVariant as LoraVariant
-    from peft.tuners.tuners_utils import check_target_module_exists as check_target_module_exists
     from peft.utils.other import get_pattern_key as get_pattern_key
 
-# PEFT calls LoraVariant private: it replaces the forward of any LoRA layer, 4-bit or not, without a subclass. The other two
-# are how PEFT matches layers with the names in a configuration. Contract: tests/adapters/test_peft_contract.py.
+# PEFT calls LoraVariant private: it replaces the forward of any LoRA layer, 4-bit or not, without a subclass. The other
+# is how PEFT matches layers with the names in a configuration. Contract: tests/adapters/test_peft_contract.py.
 _HOME = {
     "LoraVariant": "peft.tuners.lora.layer",
-    "check_target_module_exists": "peft.tuners.tuners_utils",
     "get_pattern_key": "peft.utils.other",
 }
 

@@ -27,6 +27,8 @@ _WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # PEFT warns of trained biases when an adapter is disabled; the evaluation puts the base's own back. Goes when
     # tests/release passes without it.
     ("Careful, disabling adapter layers", UserWarning),
+    # `SavedAdapter.put_on` refuses them by name.
+    ("Found missing adapter keys", UserWarning),
     # PEFT warns of every adapter on a tied layer; what of them cannot be merged or read later is refused by name.
     ("Model has `tie_word_embeddings=True` and a tied layer is part", UserWarning),
 )

@@ -151,20 +151,20 @@ def test_what_is_wrong_with_a_folder_is_one_line(folder, hurt, words):
 UNFIT = {
     "a layer that the file lacks": (
         lambda f: [change(f, name, None) for name in (Q_A, Q_B)],
-        "got none for model.layers.0",
+        "got none for base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
     ),
     "a layer that the configuration does not name": (lambda f: set_keys(f, target_modules=["q_proj"]), "down_proj"),
     "a layer that the base lacks": (
         lambda f: [change(f, name.replace("q_proj", "w_proj"), torch.ones(4, 4)) for name in (Q_A, Q_B)],
-        "no such linear layer",
+        "got also base_model.model.model.layers.0.self_attn.w_proj",
     ),
-    "a factor of another width": (lambda f: change(f, Q_A, torch.ones(4, 63)), "64 x 63"),
+    "a factor of another width": (lambda f: change(f, Q_A, torch.ones(4, 63)), "[4, 63]"),
     "a norm that nobody said was trained": (
         lambda f: change(f, "base_model.model.model.norm.weight", torch.zeros(64)),
         "model.norm.weight",
     ),
     "a head that was announced and is not there": (lambda f: set_keys(f, modules_to_save=["lm_head"]), "lm_head"),
-    "a head of another size": (lambda f: change(f, "base_model.model.lm_head.weight", torch.ones(25, 64)), "(25, 64)"),
+    "a head of another size": (lambda f: change(f, "base_model.model.lm_head.weight", torch.ones(25, 64)), "[25, 64]"),
 }
 
 
