@@ -12,7 +12,6 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -42,15 +41,6 @@ class LoraFactors:
     a: Float[Tensor, "r n"]
     scaling: float
     bias: Float[Tensor, " m"] | None = None
-
-    def add_to(self, weight: Float[Tensor, "m n"], *, transposed: bool) -> Float[Tensor, "m n"]:
-        """The weight with the change, in float32.
-
-        Args:
-            weight: n x m if `transposed`, as a Conv1D has it.
-        """
-        left, right = (self.a.mT, self.b.mT) if transposed else (self.b, self.a)
-        return torch.addmm(weight.float(), left.to(weight.device), right.to(weight.device), alpha=self.scaling)
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,19 @@ KINDS = (
     # With one of these the trained function is not W + scaling B A on linear layers.
     *map(
         Kind,
-        "alora_invocation_tokens arrow_config kasa_config layer_replication megatron_config monteclora_config "
-        "target_parameters use_bdlora use_dora use_qalora velora_config".split(),
+        [
+            "alora_invocation_tokens",
+            "arrow_config",
+            "kasa_config",
+            "layer_replication",
+            "megatron_config",
+            "monteclora_config",
+            "target_parameters",
+            "use_bdlora",
+            "use_dora",
+            "use_qalora",
+            "velora_config",
+        ],
     ),
 )
 # The types of the values that are computed with; PEFT checks none.

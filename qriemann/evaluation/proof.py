@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def load_and_record(
 
 
 def worst_weight(
-    expected: Callable[[str], Tensor], names: Mapping[str, Any], read: Callable[[str], Tensor | None]
+    expected: Callable[[str], Tensor], names: Iterable[str], read: Callable[[str], Tensor | None]
 ) -> tuple[float, str]:
     """The largest relative Frobenius difference of a tensor that was read back, and its name; infinite if one is missing.
 

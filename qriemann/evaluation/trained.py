@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qriemann.adapters.saved import SavedAdapter, saved_tokenizer
 from qriemann.base.load import compute_in, load_base
+from qriemann.base.tensors import Tensors
 from qriemann.checkpoints.fingerprints import other_base
 from qriemann.device import compute_device, compute_dtype, describe_device
 from qriemann.evaluation.rows import Rows, load_rows
@@ -28,40 +29,32 @@ _MAX_LENGTH, _MAX_TOKENS = 1024, 2048
 _RECORDED_BYTES = 2**29
 
 
-class Dequantized(Mapping[str, Tensor]):
+def dequantized_weights(model: PreTrainedModel) -> Tensors:
     """The float weights that a model computes with, 4-bit ones dequantized one at a time.
 
-    Take it before PEFT renames the model's modules.
+    Take them before PEFT renames the model's modules.
     """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._dtype = model.dtype
-        buffers = {
-            f"{prefix}.{name}".lstrip("."): buffer
-            for prefix, module in model.named_modules()
-            for name, buffer in module.named_buffers(recurse=False)
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
             # No checkpoint has the others.
-            if name not in module._non_persistent_buffers_set
-        }
-        self._tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **buffers}
-        # 4-bit layers have the layout of nn.Linear whatever they were quantized from.
-        self._turned = {f"{name}.weight" for name, module in model.named_modules() if was_conv1d(module)}
+            if name not in module._non_persistent_buffers_set:
+                tensors[f"{prefix}.{name}".lstrip(".")] = buffer
+    # 4-bit layers have the layout of nn.Linear whatever they were quantized from.
+    turned = {f"{name}.weight" for name, module in model.named_modules() if was_conv1d(module)}
+    dtype = model.dtype
 
-    def __getitem__(self, name: str) -> Tensor:
+    def read(name: str) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        tensor = self._tensors[name]
+        tensor = tensors[name]
         state = getattr(tensor, "quant_state", None)
         if state is None:
             return tensor.detach()
-        weight = dequantize_4bit(tensor.data, state).to(self._dtype)
-        return weight.mT.contiguous() if name in self._turned else weight
+        weight = dequantize_4bit(tensor.data, state).to(dtype)
+        return weight.mT.contiguous() if name in turned else weight
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+    return Tensors(tensors, read)
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ class Trained:
     peft: PeftModel
     tokenizer: PreTrainedTokenizerBase
     adapter: SavedAdapter
-    dequantized: Dequantized
+    dequantized: Tensors
     lora_layers: dict[str, Any]
     untrained_biases: dict[str, Tensor]
     quantized: bool
@@ -184,7 +177,7 @@ def load_trained(
     tokenizer = _tokenizer(saved, model, tokenizer, notes)
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)
-    dequantized = Dequantized(model)
+    dequantized = dequantized_weights(model)
     biases = [name for name in saved.replaced if name.endswith(".bias") and name in dequantized]
     untrained = {name: dequantized[name].clone() for name in biases}
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from qriemann.adapters.saved import read_adapter
 from qriemann.base.load import load_base
+from qriemann.base.tensors import Tensors
 from qriemann.errors import InputError
 from qriemann.evaluation import proof
 from qriemann.evaluation.proof import Written
@@ -27,11 +28,9 @@ from qriemann.folder.records import write_json
 from qriemann.release.atomic_folder import Released, move_into_place, written_or_nothing
 from qriemann.release.card import write_card
 from qriemann.release.weights import (
-    Checkpoint,
-    Renamed,
-    Untied,
     original_weights,
     quantized_like,
+    read_checkpoint,
     stored_4bit,
     tensor_names,
     write_checkpoint,
@@ -114,8 +113,8 @@ def merge(
                 folder = partial if len(bases) == 1 else partial / name
                 console.print(f"Merging into {name} ...", highlight=False)
                 stored, worst = _write(trained, folder, name, dtype, int(shard_gb * 1e9))
-                bound = _default_max_kl(stored, same_base=name == trained.trained_on) if max_kl is None else max_kl
-                written[name] = Written(folder, name, stored, worst, bound)
+                kind = "other base" if name != trained.trained_on else "float32" if stored == "float32" else "half"
+                written[name] = Written(folder, name, stored, worst, _MAX_KL[kind] if max_kl is None else max_kl)
             described = proof.describe(trained, rows, recording.untrained)
             # Another process is about to load a model, and needs what this one has on the card.
             del trained
@@ -146,43 +145,31 @@ def _check_arguments(bases: Sequence[str] | None, dtype: str | None, max_kl: flo
         raise InputError(f"shard_gb must be > 0, got {shard_gb}")
 
 
-def _check_disk(place: Path, needed: int) -> None:
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise InputError(
-            f"{place} has {free / 1e9:.1f} GB free, and the model needs {needed / 1e9:.1f} GB; name another output, or write "
-            "half precision with --dtype bfloat16"
-        )
-
-
 def _write(
     trained: Trained, folder: Path, into: str, dtype: str | None, shard_bytes: int
 ) -> tuple[str, tuple[float, str]]:
     """Writes one model; the dtype that it has, and the worst tensor read back."""
     folder.mkdir(exist_ok=True)
-    own: Mapping[str, Tensor] = trained.dequantized
-    if into != "nf4-dequantized":
-        own = original_weights(trained.base, trained.revision)
-    # The name that the model has for each tensor: some checkpoints leave out the first part.
-    loaded, prefix = set(trained.dequantized), trained.model.base_model_prefix
-    weights, full_name = own, {name: name if name in loaded else f"{prefix}.{name}" for name in own}
-    if trained.tied is not None:
-        head, embeddings = trained.tied
-        if trained.untied:
-            twin = next(name for name, full in full_name.items() if full == embeddings)
-            weights, full_name[head] = Untied(own, head, twin), head
-        elif head in own:
-            full_name[head] = embeddings
-    modules = tensor_names(trained.adapter.layers, weights, prefix)
-    stored = str(weights[next(iter(modules.values()))].dtype).removeprefix("torch.")
-    name = dtype or ("float32" if into == "nf4-dequantized" else stored)
-    torch_dtype: torch.dtype = getattr(torch, name)
+    weights, full_name = _sources(trained, into)
+    modules = tensor_names(trained.adapter.layers, weights, trained.model.base_model_prefix)
+    stored = torch.float32 if into == "nf4-dequantized" else weights[next(iter(modules.values()))].dtype
+    torch_dtype = getattr(torch, dtype) if dtype else stored
     # In 4 bit: half a byte a weight, and the embeddings in floats.
-    _check_disk(folder, trained.model.num_parameters() * (1 if into == "nf4" else torch_dtype.itemsize))
+    needed = trained.model.num_parameters() * (1 if into == "nf4" else torch_dtype.itemsize)
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise InputError(
+            f"{folder} has {free / 1e9:.1f} GB free, and the model needs {needed / 1e9:.1f} GB; name another output, or "
+            "write half precision with --dtype bfloat16"
+        )
     if into == "nf4":
         stored_as = {full: name for name, full in full_name.items()}
-        source = Renamed(weights, stored_as, trained.dequantized)
+        # What the checkpoint has in another form, such as experts one by one, is taken as it was loaded.
+        source = Tensors(
+            dict.fromkeys([*trained.dequantized, *(trained.tied or ()) * trained.untied]),
+            lambda name: weights[stored_as[name]] if name in stored_as else trained.dequantized[name],
+        )
         expected = _write_4bit(trained, folder, source, torch_dtype, shard_bytes)
+        names: Iterable[str] = source
     else:
         config = copy.deepcopy(trained.model.config)
         if hasattr(config, "quantization_config"):
@@ -192,23 +179,40 @@ def _write(
             config.tie_word_embeddings = False
         config.save_pretrained(folder)
         expected = _write_floats(trained, folder, weights, full_name, torch_dtype if dtype else None, shard_bytes)
+        names = weights
     if trained.model.generation_config is not None:
         # Not save_pretrained: it refuses settings that many a published model has, such as temperature without sampling.
         trained.model.generation_config.to_json_file(folder / "generation_config.json")
     trained.tokenizer.save_pretrained(folder)
-    written = Checkpoint(folder)
+    written = read_checkpoint(folder)
 
     def read(name: str) -> Tensor | None:
         if name not in written:
             return None
         return stored_4bit(written, name) if f"{name}.absmax" in written else written[name]
 
-    names = dict.fromkeys([*trained.dequantized, *(trained.tied or ()) * trained.untied]) if into == "nf4" else weights
-    worst = proof.worst_weight(expected, names, read)
-    for mapping in (own, written):
-        if isinstance(mapping, Checkpoint):
-            mapping.close()
-    return name, worst
+    return str(torch_dtype).removeprefix("torch."), proof.worst_weight(expected, names, read)
+
+
+def _sources(trained: Trained, into: str) -> tuple[Tensors, dict[str, str]]:
+    """The base's weights under the names of its checkpoint, and the model's name for each.
+
+    Where training gave the tied head and embeddings two values, the head has a name of its own.
+    """
+    own = trained.dequantized if into == "nf4-dequantized" else original_weights(trained.base, trained.revision)
+    # Some checkpoints leave out the first part of a name.
+    prefix = trained.model.base_model_prefix
+    full_name = {name: name if name in trained.dequantized else f"{prefix}.{name}" for name in own}
+    if trained.tied is None:
+        return own, full_name
+    head, embeddings = trained.tied
+    if not trained.untied:
+        if head in own:
+            full_name[head] = embeddings
+        return own, full_name
+    twin = next(name for name, full in full_name.items() if full == embeddings)
+    full_name[head] = head
+    return Tensors(full_name, lambda name: own[twin if name == head else name]), full_name
 
 
 def _as_trained(trained: Trained, name: str, stored: Tensor, *, by_peft: bool = False) -> Tensor:
@@ -226,7 +230,8 @@ def _as_trained(trained: Trained, name: str, stored: Tensor, *, by_peft: bool = 
         return tensor if layer.bias is None else tensor.float() + layer.scaling * layer.bias.to(tensor.device)
     if by_peft:
         return tensor.float() + trained.added(module).to(tensor.device)
-    return layer.add_to(tensor, transposed=trained.is_conv1d(module))
+    left, right = (layer.a.mT, layer.b.mT) if trained.is_conv1d(module) else (layer.b, layer.a)
+    return torch.addmm(tensor.float(), left.to(tensor.device), right.to(tensor.device), alpha=layer.scaling)
 
 
 def _write_floats(
@@ -308,8 +313,3 @@ def _write_4bit(
         return dequantize_4bit(fresh.data, fresh.quant_state).cpu()
 
     return expected
-
-
-def _default_max_kl(dtype: str, *, same_base: bool) -> float:
-    precision = "float32" if dtype == "float32" else "half"
-    return _MAX_KL[precision if same_base else "other base"]

@@ -1,4 +1,4 @@
-"""The weights of a model as mappings from a tensor's name to the tensor, and as files.
+"""The weights of a model, read from its files and written to them.
 
 torch is imported when a tensor is read or written: `inspect` looks for a base that may not be there.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import safe_open
 
-from qriemann.adapters.saved_config import refuse_outside
+from qriemann.base.paths import refuse_outside
+from qriemann.base.tensors import Tensors
 from qriemann.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,76 +24,26 @@ if TYPE_CHECKING:
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-class Checkpoint(Mapping[str, "Tensor"]):
-    """The tensors of a safetensors checkpoint, in the order of its files; only one file is mapped at a time."""
+def read_checkpoint(folder: Path) -> Tensors:
+    """The tensors of a safetensors checkpoint; a file is mapped while a tensor of it is in use."""
+    if (folder / _INDEX).is_file():
+        files = json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"]
+        for name, file in files.items():
+            refuse_outside(folder / _INDEX, name, file, "download it again")
+    elif (folder / _SINGLE).is_file():
+        with safe_open(folder / _SINGLE, "pt") as file:
+            files = dict.fromkeys(file.keys(), _SINGLE)
+    else:
+        raise InputError(
+            f"{folder} has neither {_SINGLE} nor its index; load the base with transformers and save it with "
+            "save_pretrained"
+        )
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if (folder / _INDEX).is_file():
-            files = json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"]
-            for name, file in files.items():
-                refuse_outside(folder / _INDEX, name, file, "download it again")
-            self._files = dict(sorted(files.items(), key=lambda item: item[1]))
-        elif (folder / _SINGLE).is_file():
-            with safe_open(folder / _SINGLE, "pt") as file:
-                self._files = dict.fromkeys(file.keys(), _SINGLE)
-        else:
-            raise InputError(
-                f"{folder} has neither {_SINGLE} nor its index; load the base with transformers and save it with "
-                "save_pretrained"
-            )
-        self._opened: tuple[str, Any] | None = None
+    def read(name: str) -> Tensor:
+        with safe_open(folder / files[name], "pt") as file:
+            return file.get_tensor(name)
 
-    def __getitem__(self, name: str) -> Tensor:
-        file = self._files[name]
-        if self._opened is None or self._opened[0] != file:
-            self._opened = (file, safe_open(self.folder / file, "pt"))
-        return self._opened[1].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def close(self) -> None:
-        """Unmaps the file, whose pages count as memory of this process while it is mapped."""
-        self._opened = None
-
-
-class Untied(Mapping[str, "Tensor"]):
-    """The weights of a model with tied embeddings, and its output head beside them under a name of its own."""
-
-    def __init__(self, weights: Mapping[str, Tensor], head: str, embeddings: str) -> None:
-        self._weights, self._head, self._embeddings = weights, head, embeddings
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._weights[self._embeddings if name == self._head else name]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from (name for name in self._weights if name != self._head)
-        yield self._head
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-class Renamed(Mapping[str, "Tensor"]):
-    """Weights under the names that a model has for them, and what the checkpoint has in another form as it was loaded."""
-
-    def __init__(
-        self, weights: Mapping[str, Tensor], stored_as: Mapping[str, str], loaded: Mapping[str, Tensor]
-    ) -> None:
-        self._weights, self._stored_as, self._loaded = weights, stored_as, loaded
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._weights[self._stored_as[name]] if name in self._stored_as else self._loaded[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._loaded)
-
-    def __len__(self) -> int:
-        return len(self._loaded)
+    return Tensors(files, read)
 
 
 def write_checkpoint(
@@ -118,7 +69,7 @@ def write_checkpoint(
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def original_weights(base: str, revision: str | None = None) -> Mapping[str, Tensor]:
+def original_weights(base: str, revision: str | None = None) -> Tensors:
     """The weights of a base before any quantization of ours.
 
     Args:
@@ -131,15 +82,15 @@ def original_weights(base: str, revision: str | None = None) -> Mapping[str, Ten
     path = Path(base).expanduser()
     if _is_gguf(base):
         from qriemann.base.load import load_base
-        from qriemann.evaluation.trained import Dequantized
+        from qriemann.evaluation.trained import dequantized_weights
 
-        return Dequantized(load_base(base, quantize=None, dtype="float32", device="cpu")[0])
+        return dequantized_weights(load_base(base, quantize=None, dtype="float32", device="cpu")[0])
     folder = path if path.is_dir() else _download(base, revision)
     if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
         raise InputError(
             f"the base {base!r} is stored quantized; name the original model with --base, or merge into nf4-dequantized"
         )
-    return Checkpoint(folder)
+    return read_checkpoint(folder)
 
 
 def _is_gguf(base: str) -> bool:

@@ -19,7 +19,7 @@ from qriemann.checkpoints.fingerprints import base_fingerprint
 from qriemann.cli import main
 from qriemann.errors import InputError
 from qriemann.evaluation.evaluate import evaluate
-from qriemann.evaluation.trained import Dequantized, load_trained
+from qriemann.evaluation.trained import dequantized_weights, load_trained
 from qriemann.folder.records import recorded_base
 from qriemann.release.export import export
 from qriemann.release.merge import merge
@@ -124,7 +124,7 @@ def test_4_bit_weights_are_those_of_training(record: dict[str, Any], base: Path,
     (folder / "run.json").write_text(json.dumps({"model": loaded_as}))
     trained = loaded(folder)
     assert not trained.notes
-    right = Dequantized(expected)
+    right = dequantized_weights(expected)
     assert set(trained.dequantized) == set(right)
     for name in right:
         # A proof computes with the weights of training, in float32.

@@ -22,11 +22,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import qriemann
+from qriemann.base.tensors import Tensors
 from qriemann.cli import main
 from qriemann.errors import InputError
 from qriemann.release.atomic_folder import move_into_place, written_or_nothing
 from qriemann.release.merge import merge
-from qriemann.release.weights import Checkpoint, write_checkpoint
+from qriemann.release.weights import read_checkpoint, write_checkpoint
 from tests.models import fill_lora, relative
 from tests.recipe_fixtures import make_tokenizer
 from tests.release.conftest import Merged, greedy_elsewhere, save_adapter, save_chat_base
@@ -58,7 +59,7 @@ def files(folder: Path) -> set[str]:
 def test_merge_adds_the_adapter_to_the_original_weights_and_keeps_every_other_byte(
     base: Path, adapter: Path, merged: Merged
 ):
-    before, after = Checkpoint(base), Checkpoint(merged.result.folder / "original")
+    before, after = read_checkpoint(base), read_checkpoint(merged.result.folder / "original")
     assert set(before) == set(after)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "_proj." in name}
@@ -91,7 +92,7 @@ def test_merge_back_into_4_bit_keeps_more_of_the_adapter_than_quantizing_the_deq
         weight = model.get_submodule(Q_PROJ).weight
         return dequantize_4bit(weight.data, weight.quant_state).double()
 
-    original = Checkpoint(base)[f"{Q_PROJ}.weight"].double()
+    original = read_checkpoint(base)[f"{Q_PROJ}.weight"].double()
     fresh = dequantize_4bit(*quantize_4bit((dequantized(untrained) + change).float(), quant_type="nf4")).double()
 
     def kept(weight: Tensor, start: Tensor) -> float:
@@ -159,34 +160,34 @@ def test_a_base_in_half_precision_and_several_files_is_merged_in_float32_and_rou
     assert len(paths) > 2
     assert all(path.stat().st_size < 6e4 for path in paths)
     name = f"{Q_PROJ}.weight"
-    exact = Checkpoint(base)[name].float() + dense_change(adapter, Q_PROJ).float()
-    merged = Checkpoint(result.folder)[name]
+    exact = read_checkpoint(base)[name].float() + dense_change(adapter, Q_PROJ).float()
+    merged = read_checkpoint(result.folder)[name]
     assert merged.dtype == torch.bfloat16
     # A sum in another order rounds to the neighbour now and then.
     assert (merged == exact.bfloat16()).float().mean() > 0.999
 
 
-def forget_one(tensors: dict[str, Tensor], change: Tensor, other: Checkpoint) -> None:
+def forget_one(tensors: dict[str, Tensor], change: Tensor, other: Tensors) -> None:
     tensors[f"{Q_PROJ}.weight"] -= change
 
 
-def forget_scaling(tensors: dict[str, Tensor], change: Tensor, other: Checkpoint) -> None:
+def forget_scaling(tensors: dict[str, Tensor], change: Tensor, other: Tensors) -> None:
     tensors[f"{Q_PROJ}.weight"] -= change / 2
 
 
-def transpose(tensors: dict[str, Tensor], change: Tensor, other: Checkpoint) -> None:
+def transpose(tensors: dict[str, Tensor], change: Tensor, other: Tensors) -> None:
     tensors[f"{Q_PROJ}.weight"] += change.mT - change
 
 
-def disturb_a_norm(tensors: dict[str, Tensor], change: Tensor, other: Checkpoint) -> None:
+def disturb_a_norm(tensors: dict[str, Tensor], change: Tensor, other: Tensors) -> None:
     tensors["model.norm.weight"][0] += 0.01
 
 
-def lose_one(tensors: dict[str, Tensor], change: Tensor, other: Checkpoint) -> None:
+def lose_one(tensors: dict[str, Tensor], change: Tensor, other: Tensors) -> None:
     del tensors[f"{Q_PROJ}.weight"]
 
 
-def take_another_revision(tensors: dict[str, Tensor], change: Tensor, other: Checkpoint) -> None:
+def take_another_revision(tensors: dict[str, Tensor], change: Tensor, other: Tensors) -> None:
     tensors |= {name: other[name] for name in other if name != f"{Q_PROJ}.weight"}
     tensors[f"{Q_PROJ}.weight"] = other[f"{Q_PROJ}.weight"] + change
 
@@ -203,7 +204,7 @@ def test_a_damaged_merge_is_rejected(damage: Callable, into: Any, base: Path, ad
         write_checkpoint(folder, *arguments)
         path = folder / "model.safetensors"
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        damage(tensors, dense_change(adapter, Q_PROJ).float(), Checkpoint(other))
+        damage(tensors, dense_change(adapter, Q_PROJ).float(), read_checkpoint(other))
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
     monkeypatch.setattr("qriemann.release.merge.write_checkpoint", write_and_damage)
@@ -273,7 +274,7 @@ def test_an_output_with_something_in_it_is_left_alone(adapter: Path, tmp_path, c
 
 def test_a_base_that_does_not_fit_or_is_gone_is_one_line_and_leaves_nothing(adapter: Path, tmp_path, capsys):
     other = save_chat_base(tmp_path / "other", intermediate_size=80)
-    for base, named in ((other, "64 x 80"), (tmp_path / "gone", "gone")):
+    for base, named in ((other, "[80, 4]"), (tmp_path / "gone", "gone")):
         capsys.readouterr()
         assert main(["merge", str(adapter), str(tmp_path / "out"), "--base", str(base)]) == 2
         message = capsys.readouterr().err

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from qriemann.adapters.spectrum import LayerSpectrum, read_spectra
 from qriemann.cli import main
 from qriemann.release.inspect import dead, inspect, saturated
-from qriemann.release.weights import Checkpoint
+from qriemann.release.weights import read_checkpoint
 from tests.release.folders import plain_adapter
 
 
 def test_the_spectrum_is_that_of_the_dense_change_relative_to_the_weight(base: Path, adapter: Path, tmp_path):
     tensors = load_file(adapter / "adapter_model.safetensors")
-    weights = Checkpoint(base)
+    weights = read_checkpoint(base)
     spectra = inspect(adapter, plot=tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
         colors = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)
