@@ -65,10 +65,11 @@ def _exit_status(run: Callable[[], int], *, debug: bool) -> int:
         print(f"qriemann: this needs the package {name}, which is not installed; pip install {name}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if debug or not _is_shortage(error):
-            raise
-        from qriemann.device import describe_shortage
+        # Late: it imports torch.
+        from qriemann.device import describe_shortage, is_out_of_memory
 
+        if debug or not is_out_of_memory(error):
+            raise
         print(
             f"qriemann: out of memory: {describe_shortage(error)}; end what else uses it, or take a smaller batch or model",
             file=sys.stderr,
@@ -77,14 +78,6 @@ def _exit_status(run: Callable[[], int], *, debug: bool) -> int:
     except KeyboardInterrupt as error:
         print("qriemann: interrupted", file=sys.stderr)
         return getattr(error, "exit_status", 130)
-
-
-def _is_shortage(error: BaseException) -> bool:
-    if "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
-    from qriemann.device import is_out_of_memory
-
-    return is_out_of_memory(error)
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -9,8 +9,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, pre_tokenizers
@@ -106,6 +108,39 @@ def variants(model: nn.Module) -> dict[str, tuple[nn.Module, FixedRankParameter]
         for name, module in model.named_modules()
         if isinstance(getattr(module, "lora_variant", {}).get("default"), FixedRankVariant)
     }
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """`tiny_llama` with the values that the 4-bit weights of `model`, with an adapter or without, stand for."""
+    reference = tiny_llama()
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            reference.get_parameter(f"{plain}.weight").data = weight.clone()
+    return reference
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Every byte of the model: packed weights and their quantization state, parameters, buffers, points and offsets."""
+    kept = {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            kept |= {f"{name}.{k}": v.clone() for k, v in module.weight.quant_state.as_dict(packed=True).items()}
+    for name, (_, point) in variants(model).items():
+        parts = [*point.point(), *(point.offset or ())]
+        kept |= {f"{name}.lora_{index}": part.clone() for index, part in enumerate(parts)}
+    return kept
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Tensor], *, frozen: bool = False) -> None:
+    """That the model is what `snapshot` saw; with `frozen`, all of it but the adapter."""
+    after = snapshot(model)
+    assert frozen or after.keys() == before.keys()
+    for name, value in before.items():
+        if not frozen or "lora_" not in name:
+            assert value.dtype == after[name].dtype, name
+            assert torch.equal(value, after[name]), name
 
 
 def token_batch(seed: int = 4, rows: int = 2, length: int = 9, vocabulary: int = 24) -> Tensor:

@@ -104,9 +104,7 @@ def _attach_layer(
     pending = module._fixed_rank_loaded.pop(adapter, None)
     offset = None
     if pending is not None:
-        current, frozen = ((b, a) for b, a in pending)
-        point = point_from_factors(*current, generator)
-        offset = _move(point_from_factors(*frozen, generator), u.device)
+        point, offset = (_move(part, u.device) for part in pending)
     elif start == "offset" and not u.detach().any():
         point = FixedRankPoint(
             random_orthonormal(module.out_features, rank, generator),
@@ -254,15 +252,14 @@ def _take_saved_factors(module: Any, state_dict: dict[str, Any], prefix: str, *a
             b = b * math.sqrt(2)
             if (key_bias := f"{prefix}lora_B.{adapter}.bias") in state_dict:
                 state_dict[key_bias] = state_dict[key_bias] * math.sqrt(2)
-        current, frozen = (b[:, :rank], a[:rank]), (-b[:, rank:], a[rank:])
+        generator = torch.Generator().manual_seed(0)
+        point = point_from_factors(b[:, :rank], a[:rank], generator)
+        offset = point_from_factors(-b[:, rank:], a[rank:], generator) if with_offset else None
         if attached:
-            generator = torch.Generator().manual_seed(0)
-            device = variant.point.u.device
-            variant.point.assign(_move(point_from_factors(*current, generator), device))
-            if with_offset:
-                variant.point.offset = _move(point_from_factors(*frozen, generator), device)
+            variant.point.assign(_move(point, variant.point.u.device))
+            variant.point.offset = offset and _move(offset, variant.point.u.device)
         else:
-            module._fixed_rank_loaded[adapter] = (current, frozen)
+            module._fixed_rank_loaded[adapter] = (point, offset)
         # PEFT then loads the layer's own factors, which have the shapes that it expects.
         module_b, module_a = module.lora_B[adapter].weight, module.lora_A[adapter].weight
         state_dict[key_b], state_dict[key_a] = module_b.detach().clone(), module_a.detach().clone()

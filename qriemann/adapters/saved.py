@@ -1,35 +1,28 @@
 """A saved LoRA adapter, trained by any tool: what it adds to each weight of its base.
 
-Every command that reads an adapter's folder reads it here. Refused, with the reason in one line, are pickles that were not
-named, incomplete files, numbers that are not finite, shapes and ranks that do not match, and missing or additional layers.
+Every command that puts an adapter on its base reads it here; `saved_tensors` and `saved_config` say what is refused.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qriemann.adapters.saved_config import CONFIG, read_config, value_for
-from qriemann.adapters.saved_tensors import PICKLE, first_line, stored_tensors
+from qriemann.adapters.saved_config import CONFIG, check_config
+from qriemann.adapters.saved_tensors import adapter_folder, first_line, name_in_base, read_content
 from qriemann.base.files import load_tokenizer
 from qriemann.errors import InputError
 from qriemann.upstream import quiet
 
-_NAME = re.compile(r"[\w.-]+")
-_FACTOR = re.compile(r"base_model\.model\.(?P<module>[\w.-]+)\.lora_(?P<side>[AB])\.(?P<kind>weight|bias)")
-_TOKENS = re.compile(r"base_model\.model\.(?P<module>[\w.-]+)\.token_adapter\.trainable_tokens_delta")
-# What PEFT puts into the names of tensors of a module that it wraps.
-_WRAPPED = re.compile(r"\.(token_adapter|base_layer|modules_to_save)\b")
 _OTHER_BASE = "name the base that the adapter was trained on with --base"
 
 
@@ -120,7 +113,7 @@ class SavedAdapter:
             raise InputError(f"{self.folder} does not fit {base}: {' '.join(lines[:2])}; {_OTHER_BASE}") from error
         # PEFT ignores tensors that are missing or additional. It saves embeddings and head where the vocabulary has grown.
         asked = get_peft_model_state_dict(peft, save_embedding_layers=False).keys()
-        added = {key for key in self.keys - asked if _name_in_base(key) not in ends_named}
+        added = {key for key in self.keys - asked if name_in_base(key) not in ends_named}
         if differing := sorted(asked - self.keys) or sorted(added):
             got = "none for" if differing[0] in asked else "also"
             raise InputError(
@@ -142,43 +135,22 @@ def read_adapter(path: str | os.PathLike[str], command: str = "merge") -> SavedA
         InputError: there is no adapter, or it is of a kind that the command does not read; the message says why.
     """
     path, folder = Path(path).expanduser(), adapter_folder(path)
-    config = read_config(folder, command)
-    keys: list[str] = []
-    factors: dict[str, dict[str, Tensor]] = {}
-    replaced: dict[str, Tensor] = {}
-    rows: dict[str, tuple[list[int], Tensor]] = {}
-    for key, tensor in stored_tensors(folder, pickled=folder != path):
-        if ".original_module." in key:
-            # Of a grown vocabulary PEFT saves what `modules_to_save` replaces as well.
-            continue
-        keys.append(key)
-        match, tokens = _FACTOR.fullmatch(key), _TOKENS.fullmatch(key)
-        if match is not None and tensor.ndim == (2 if match["kind"] == "weight" else 1):
-            side = match["side"] if match["kind"] == "weight" else f"{match['side']} bias"
-            factors.setdefault(match["module"], {})[side] = tensor.float()
-        elif tokens is not None:
-            rows[f"{tokens['module']}.weight"] = _token_rows(tokens["module"], tensor, config, folder)
-        elif "lora_" in key or not _NAME.fullmatch(key):
-            raise InputError(
-                f"an adapter must be plain LoRA on linear layers, got the tensor {key!r} of {tuple(tensor.shape)} in "
-                f"{folder}; merge it with the tool that trained it"
-            )
-        else:
-            replaced[_name_in_base(key)] = tensor
-    layers = {name: _factors(name, pair, config, folder) for name, pair in sorted(factors.items())}
-    if not layers:
-        raise InputError(f"{folder} holds no LoRA layer; check the folder")
-    return SavedAdapter(folder, config, frozenset(keys), layers, replaced, rows)
+    content = read_content(path, check_config(folder, command))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # PEFT does not check the types of most values.
+        raise InputError(f"PEFT cannot read {folder / CONFIG}: {first_line(error)}; check the file") from error
+    layers = {
+        name: LoraFactors(_tensor(b), _tensor(a), scaling, None if bias is None else _tensor(bias))
+        for name, (b, a, scaling, bias) in content.layers.items()
+    }
+    replaced = {name: _tensor(array) for name, array in content.replaced.items()}
+    rows = {name: (numbers, _tensor(array)) for name, (numbers, array) in content.rows.items()}
+    return SavedAdapter(folder, config, content.keys, layers, replaced, rows)
 
 
-def _name_in_base(key: str) -> str:
-    return _WRAPPED.sub("", key.removeprefix("base_model.model."))
-
-
-def adapter_folder(path: str | os.PathLike[str]) -> Path:
-    """The path, or the folder of the pickled weights that it names."""
-    path = Path(path).expanduser()
-    return path.parent if path.name == PICKLE and path.is_file() else path
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).float()
 
 
 def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -199,34 +171,3 @@ def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
             f"transformers cannot load the tokenizer in {folder}: {first_line(error)}; remove tokenizer_config.json to use "
             "the base's"
         ) from error
-
-
-def _token_rows(module: str, values: Tensor, config: LoraConfig, folder: Path) -> tuple[list[int], Tensor]:
-    """The numbers of the tokens whose embeddings were trained alone, and these embeddings."""
-    named = config.trainable_token_indices or []
-    if isinstance(named, dict):
-        named = next((numbers for name, numbers in named.items() if f".{module}".endswith(f".{name}")), [])
-    if values.ndim != 2 or len(named) != values.shape[0]:
-        raise InputError(
-            f"an adapter must hold a row for each of the {len(named)} trainable_token_indices of its {CONFIG}, got "
-            f"{tuple(values.shape)} for {module} in {folder}; copy or train it again"
-        )
-    return list(named), values
-
-
-def _factors(name: str, pair: dict[str, Tensor], config: LoraConfig, folder: Path) -> LoraFactors:
-    rank = value_for(config.rank_pattern, name, config.r)
-    bias = pair.pop("B bias", None) if config.lora_bias else None
-    if pair.keys() != {"A", "B"} or not pair["A"].shape[0] == pair["B"].shape[1] == rank:
-        shapes = {f"lora_{side}": tuple(tensor.shape) for side, tensor in sorted(pair.items())}
-        raise InputError(
-            f"every layer must have factors B (m x r) and A (r x n) of the rank r = {rank} that {CONFIG} says, got {shapes} "
-            f"for {name!r} in {folder}; copy or train it again"
-        )
-    alpha = value_for(config.alpha_pattern, name, config.lora_alpha)
-    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    if not math.isfinite(scaling):
-        raise InputError(
-            f"lora_alpha must be finite, got {alpha!r} for {name!r} in {folder / CONFIG}; correct the file"
-        )
-    return LoraFactors(pair["B"], pair["A"], scaling, bias)

@@ -7,13 +7,10 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from qriemann.base.paths import entries, refuse_outside
 from qriemann.errors import InputError
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 CONFIG = "adapter_config.json"
 
@@ -120,22 +117,6 @@ def check_config(folder: Path, command: str) -> dict[str, Any]:
             f"{path}; {instead}"
         )
     return content
-
-
-def read_config(folder: Path, command: str) -> LoraConfig:
-    """The same as PEFT reads it.
-
-    Raises:
-        InputError: as `check_config`, or PEFT refuses it.
-    """
-    from peft import PeftConfig
-
-    check_config(folder, command)
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # PEFT does not check the types of most values.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"PEFT cannot read {folder / CONFIG}: {reason}; check the file") from error
 
 
 def value_for(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:

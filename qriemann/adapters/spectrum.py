@@ -8,22 +8,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from safetensors import deserialize
 
-from qriemann.adapters.saved_config import CONFIG, check_config, value_for
-from qriemann.errors import InputError
-
-_WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.-]+)\.lora_(?P<side>[AB])\.weight")
-# bfloat16, which numpy lacks, is the upper half of a float32.
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+from qriemann.adapters.saved_config import check_config
+from qriemann.adapters.saved_tensors import adapter_folder, read_content
 
 
 @dataclass(frozen=True)
@@ -109,10 +101,12 @@ def read_spectra(path: str | os.PathLike[str]) -> list[LayerSpectrum]:
         InputError: there is no plain LoRA adapter that can be read.
     """
     path = Path(path).expanduser()
+    content = read_content(path, check_config(adapter_folder(path), "inspect"), finite=False)
     # Of one shape together: numpy loops over a batch in C.
     batches: dict[tuple[int, ...], list[tuple[str, np.ndarray, np.ndarray]]] = {}
-    for name, b, a in _pickled(path) if path.name == _PICKLE else _factors(path):
-        batches.setdefault((*b.shape, *a.shape), []).append((name, b, a))
+    for name, layer in content.layers.items():
+        factors = layer.scaling * layer.b.astype(np.float64), layer.a.astype(np.float64)
+        batches.setdefault((*layer.b.shape, *layer.a.shape), []).append((name, *factors))
     spectra = []
     for layers in batches.values():
         names, b_factors, a_factors = zip(*layers, strict=True)
@@ -124,55 +118,3 @@ def read_spectra(path: str | os.PathLike[str]) -> list[LayerSpectrum]:
         spectra += [LayerSpectrum(name, values, a.shape[1]) for name, values in zip(names, sigma.tolist(), strict=True)]
     # Layer 10 comes after layer 9.
     return sorted(spectra, key=lambda layer: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", layer.name)])
-
-
-def _factors(folder: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Name, scaling B and A of each layer, in float64."""
-    config = check_config(folder, "inspect")
-    if not (folder / _WEIGHTS).is_file():
-        raise InputError(f"{folder / _WEIGHTS}: no such file; train or copy the adapter again")
-    factors: dict[str, dict[str, np.ndarray]] = {}
-    for key, tensor in _stored(folder / _WEIGHTS):
-        match = _FACTOR.fullmatch(key)
-        if match is not None and tensor.ndim == 2:
-            factors.setdefault(match["module"], {})[match["side"]] = tensor.astype(np.float64)
-        elif "lora_" in key and not key.endswith(".lora_B.bias"):
-            raise InputError(
-                f"an adapter must be plain LoRA on linear layers, got the tensor {key!r:.80} of {tensor.shape} in {folder}; "
-                "merge it with the tool that trained it"
-            )
-    if not factors:
-        raise InputError(f"an adapter must have a LoRA layer, got none in {folder}; check the folder")
-    for name, pair in factors.items():
-        rank = value_for(config.get("rank_pattern"), name, config["r"])
-        if pair.keys() != {"A", "B"} or not pair["A"].shape[0] == pair["B"].shape[1] == rank:
-            raise InputError(
-                f"{name} must have factors B (m x r) and A (r x n) of the rank r = {rank} that {CONFIG} says, got "
-                f"{ {side: factor.shape for side, factor in sorted(pair.items())} } in {folder}; copy or train it again"
-            )
-        alpha = value_for(config.get("alpha_pattern"), name, config["lora_alpha"])
-        yield name, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) * pair["B"], pair["A"]
-
-
-def _stored(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a safetensors file; bfloat16 as float32."""
-    try:
-        tensors: list[tuple[str, dict[str, Any]]] = deserialize(path.read_bytes())
-    except Exception as error:  # safetensors and the system each have their own
-        raise InputError(f"{path} is not a whole safetensors file: {error}; copy or train it again") from error
-    for key, entry in tensors:
-        dtype = entry["dtype"]
-        if dtype not in _DTYPES:
-            raise InputError(
-                f"{path} must hold {', '.join(_DTYPES)}, got {key!r:.80} as {dtype}; copy or train it again"
-            )
-        array = np.frombuffer(entry["data"], _DTYPES[dtype]).reshape(entry["shape"])
-        yield key, (array.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else array
-
-
-def _pickled(path: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    # Only torch reads a pickle, by an unpickler that makes tensors and nothing else.
-    from qriemann.adapters.saved import read_adapter
-
-    for name, layer in read_adapter(path, "inspect").layers.items():
-        yield name, layer.scaling * layer.b.double().numpy(), layer.a.double().numpy()

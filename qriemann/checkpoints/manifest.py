@@ -94,12 +94,12 @@ def find_content_defect(folder: Path) -> str | None:
     from transformers import TrainerState
     from transformers.trainer_pt_utils import safe_globals
 
-    from qriemann.adapters.saved_tensors import finite_tensors
+    from qriemann.adapters.saved_tensors import stored_tensors
     from qriemann.base.finite import find_not_finite
 
     try:
         for path in sorted(folder.rglob("*.safetensors")):
-            for _ in finite_tensors(path):
+            for _ in stored_tensors(path):
                 pass
     except InputError as error:
         return str(error)

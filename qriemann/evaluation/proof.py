@@ -316,14 +316,11 @@ def _preferred(merged: list[dict[str, Any]], trained_on: str) -> dict[str, str] 
     if not accepted:
         return None
     best, others = accepted[0], accepted[1:]
-    into, why = best["into"], f"mean KL {best['mean_kl']:.2g} nats a token"
+    into, why = best["into"], f"prefer {best['into']}: mean KL {best['mean_kl']:.2g} nats a token"
     if others:
-        against = " and ".join(f"{other['mean_kl']:.2g} for {other['into']}" for other in others)
-        return {"into": into, "why": f"prefer {into}: {why} against {against}"}
-    if into == trained_on:
-        return {"into": into, "why": f"{into} is the base to prefer: the adapter was trained on it; {why}"}
-    return {
-        "into": into,
-        "why": f"only {into} was measured: {why}; the adapter was trained on {trained_on}, so compare with "
-        f"--into {trained_on} before you choose",
-    }
+        why += " against " + " and ".join(f"{other['mean_kl']:.2g} for {other['into']}" for other in others)
+    elif into == trained_on:
+        why += "; the adapter was trained on it"
+    else:
+        why += f"; the adapter was trained on {trained_on}, so compare with --into {trained_on} before you choose"
+    return {"into": into, "why": why}

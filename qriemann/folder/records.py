@@ -12,14 +12,14 @@ import math
 import platform
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import qriemann
-from qriemann.folder.contents import ROWS, curve, read_json, read_lines
-from qriemann.folder.files import replace_file, replace_text
+from qriemann.folder.contents import CURVE, ROWS, read_json, read_lines
+from qriemann.folder.files import replace_text
 from qriemann.folder.private import hide_credentials
 
 # The command line looks for an earlier run before it waits for torch, which takes seconds to import.
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 # How the base of an adapter was loaded in training, for a folder without the run's own records.
 TRAINED_ON = "trained_on.json"
-METRICS, RUN, PLOT, MANIFEST = "metrics.jsonl", "run.json", "loss.png", "manifest.json"
+METRICS, RUN, MANIFEST = "metrics.jsonl", "run.json", "manifest.json"
 # The files that say a folder holds a run, and that `overwrite` removes; anything else in the folder is left alone.
-_RUN_FILES = (RUN, METRICS, PLOT, ROWS, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_RUN_FILES = (RUN, METRICS, CURVE, ROWS, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # What they say of the base.
 _OF_THE_BASE = ("fingerprint", "quantized", "quant_type", "double_quant", "device", "dtype")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -94,25 +94,6 @@ def rewind_metrics(folder: Path, step: int) -> None:
     """Keeps the records up to a step: a resumed run repeats the steps after its checkpoint and logs them again."""
     kept = [record for record in read_metrics(folder) if record["step"] <= step and "train_runtime" not in record]
     replace_text(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def plot_losses(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Draws training and held-out loss over the steps."""
-    # Figure alone draws with Agg; pyplot would choose a backend for the whole process.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for key, label, marker in (("loss", "training", ""), ("eval_loss", "held out", "o")):
-        points = curve(records, key)
-        if points:
-            axes.plot(*zip(*points, strict=True), marker=marker or None, markersize=4, label=label)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
-    axes.grid(visible=True, alpha=0.3)
-    if axes.has_data():
-        axes.legend()
-    replace_file(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
 
 
 def environment(device: torch.device) -> dict[str, Any]:

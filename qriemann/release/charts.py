@@ -1,18 +1,21 @@
-"""The pictures of a report, as SVG text to be put into a page: readable without a network, sharp at any size."""
+"""The pictures of a report, as SVG text for its page, and of a run and `inspect`, as PNG files."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qriemann.adapters.spectrum import LayerSpectrum, group_by_kind
 from qriemann.folder.contents import curve
+from qriemann.folder.files import replace_file
 
 # Colours that differ in lightness too, for those who cannot tell red from green [Okabe and Ito 2008].
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
 # (title, unit, logarithmic, [(key of the record, name of the line, colour, marker)])
-_CURVES: tuple[tuple[str, str, bool, tuple[tuple[str, str, str, str], ...]], ...] = (
+_Curve = tuple[str, str, bool, tuple[tuple[str, str, str, str], ...]]
+_CURVES: tuple[_Curve, ...] = (
     (
         "Loss",
         "nats a token",
@@ -32,30 +35,39 @@ def draw_curves(metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
     Each line is a group whose id is `curve-KEY`.
     """
-    drawn = []
-    for title, unit, logarithmic, lines in _CURVES:
-        points = {key: curve(metrics, key) for key, *_ in lines}
-        if not any(points.values()):
-            continue
-        figure = _figure(6.4, 3.0)
-        axes = figure.add_subplot()
-        for key, name, colour, marker in lines:
-            if points[key]:
-                steps, values = zip(*points[key], strict=True)
-                # A line through one point is invisible.
-                shown = marker or ("o" if len(steps) == 1 else None)
-                (line,) = axes.plot(steps, values, color=colour, marker=shown, markersize=4, linewidth=1.5, label=name)
-                line.set_gid(f"curve-{key}")
-        if logarithmic and all(value > 0 for pairs in points.values() for _, value in pairs):
-            axes.set_yscale("log")
-        elif not logarithmic:
-            axes.set_ylim(bottom=0)
-        axes.set_xlabel("step")
-        axes.set_ylabel(unit)
-        if len(lines) > 1:
-            axes.legend(frameon=False)
-        drawn.append((title, as_svg(figure)))
-    return drawn
+    figures = ((drawn[0], _curve_figure(metrics, drawn)) for drawn in _CURVES)
+    return [(title, as_svg(figure)) for title, figure in figures if figure is not None]
+
+
+def plot_losses(path: Path, metrics: list[dict[str, Any]]) -> None:
+    """Draws training and held-out loss over the steps as a PNG file."""
+    figure = _curve_figure(metrics, _CURVES[0]) or _figure(6.4, 3.0)
+    replace_file(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
+
+
+def _curve_figure(metrics: list[dict[str, Any]], drawn: _Curve) -> Any | None:
+    _, unit, logarithmic, lines = drawn
+    points = {key: curve(metrics, key) for key, *_ in lines}
+    if not any(points.values()):
+        return None
+    figure = _figure(6.4, 3.0)
+    axes = figure.add_subplot()
+    for key, name, colour, marker in lines:
+        if points[key]:
+            steps, values = zip(*points[key], strict=True)
+            # A line through one point is invisible.
+            shown = marker or ("o" if len(steps) == 1 else None)
+            (line,) = axes.plot(steps, values, color=colour, marker=shown, markersize=4, linewidth=1.5, label=name)
+            line.set_gid(f"curve-{key}")
+    if logarithmic and all(value > 0 for pairs in points.values() for _, value in pairs):
+        axes.set_yscale("log")
+    elif not logarithmic:
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel(unit)
+    if len(lines) > 1:
+        axes.legend(frameon=False)
+    return figure
 
 
 def spectrum_figure(spectra: Sequence[LayerSpectrum]) -> Any:

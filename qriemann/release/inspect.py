@@ -64,29 +64,22 @@ def inspect(
     return spectra
 
 
-def dead(spectra: list[LayerSpectrum]) -> list[str]:
-    """Names of the layers that training left where they were."""
-    middle = statistics.median(spectrum.norm for spectrum in spectra)
-    return [spectrum.name for spectrum in spectra if spectrum.norm <= _DEAD * middle]
-
-
-def saturated(spectra: list[LayerSpectrum]) -> list[str]:
-    """Names of the layers that use every direction they have."""
-    return [s.name for s in spectra if s.rank > 1 and s.effective_rank >= _SATURATED * s.rank]
-
-
 def remarks(spectra: list[LayerSpectrum]) -> list[str]:
-    """One sentence for each flag."""
+    """One sentence for each flag: layers that training left where they were, and those that use every direction they have."""
+    middle = statistics.median(spectrum.norm for spectrum in spectra)
     flags = {
-        f"dead (below {_DEAD:g} of the median layer's norm)": dead(spectra),
+        f"dead (below {_DEAD:g} of the median layer's norm)": [s for s in spectra if s.norm <= _DEAD * middle],
         f"saturated (effective rank at least {_SATURATED:.0%} of the rank: usual for methods that orthogonalize their steps, "
-        "such as Riemannion; with AdamW a sign that a higher rank may find more)": saturated(spectra),
+        "such as Riemannion; with AdamW a sign that a higher rank may find more)": [
+            s for s in spectra if s.rank > 1 and s.effective_rank >= _SATURATED * s.rank
+        ],
     }
     lines = []
-    for what, names in flags.items():
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"{len(names)} of {len(spectra)} layers are {what}: {', '.join(names[:3])}{more}")
+    for what, layers in flags.items():
+        if layers:
+            more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+            names = ", ".join(layer.name for layer in layers[:3])
+            lines.append(f"{len(layers)} of {len(spectra)} layers are {what}: {names}{more}")
     return lines or ["no layer is dead, none is saturated"]
 
 

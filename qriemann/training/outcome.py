@@ -16,7 +16,7 @@ from qriemann.checkpoints.fingerprints import describe_base
 from qriemann.config.arguments import describe_settings
 from qriemann.data.tokenized import trained_token_count
 from qriemann.folder import records
-from qriemann.folder.contents import curve, read_json
+from qriemann.folder.contents import CURVE, curve, read_json
 from qriemann.training.display import summary_table
 from qriemann.training.monitor import Monitor
 from qriemann.training.prepare import Prepared
@@ -152,7 +152,7 @@ def show_result(result: TrainResult, console: Console) -> None:
         ("orthonormality drift", _number(result.orthonormality_drift, "{:.1e}")),
         ("wall clock", f"{result.wall_clock_s:.0f} s"),
         ("adapter", f"{result.output_dir}{kept}"),
-        ("records", f"report.html, {records.METRICS}, {records.RUN}, {records.PLOT}"),
+        ("records", f"report.html, {records.METRICS}, {records.RUN}, {CURVE}"),
     ]
     console.print(summary_table(rows, title="run finished"))
 

@@ -24,10 +24,11 @@ from qriemann.device import explaining_memory
 from qriemann.distributed import is_main_process, run_on_main
 from qriemann.errors import InputError
 from qriemann.folder import records
-from qriemann.folder.contents import ROWS
+from qriemann.folder.contents import CURVE, ROWS
 from qriemann.folder.lock import hold
 from qriemann.memory.auto_batch import AutoBatch, BatchFit
 from qriemann.memory.dry_run import DryRun, cheapest_change
+from qriemann.release.charts import plot_losses
 from qriemann.training.display import PlainView, make_view, no_view
 from qriemann.training.monitor import Monitor
 from qriemann.training.outcome import TrainResult, describe_run, figures, show_result, since, summarize
@@ -137,7 +138,7 @@ class _Recorder:
         save_adapter(self.trainer, self.folder)
 
     def _finish(self, result: TrainResult) -> None:
-        records.plot_losses(self.folder / records.PLOT, records.read_metrics(self.folder))
+        plot_losses(self.folder / CURVE, records.read_metrics(self.folder))
         ended = {"status": "finished", "wall_clock_s": result.wall_clock_s, "result": figures(result)}
         records.write_run(self.folder, {**self._told(), **ended})
         if self.prepared.settings.display != "none":

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from peft.utils.other import get_pattern_key as get_pattern_key
 
 # PEFT calls LoraVariant private: it replaces the forward of any LoRA layer, 4-bit or not, without a subclass. The other
-# is how PEFT matches layers with the names in a configuration. Contract: tests/adapters/test_peft_contract.py.
+# is how PEFT matches layers with the names in a configuration. tests/adapters/test_layer.py and test_experts.py.
 _HOME = {
     "LoraVariant": "peft.tuners.lora.layer",
     "get_pattern_key": "peft.utils.other",

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from qriemann.upstream.noise import replaced
+
 
 @contextmanager
 def today_is(day: datetime.date) -> Iterator[None]:
@@ -21,12 +23,9 @@ def today_is(day: datetime.date) -> Iterator[None]:
     """
     from transformers.utils import chat_template_utils as module
 
-    clock = module.datetime
-    module.datetime = SimpleNamespace(now=lambda: datetime.datetime.combine(day, datetime.time()))
-    try:
+    clock = SimpleNamespace(now=lambda: datetime.datetime.combine(day, datetime.time()))
+    with replaced(module, "datetime", clock):
         yield
-    finally:
-        module.datetime = clock
 
 
 @contextmanager
@@ -43,11 +42,8 @@ def literal_folders() -> Iterator[None]:
     def literal(pattern: str, base_path: str, *args: Any, **options: Any) -> list[str]:
         return resolve(pattern, base_path if "://" in base_path else glob.escape(base_path), *args, **options)
 
-    module.resolve_pattern = literal
-    try:
+    with replaced(module, "resolve_pattern", literal):
         yield
-    finally:
-        module.resolve_pattern = resolve
 
 
 @contextmanager
@@ -65,9 +61,8 @@ def gguf_parsed_once(parts: Sequence[Path] = ()) -> Iterator[None]:
     import numpy as np
 
     gguf: Any = importlib.import_module("gguf")
-    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
 
-    class ArrayReader(reader):  # type: ignore[misc, valid-type]
+    class ArrayReader(gguf.GGUFReader):  # type: ignore[misc, valid-type]
         def __init__(self, path: str, *args: Any) -> None:
             super().__init__(path, *args)
             if parts and Path(path) == parts[0]:
@@ -81,9 +76,9 @@ def gguf_parsed_once(parts: Sequence[Path] = ()) -> Iterator[None]:
         def data(self, file: np.memmap) -> None:
             self._array = file.view(np.ndarray)
 
-    gguf.GGUFReader = functools.lru_cache(maxsize=1)(ArrayReader)
-    gguf.get_tensor_name_map = functools.lru_cache(maxsize=1)(names)
-    try:
+    once = functools.lru_cache(maxsize=1)
+    with (
+        replaced(gguf, "GGUFReader", once(ArrayReader)),
+        replaced(gguf, "get_tensor_name_map", once(gguf.get_tensor_name_map)),
+    ):
         yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from qriemann.upstream.noise import replaced
+
 
 def attention_of(config: Any) -> str:
     """The attention implementation that a transformers model computes with; tests/memory/test_dry_run.py."""
@@ -60,11 +62,8 @@ def watching_quantization(watch: Callable[[str, Any], None]) -> Iterator[None]:
             watch(name, value[0] if isinstance(value, list) else value)
         return convert(self, input_dict, **options)
 
-    Bnb4bitQuantize.convert = watched
-    try:
+    with replaced(Bnb4bitQuantize, "convert", watched):
         yield
-    finally:
-        Bnb4bitQuantize.convert = convert
 
 
 def is_4_bit(layer: Any) -> bool:

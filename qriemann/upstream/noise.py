@@ -56,6 +56,17 @@ _NOTICES = (
 
 
 @contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the block, an attribute of a module or class has another value."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
 def quiet(*, bars: bool | None = None) -> Iterator[None]:
     """Hides upstream's progress bars where the output is no terminal, and the warnings that nobody can act on.
 
@@ -82,11 +93,8 @@ def quiet(*, bars: bool | None = None) -> Iterator[None]:
         def hidden(self: Any, *args: Any, **options: Any) -> None:
             draw(self, *args, **options | {"disable": True})
 
-        tqdm.__init__ = hidden
-        try:
+        with replaced(tqdm, "__init__", hidden):
             yield
-        finally:
-            tqdm.__init__ = draw
 
 
 def _says_something(record: logging.LogRecord) -> bool:
@@ -103,10 +111,6 @@ def without_telemetry() -> Iterator[None]:
     """
     from trl.trainer import base_trainer
 
-    send = base_trainer.send_telemetry
-    if os.environ.get("HF_HUB_DISABLE_TELEMETRY", "1").upper() not in ("0", "OFF", "NO", "FALSE"):
-        base_trainer.send_telemetry = lambda **_: None
-    try:
+    wanted = os.environ.get("HF_HUB_DISABLE_TELEMETRY", "1").upper() in ("0", "OFF", "NO", "FALSE")
+    with replaced(base_trainer, "send_telemetry", base_trainer.send_telemetry if wanted else lambda **_: None):
         yield
-    finally:
-        base_trainer.send_telemetry = send

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from qriemann import InputError, Riemannion, attach, load_base
 from qriemann.adapters.attach import truncate_
@@ -64,18 +65,6 @@ def test_the_offset_does_not_move_with_the_point():
     for point, frozen in zip(points, before, strict=True):
         assert relative(point.offset.dense(), frozen) == 0
         assert relative(point.point().dense(), frozen) > 1e-3
-
-
-@pytest.mark.parametrize("start", ["zero", "offset"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_factor_becomes_float32_and_orthonormal(start, dtype):
-    model = with_lora(tiny_llama())
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(dtype)  # as SFTTrainer does for a 4-bit model
-    points = attach(model, start=start)
-    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
-    assert orthonormality_drift(points) < 1e-6
 
 
 @pytest.mark.parametrize("start", ["zero", "offset"])
@@ -194,14 +183,17 @@ def test_a_model_moved_to_the_gpu_computes_and_trains_there(start):
     assert {t.device.type for p in points for t in p.point()} == {"cuda"}
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"r": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_bias": True}, {"r": 1}], ids=str)
 @pytest.mark.parametrize("start", ["zero", "offset"])
 def test_loading_into_an_attached_model_gives_the_saved_points(start, options):
     # What a trainer's load_best_model_at_end does.
-    saved, model = (with_lora(tiny_llama(), **options) for _ in range(2))
+    saved, model = (with_lora(tiny_llama(bias=True), **options) for _ in range(2))
     saved_points, points = attach(saved, start=start, seed=0), attach(model, start=start, seed=5)
     move_points(saved_points)
     move_points(points, seed=77)
+    for name, parameter in saved.named_parameters():
+        if "lora_B.default.bias" in name:
+            nn.init.normal_(parameter)
     assert relative(logits(model), logits(saved)) > 1e-2
     model.load_state_dict(saved.state_dict())
     for point, expected in zip(points, saved_points, strict=True):
@@ -212,15 +204,13 @@ def test_loading_into_an_attached_model_gives_the_saved_points(start, options):
     assert orthonormality_drift(points) < 1e-6
 
 
-@pytest.mark.parametrize(("start", "other"), [("zero", "offset"), ("offset", "zero")])
-def test_loading_an_adapter_of_the_other_start_is_refused_by_name(start, other):
+@pytest.mark.parametrize("start", ["zero", "offset"])
+def test_loading_an_adapter_of_the_other_start_is_refused_by_name(start):
     saved, model = (with_lora(tiny_llama()) for _ in range(2))
     attach(saved, start=start)
-    attach(model, start=other, seed=0)
+    attach(model, start="offset" if start == "zero" else "zero", seed=0)
     expected = logits(model)
-    with pytest.raises(
-        InputError, match=r"same start, got rank \d for base_model\.model\.model\.layers\.0.*fresh model"
-    ):
+    with pytest.raises(InputError, match=r"same start, got rank \d for base_model\..*layers\.0.*fresh model"):
         model.load_state_dict(saved.state_dict())
     assert torch.equal(logits(model), expected)
 
@@ -283,10 +273,7 @@ REFUSED = {
     "no PEFT model": (Net, {}, "at least one linear layer, got none.*get_peft_model"),
     "no LoRA": (another_tuner, {}, "IA3|Linear.*only LoRA"),
     "a misspelt start": (lambda: net(target_modules=["wide"]), {"start": "ofset"}, "'zero', 'offset', got 'ofset'"),
-    "alpha 0": (lambda: net(target_modules=["wide"]), {"start": "offset", "alpha": 0.0}, "alpha.*> 0, got 0.0"),
-    "alpha infinite": (lambda: net(target_modules=["wide"]), {"start": "offset", "alpha": float("inf")}, "alpha.*inf"),
     "alpha NaN": (lambda: net(target_modules=["wide"]), {"start": "offset", "alpha": float("nan")}, "alpha.*nan"),
-    "NaN factors": (lambda: broken(float("nan")), {}, r"model\.narrow must hold finite"),
     "infinite factors": (lambda: broken(float("inf")), {}, r"model\.narrow must hold finite"),
     "an offset for half of the layers": (half_filled, {"start": "offset"}, r"1 zero layers of 2 .*model\.narrow"),
 }
@@ -367,35 +354,6 @@ def test_each_of_two_adapters_with_an_offset_is_saved_so_that_plain_peft_loads_i
         assert relative(logits(reloaded), expected[adapter]) < 1e-5
 
 
-# PEFT 0.21.2 takes the bias of a lora_B for a sharded tensor.
-@pytest.mark.filterwarnings("ignore:Adapter 'default'. 14 LoRA tensor.s. have invalid shape")
-@pytest.mark.parametrize("start", ["zero", "offset"])
-def test_rank_stabilized_scaling_with_a_bias_of_b_is_saved_as_it_was_trained(start, tmp_path):
-    options = {"use_rslora": True, "lora_bias": True}
-    model = with_lora(tiny_llama(bias=True), **options)
-    optimizer = Riemannion(model, lr=0.1, adamw_lr=1e-3, start=start)
-    next_token_loss(model, token_batch()).backward()
-    optimizer.step()
-    expected = logits(model)
-    model.save_pretrained(tmp_path)
-    assert relative(logits(PeftModel.from_pretrained(tiny_llama(bias=True), tmp_path)), expected) < 1e-5
-    again = with_lora(tiny_llama(bias=True), **options)
-    attach(again, start=start)
-    again.load_adapter(tmp_path, "default")
-    assert relative(logits(again), expected) < 1e-5
-
-
-@pytest.mark.parametrize("start", ["zero", "offset"])
-def test_what_peft_calls_the_delta_weight_is_that_of_the_point(start):
-    model = with_lora(tiny_llama())
-    move_points(attach(model, start=start))
-    dense = tiny_llama()
-    for name, (module, _) in variants(model).items():
-        weight = dense.get_parameter(f"{name.removeprefix('base_model.model.')}.weight")
-        weight.data += module.get_delta_weight("default")
-    assert relative(logits(dense), logits(model)) < 1e-5
-
-
 def test_a_plain_adapter_beside_an_attached_one_works_on_a_bf16_base(tmp_path):
     plain = with_lora(tiny_llama())
     fill_lora(plain)
@@ -460,8 +418,6 @@ def test_an_offset_is_refused_where_no_config_can_say_the_rank():
 
 
 def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(0)
     sizes = {"vocab_size": 24, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 2, "initializer_range": 0.1}
     sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -52,12 +52,18 @@ class Case:
     """One layer on the manifold at a random point, and the dense computation of the same."""
 
     def __init__(
-        self, dtype: torch.dtype = torch.float32, start: str = "zero", base: dict | None = None, **options
+        self,
+        dtype: torch.dtype = torch.float32,
+        start: str = "zero",
+        base: dict | None = None,
+        core: float = 1.0,
+        **options,
     ) -> None:
         settings = {"r": RANK, "lora_alpha": 6, "target_modules": ["layer"], **options}
         self.model: PeftModel = get_peft_model(One(**(base or {})).to(dtype), LoraConfig(**settings))
         (self.point,) = attach(self.model, start=start, seed=3)
         move_points([self.point])
+        self.point.s.mul_(core)
         self.module = self.model.base_model.model.layer
         if settings.get("lora_bias"):
             nn.init.normal_(self.module.lora_B["default"].bias)
@@ -115,6 +121,7 @@ CASES = {
     "lora_bias": {"base": {"bias": True}, "lora_bias": True},
     "offset": {"start": "offset"},
     "offset, rslora and biases": {"start": "offset", "use_rslora": True, "base": {"bias": True}, "lora_bias": True},
+    "a zero core": {"core": 0.0},
     "rank one": {"r": 1},
     "r = min(m, n)": {"r": COLUMNS},
     "rank_pattern": {"r": 9, "rank_pattern": {"layer": 3}},
@@ -150,16 +157,6 @@ def test_the_gradients_are_the_tangent_blocks_of_the_dense_gradient(options, dty
     assert y.dtype == dtype
     assert case.point.u.grad.dtype == case.point.v_transposed.grad.dtype == torch.float32
     assert_matches(case, y, case.dense(loss), rtol)
-
-
-def test_the_blocks_do_not_vanish_where_the_core_does():
-    case = Case()
-    case.point.s.zero_()
-    case.loss(case.model(case.x)).backward()
-    _, g, _ = case.dense(case.loss)
-    u, _, v = (part.double() for part in case.point.point())
-    assert relative(case.point.u.grad, g @ v) < FLOAT32_RTOL
-    assert relative(case.point.v_transposed.grad.mT, g.mT @ u) < FLOAT32_RTOL
 
 
 def test_the_lora_bias_gets_its_partial_derivative():
@@ -292,41 +289,6 @@ def llama(
     return reference, model, points
 
 
-MODELS = {
-    "plain": {},
-    "offset": {"start": "offset"},
-    "biased": {"bias": True},
-    "rslora": {"use_rslora": True},
-    "patterns": {"rank_pattern": {"q_proj": 7, "down_proj": 2}, "alpha_pattern": {"down_proj": 3, "v_proj": 5}},
-    "patterns with rslora and offset": {
-        "start": "offset",
-        "use_rslora": True,
-        "rank_pattern": {"q_proj": 7, "down_proj": 2},
-        "alpha_pattern": {"down_proj": 3, "v_proj": 5},
-    },
-}
-
-
-@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
-def test_every_layer_of_a_network_gets_its_dense_blocks(options):
-    reference, model, _ = llama(**options)
-    ids = token_batch()
-    next_token_loss(model, ids).backward()
-    assert_blocks_match(model, dense_gradients(reference, model, [ids]), FLOAT32_RTOL)
-
-
-@pytest.mark.parametrize("start", ["zero", "offset"])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_leaves_the_dense_blocks(reentrant, start):
-    reference, model, _ = llama(start)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    model.train()
-    ids = token_batch()
-    next_token_loss(model, ids, use_cache=False).backward()
-    assert_blocks_match(model, dense_gradients(reference, model, [ids]), FLOAT32_RTOL)
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_redraws_the_same_dropout(reentrant):
     blocks = []
@@ -344,20 +306,13 @@ def test_gradient_checkpointing_redraws_the_same_dropout(reentrant):
         torch.testing.assert_close(checkpointed, plain, rtol=1e-6, atol=1e-9)
 
 
-def test_gradients_accumulate_to_the_blocks_of_the_summed_loss():
-    reference, model, _ = llama("offset")
-    batches = [token_batch(seed) for seed in (4, 5, 6)]
-    for ids in batches:
-        next_token_loss(model, ids).backward()
-    assert_blocks_match(model, dense_gradients(reference, model, batches), FLOAT32_RTOL)
-
-
 @pytest.mark.parametrize("start", ["zero", "offset"])
+@pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.on_manifold])
-def test_after_each_step_checkpointed_microbatches_leave_the_dense_blocks(name, start):
-    reference, model, _ = llama(start)
+def test_after_each_step_checkpointed_microbatches_leave_the_dense_blocks(name, start, reentrant):
+    reference, model, _ = llama(start, alpha_pattern={"down_proj": 3})
     optimizer = METHODS[name].optimizer(model, **resolve_options(name, {"lr": 0.1}))
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     model.train()
     for step in range(3):
@@ -457,11 +412,8 @@ def test_a_disabled_adapter_leaves_the_base_model(start):
 
 
 @pytest.mark.parametrize("safe", [True, False])
-@pytest.mark.parametrize(
-    "options", [CASES["plain"], CASES["offset, rslora and biases"], CASES["Conv1D, stored transposed"]]
-)
-def test_merging_keeps_the_function_and_unmerging_restores_the_weight(options, safe):
-    case = make(options)
+def test_merging_into_a_transposed_weight_keeps_the_function_and_unmerging_restores_it(safe):
+    case = make(CASES["Conv1D, stored transposed"])
     base = case.module.get_base_layer()
     weight = base.weight.detach().clone()
     with torch.no_grad():
@@ -473,17 +425,6 @@ def test_merging_keeps_the_function_and_unmerging_restores_the_weight(options, s
         case.model.unmerge_adapter()
         assert relative(base.weight, weight) < 1e-6  # added and subtracted again in float32
         assert relative(case.model(case.x), before) < FLOAT32_RTOL
-
-
-@pytest.mark.parametrize("start", ["zero", "offset"])
-def test_merge_and_unload_leaves_a_plain_model_with_the_same_function(start):
-    _, model, _ = llama(start, bias=True)
-    ids = token_batch()
-    with torch.no_grad():
-        before = model(ids).logits
-        merged = model.merge_and_unload()
-        assert not any("lora" in name for name, _ in merged.named_parameters())
-        assert relative(merged(ids).logits, before) < FLOAT32_RTOL
 
 
 def test_rows_of_one_batch_can_use_the_adapter_or_not():

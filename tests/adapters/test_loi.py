@@ -5,11 +5,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -18,13 +16,16 @@ from qriemann.base.quantized import protect_quantized_weights
 from qriemann.geometry.parameter import orthonormality_drift
 from tests.dense import best_approximation, tangent_projection
 from tests.models import (
+    assert_unchanged,
     dense_gradients,
+    dequantized,
     fill_lora,
     load_nf4,
     logits_under_plain_peft,
     next_token_loss,
     relative,
     save_tiny_base,
+    snapshot,
     tiny_llama,
     token_batch,
     variants,
@@ -53,40 +54,18 @@ def model(folder) -> PeftModel:
     return with_lora(load_nf4(folder), r=RANK)
 
 
-def dequantized(model: nn.Module) -> nn.Module:
-    """The base as a float model with the values that the 4-bit weights stand for."""
-    reference = tiny_llama()
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            reference.get_parameter(f"{plain}.weight").data = dequantize_4bit(
-                module.weight.data, module.weight.quant_state
-            ).clone()
-    return reference
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Every byte of the model: packed weights and their quantization state, all parameters and buffers."""
-    kept = {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            kept |= {f"{name}.{k}": v.clone() for k, v in module.weight.quant_state.as_dict(packed=True).items()}
-    for name, (_, point) in variants(model).items():
-        parts = [*point.point(), *(point.offset or ())]
-        kept |= {f"{name}.{index}": part.clone() for index, part in enumerate(parts)}
-    return kept
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
-    after = snapshot(model)
-    assert after.keys() == before.keys()
-    for name, value in before.items():
-        assert value.dtype == after[name].dtype, name
-        assert torch.equal(value, after[name]), name
-
-
 def loss(model: nn.Module, ids: Tensor) -> Tensor:
     return next_token_loss(model, ids)
+
+
+def kept_shares(model: nn.Module, base: nn.Module, batches: list[Tensor], rank: int) -> dict[str, float]:
+    """How much of the best approximation of each layer's dense gradient, of this rank, its tangent space holds."""
+    shares = {}
+    for name, gradient in dense_gradients(base, model, batches).items():
+        u, _, v = (part.double() for part in variants(model)[name][1].point())
+        best = best_approximation(gradient, rank)
+        shares[name] = (tangent_projection(gradient, u, v).norm() / best.norm()).item()
+    return shares
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -103,27 +82,16 @@ def test_the_tangent_space_holds_the_best_approximation_of_the_dense_gradient(st
     if attached_at is not None:
         attach(model, start=attached_at, seed=5)
     locally_optimal_(model, BATCHES, loss, start=start)
-    gradients = dense_gradients(dequantized(model), model, BATCHES)
-    assert len(gradients) == 14
-    for name, (_, point) in variants(model).items():
-        u, _, v = (part.double() for part in point.point())
-        kept = tangent_projection(gradients[name], u, v).norm()
-        best = best_approximation(gradients[name], 2 * RANK if start == "offset" else RANK).norm()
-        assert kept >= KEPT * best, name
+    shares = kept_shares(model, dequantized(model), BATCHES, 2 * RANK if start == "offset" else RANK)
+    assert len(shares) == 14
+    assert min(shares.values()) >= KEPT
 
 
 def test_without_power_iterations_and_oversampling_the_tangent_space_holds_less(model):
     def worst(**options: Any) -> float:
         locally_optimal_(model, BATCHES, loss, **options)
-        shares = []
-        for name, (_, point) in variants(model).items():
-            u, _, v = (part.double() for part in point.point())
-            kept = tangent_projection(gradients[name], u, v).norm()
-            shares.append((kept / best_approximation(gradients[name], 2 * RANK).norm()).item())
-        return min(shares)
+        return min(kept_shares(model, dequantized(model), BATCHES, 2 * RANK).values())
 
-    attach(model, seed=5)
-    gradients = dense_gradients(dequantized(model), model, BATCHES)
     assert worst(oversampling=0, power_iterations=0) < worst(oversampling=0) < worst(power_iterations=2) <= 1 + 1e-6
 
 
@@ -157,10 +125,7 @@ def test_the_function_and_every_frozen_byte_stay_as_they_were(start, attached_at
     else:
         assert relative(logits(model), expected) < OFFSET_START_RTOL
     assert orthonormality_drift(points) < 1e-6
-    after = snapshot(model)
-    frozen = [name for name in before if "lora_" not in name]
-    assert len(frozen) > 14
-    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    assert_unchanged(model, before, frozen=True)
 
 
 def test_modes_gradients_and_random_numbers_stay_as_they_were():

@@ -81,12 +81,6 @@ def test_an_embedding_that_scales_its_rows_goes_on_scaling_them():
         assert offloaded(model).to("meta").get_input_embeddings()(ids).device.type == "meta"
 
 
-def test_generation_goes_on_with_the_same_tokens():
-    model, ids = tiny_llama().eval(), token_batch(rows=1)
-    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
-    assert torch.equal(offloaded(model).generate(ids, max_new_tokens=5, do_sample=False), expected)
-
-
 def test_a_tied_matrix_is_refused():
     model = tiny_llama()
     model.lm_head.weight = model.model.embed_tokens.weight

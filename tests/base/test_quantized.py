@@ -12,22 +12,23 @@ from collections.abc import Callable
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel, prepare_model_for_kbit_training
-from torch import Tensor, nn
+from torch import nn
 
 from qriemann import InputError, Riemannion, attach
 from qriemann.base.quantized import protect_quantized_weights
 from qriemann.geometry import FixedRankParameter
 from tests.models import (
     assert_blocks_match,
+    assert_unchanged,
     dense_gradients,
+    dequantized,
     load_nf4,
     move_points,
     next_token_loss,
     relative,
     save_tiny_base,
-    tiny_llama,
+    snapshot,
     token_batch,
     with_lora,
 )
@@ -43,39 +44,6 @@ def base(tmp_path) -> nn.Module:
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = True
     return model
-
-
-def dequantized(model: nn.Module) -> nn.Module:
-    """A float model with the values that the 4-bit weights stand for."""
-    reference = tiny_llama()
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
-            reference.get_parameter(f"{name}.weight").data = weight.clone()
-    return reference
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Every frozen byte: packed weights, their quantization state, embeddings, norms, head."""
-    frozen = {}
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            frozen[f"{name}.packed"] = module.weight.data.clone()
-            for key, value in module.weight.quant_state.as_dict(packed=True).items():
-                frozen[f"{name}.{key}"] = value.clone()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            frozen[name] = parameter.data.clone()
-    return frozen
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
-    after = snapshot(model)
-    assert after.keys() == before.keys()
-    assert sum(key.endswith(".packed") for key in after) == 14
-    for key, value in before.items():
-        assert after[key].dtype == value.dtype
-        assert torch.equal(after[key], value), key
 
 
 def evaluate(model: PeftModel) -> None:
@@ -146,7 +114,7 @@ def test_training_evaluation_and_generation_leave_every_frozen_byte(start, base)
         optimizer.step()
         evaluate(model)
         generate(model)
-    assert_unchanged(model, before)
+    assert_unchanged(model, before, frozen=True)
     assert optimizer.orthonormality_drift() < 1e-5
 
 
@@ -161,16 +129,6 @@ def test_gradient_checkpointing_prepared_by_peft_leaves_the_dense_blocks(base):
     ids = token_batch(seed=8)
     next_token_loss(model, ids, use_cache=False).backward()
     assert_blocks_match(model, dense_gradients(reference, model, [ids]), FLOAT32_RTOL)
-
-
-@pytest.mark.parametrize("start", ["zero", "offset"])
-def test_a_start_leaves_the_function_of_the_4_bit_model_as_it_is(start, base):
-    model = with_lora(base)
-    model.train()  # in eval mode the base would be repacked before it is attached
-    with torch.no_grad():
-        expected = model(token_batch()).logits
-        attach(model, start=start, seed=0)
-        assert relative(model(token_batch()).logits, expected) < (1e-5 if start == "offset" else 1e-12)
 
 
 def test_a_base_that_was_repacked_already_is_refused_by_name_and_left_as_it_was(base):

@@ -164,7 +164,7 @@ def no_room(*arguments, **options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("last", ["qriemann.training.train.save_adapter", "qriemann.folder.records.plot_losses"])
+@pytest.mark.parametrize("last", ["qriemann.training.train.save_adapter", "qriemann.training.train.plot_losses"])
 def test_an_end_of_a_run_that_finds_no_room_is_one_line(tmp_path, settings, monkeypatch, capfd, last):
     with monkeypatch.context() as patched:
         patched.setattr(last, no_room)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from qriemann.adapters.spectrum import LayerSpectrum, read_spectra
 from qriemann.cli import main
-from qriemann.release.inspect import dead, inspect, saturated
+from qriemann.release.inspect import inspect
 from qriemann.release.weights import read_checkpoint
 from tests.release.folders import plain_adapter
 
@@ -82,9 +83,7 @@ def test_dead_and_saturated_layers_are_named(adapter: Path, tmp_path, capsys):
     save_file(tensors, folder / "adapter_model.safetensors")
     assert main(["inspect", str(folder)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    spectra = inspect(folder, plot=tmp_path / "again.png")
-    assert dead(spectra) == [still]
-    assert flat in saturated(spectra)
+    assert re.search(rf"layers are saturated .*{re.escape(flat)}", shown)
     assert f"1 of 14 layers are dead (below 0.001 of the median layer's norm): {still}" in shown
 
 
