@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -211,10 +212,7 @@ def test_the_table_has_every_command_and_every_key_of_peft():
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_command_refuses_by_name_what_the_table_does_not_give_it(kind, command, adapter: Path, tmp_path: Path):
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    for path in adapter.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), kind.key: SPECIAL.get(kind.key, [1])}))
     rows = write_rows(tmp_path / "rows.jsonl", [("say 1", "it is 1")])
@@ -250,10 +248,7 @@ def test_a_layer_without_a_bias_takes_no_lora_bias(tmp_path: Path):
 def test_a_tokenizer_larger_than_the_model_is_said(tmp_path: Path, base: Path, adapter: Path):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<a>"])
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    for path in adapter.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     tokenizer.save_pretrained(folder)
     console = Console(file=io.StringIO(), width=300)
     load_trained(read_adapter(folder), None, None, console, quantize="none")

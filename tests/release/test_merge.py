@@ -30,7 +30,7 @@ from qriemann.release.merge import merge
 from qriemann.release.weights import read_checkpoint, write_checkpoint
 from tests.models import fill_lora, relative
 from tests.recipe_fixtures import make_tokenizer
-from tests.release.conftest import Merged, greedy_elsewhere, save_adapter, save_chat_base
+from tests.release.conftest import Merged, greedy_elsewhere, save_chat_base
 
 # float32 sums of four products, in another order.
 MERGED_RTOL = 1e-6
@@ -129,26 +129,6 @@ def test_the_merged_folder_and_the_adapter_say_the_same_where_qriemann_is_not_in
     texts = greedy_elsewhere(folder, folder)
     assert texts == greedy_elsewhere(base, base, adapter)
     assert len(set(map(tuple, texts))) > 5
-
-
-def test_every_kind_of_plain_adapter_merges_to_what_peft_computes(tmp_path):
-    """Patterns, rslora, a head and biases that were trained whole; as another tool may have trained it."""
-    base = save_chat_base(tmp_path / "base", attention_bias=True)
-    folder = save_adapter(
-        base,
-        tmp_path / "adapter",
-        use_rslora=True,
-        rank_pattern={"q_proj": 7},
-        alpha_pattern={"v_proj": 3},
-        target_modules=["q_proj", "v_proj", "down_proj"],
-        modules_to_save=["lm_head"],
-        bias="all",
-    )
-    result = merge(folder, tmp_path / "out", into=["nf4-dequantized", "original"])
-    assert result.accepted, result.verdicts
-    original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
-    merged = AutoModelForCausalLM.from_pretrained(result.folder / "original")
-    assert relative(logits(merged), logits(original)) < LOGITS_RTOL
 
 
 def test_a_base_in_half_precision_and_several_files_is_merged_in_float32_and_rounded_once(adapter: Path, tmp_path):
@@ -281,16 +261,6 @@ def test_a_base_that_does_not_fit_or_is_gone_is_one_line_and_leaves_nothing(adap
         assert named in message
         assert message.count("\n") == 1
         assert files(tmp_path) == {"other"}
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [({"use_dora": True}, "use_dora"), ({"init_lora_weights": "olora"}, "olora")],
-)
-def test_an_adapter_that_is_not_plain_lora_is_refused_by_name(options: dict, named: str, base: Path, tmp_path):
-    folder = save_adapter(base, tmp_path / "adapter", **options)
-    with pytest.raises(InputError, match=named):
-        merge(folder, tmp_path / "out")
 
 
 def test_too_little_disk_is_said_before_anything_is_written(adapter: Path, tmp_path, monkeypatch):

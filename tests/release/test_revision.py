@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,26 +64,21 @@ def run(trained: tuple[Path, Path], tmp_path: Path) -> Path:
     return run
 
 
-def do_merge(run: Path, out: Path, rows: Path, console: Console) -> None:
-    merge(run, out, data=str(rows), console=console)
+COMMANDS: dict[str, Callable[[Path, Path, Path, Console], Any]] = {
+    "merge": lambda run, out, rows, console: merge(run, out, data=str(rows), console=console),
+    "export": lambda run, out, rows, console: export(run, out, rank=1, data=str(rows), max_kl=100.0, console=console),
+    "eval": lambda run, out, rows, console: evaluate(run, str(rows), max_rows=2, console=console),
+}
 
 
-def do_export(run: Path, out: Path, rows: Path, console: Console) -> None:
-    export(run, out, rank=1, data=str(rows), max_kl=100.0, console=console)
-
-
-def do_eval(run: Path, out: Path, rows: Path, console: Console) -> None:
-    evaluate(run, str(rows), max_rows=2, console=console)
-
-
-def warnings_of(command: Callable, folder: Path, out: Path, rows: Path) -> list[str]:
+def warnings_of(command: str, folder: Path, out: Path, rows: Path) -> list[str]:
     console = Console(file=io.StringIO(), width=200)
-    command(folder, out, rows, console)
+    COMMANDS[command](folder, out, rows, console)
     return [line for line in console.file.getvalue().splitlines() if "warning" in line]
 
 
-@pytest.mark.parametrize("command", [do_merge, do_export, do_eval])
-def test_another_revision_is_one_line_with_both_fingerprints(command: Callable, run: Path, rows: Path, tmp_path: Path):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_another_revision_is_one_line_with_both_fingerprints(command: str, run: Path, rows: Path, tmp_path: Path):
     (line,) = warnings_of(command, run, tmp_path / "out", rows)
     recorded = json.loads((run / "run.json").read_text())["model"]["fingerprint"]
     found = base_fingerprint(qriemann.load_base(run.parent / "base")[0])
@@ -96,7 +92,7 @@ def test_the_base_that_was_trained_on_and_an_adapter_of_another_tool_give_no_war
     trained: tuple[Path, Path], adapter: Path, rows: Path, tmp_path: Path
 ):
     for folder in (trained[1], adapter):
-        assert warnings_of(do_eval, folder, tmp_path / "out", rows) == []
+        assert warnings_of("eval", folder, tmp_path / "out", rows) == []
 
 
 def test_a_chat_begins_with_the_same_line(trained: tuple[Path, Path], run: Path):

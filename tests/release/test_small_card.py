@@ -28,7 +28,6 @@ GIB = 2**30
         # 8 billion weights in float32 on 24 GiB, and on 80.
         ("float32", 30, 24, 64, ("float32", "cpu")),
         ("float32", 30, 80, 64, ("float32", "cuda")),
-        ("bfloat16", 15, 24, 64, ("float32", "cpu")),
         ("bfloat16", 15, 40, 64, ("float32", "cuda")),
         # Neither holds it in float32.
         ("bfloat16", 15, 24, 16, ("bfloat16", "cpu")),
