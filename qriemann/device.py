@@ -21,7 +21,7 @@ _ON_CPU = "compute on the CPU with use_cpu: true (for other commands, set CUDA_V
 
 
 def compute_device(name: torch.device | str | None = None) -> torch.device:
-    """The device that is named; without a name this process' GPU, or the CPU of a machine that has none.
+    """The named device; by default this process' GPU, or the CPU where there is none.
 
     Raises:
         InputError: the device is not on this machine, or its driver is there and torch cannot use it.
@@ -43,10 +43,10 @@ def compute_device(name: torch.device | str | None = None) -> torch.device:
 
 
 def compute_dtype(device: torch.device, wanted: torch.dtype | str | None = None) -> torch.dtype:
-    """The float dtype that is wanted; without a wish bfloat16 on a GPU that computes in it, float32 elsewhere.
+    """The requested float dtype; by default bfloat16 on a GPU that has it, float32 elsewhere.
 
-    Before Ampere (compute capability 8.0) bfloat16 is emulated, slower than float32. A GPU that is not here, which `plan`
-    counts for, is taken to have it.
+    Before Ampere (compute capability 8.0) bfloat16 is emulated, slower than float32. A machine without a GPU plans for one that
+    has it.
 
     Raises:
         InputError: `wanted` is no float dtype of 2 or 4 bytes.
@@ -60,7 +60,7 @@ def compute_dtype(device: torch.device, wanted: torch.dtype | str | None = None)
 
 
 def describe_device(device: torch.device, dtype: torch.dtype) -> str:
-    """The device for a person, with its free memory and the dtype, and what could be had instead."""
+    """One line about the device, its free memory and the dtype, with the alternatives."""
     name = str(dtype).removeprefix("torch.")
     if device.type != "cuda":
         return f"the {device.type.upper()}, {torch.get_num_threads()} threads, in {name}"
@@ -74,13 +74,13 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def refuse_unused_gpu() -> None:
-    """Raises InputError where there is an NVIDIA GPU that torch cannot use: hours on the CPU are nobody's wish."""
+    """Raises InputError where there is an NVIDIA GPU that torch cannot use, rather than train for hours on the CPU."""
     if (reason := unused_gpu()) is not None:
         raise InputError(f"there is an NVIDIA GPU and torch cannot use it: {reason}; or {_ON_CPU}")
 
 
 def unused_gpu() -> str | None:
-    """Why torch sees no GPU although the driver is there, with the remedy; None where there is none or all is well."""
+    """Why torch cannot use a GPU whose driver is installed, with the remedy; None where there is no GPU or all is well."""
     if torch.cuda.is_available() or (driver := read_driver()) is None or driver[0] in (_NO_DEVICE, _STUB):
         return None
     status, count, cuda = driver
@@ -118,7 +118,7 @@ def read_driver() -> tuple[int, int, str] | None:
 
 
 def prefer_expandable_segments() -> None:
-    """Lets torch's CUDA allocator grow its blocks, which leaves fewer gaps; where the user has set it, that stays.
+    """Lets torch's CUDA allocator grow its blocks, which leaves fewer gaps, unless the user has configured it.
 
     It is read at the first allocation on a GPU. Windows has no such mode.
     """
@@ -149,8 +149,8 @@ def explaining_memory(what: str, change: str | Callable[[], str]) -> Iterator[No
     """Turns an allocation that fails in the block into one line.
 
     Args:
-        what: was being done, as "loading NAME".
-        change: the cheapest one that needs less memory; a function is called when it is needed.
+        what: what the block does, such as "loading NAME".
+        change: the cheapest change that needs less memory, or a function that finds it.
 
     Raises:
         ShortMemoryError: the line.

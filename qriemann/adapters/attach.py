@@ -36,7 +36,7 @@ def attach(
 
     Call it after the last cast of the model: under TRL that is when the trainer creates its optimizer. Layers that are on
     the manifold already stay as they are. An adapter that is not zero keeps its X = B A; `start` applies to one that is.
-    PEFT's methods take attached layers for what they are; `detach` makes them plain for code that uses factors itself.
+    PEFT's own methods work on attached layers; `detach` makes them plain for other code that uses the factors.
 
     Args:
         model: a PEFT model with a LoRA adapter on linear layers, 4-bit or not.
@@ -202,15 +202,11 @@ def report_low_precision(model: nn.Module) -> None:
 @functools.wraps(base.load_base)
 def load_base(*args: Any, **options: Any) -> tuple[Any, Any]:
     model, tokenizer = base.load_base(*args, **options)
-    model.register_load_state_dict_pre_hook(_accept_on_load)
+    model.register_load_state_dict_pre_hook(accept_offset_checkpoints)
     return model, tokenizer
 
 
-def _accept_on_load(model: nn.Module, *_: Any) -> None:
-    accept_offset_checkpoints(model)
-
-
-def accept_offset_checkpoints(model: nn.Module) -> None:
+def accept_offset_checkpoints(model: nn.Module, *_: Any) -> None:
     """Lets a model that is not yet attached load an adapter saved with an offset (rank 2 r into layers of rank r).
 
     A trainer loads a checkpoint's adapter before it creates the optimizer. The layers keep both halves until `attach` turns

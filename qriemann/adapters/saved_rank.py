@@ -60,7 +60,7 @@ def _set_saved_rank(owner: Any, adapter: str, *, doubled: bool) -> None:
 
 
 def forget_own_rank(model: nn.Module, adapters: set[str]) -> None:
-    """Makes the doubled rank the adapters' own: their layers have it now."""
+    """Keeps the doubled rank in the configuration of adapters whose layers now have it."""
     for owner in config_owners(model):
         for adapter in adapters:
             vars(owner).get("_qriemann_doubled_configs", {}).pop(adapter, None)

@@ -1,7 +1,7 @@
 """Checks on the files of a base model that transformers does not make.
 
-Before loading: no path leaves the folder, and stored weights are floats. After loading: no weight was initialized at random
-because the files hold none of that name or shape, and every number is finite.
+Before loading: no path leaves the folder. After loading: no weight was initialized at random because the files hold none of
+that name or shape, and every number is finite.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.hub import cached_file
 
 from qriemann.base.finite import is_finite
 from qriemann.base.paths import entries, refuse_outside
 from qriemann.errors import InputError
 from qriemann.upstream import watching_quantization
 
-_WEIGHTS, _INDEX, _TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer_config.json"
+_INDEX, _TOKENIZER = "model.safetensors.index.json", "tokenizer_config.json"
 # The keys whose values transformers 5.23 opens as files.
 _NAMES_A_FILE = re.compile(r".*_files?|vocab|merges|init_inputs")
 # transformers writes these, with the paths on the machine that saved the tokenizer, and never reads them.
@@ -46,29 +45,12 @@ def load_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
     return transformers.AutoTokenizer.from_pretrained(source, **options)
 
 
-def check_weight_files(source: str, config: transformers.PreTrainedConfig, revision: str | None) -> None:
-    """Raises InputError unless the safetensors files of a folder or Hub id lie in their folder and hold floats.
-
-    A Hub model is downloaded by this. Only the headers are read.
-    """
-    file = _find(source, _WEIGHTS, revision)
-    files = [] if file is None else [file]
-    index = _find(source, _INDEX, revision) if file is None else None
+def check_index(source: str, revision: str | None) -> None:
+    """Raises InputError if the index of the safetensors files of a folder or Hub id names one outside of it."""
+    index = _find(source, _INDEX, revision)
     if index is not None:
         for key, value in json.loads(Path(index).read_text("utf-8"))["weight_map"].items():
             refuse_outside(index, key, value, "download the model again")
-        files = get_checkpoint_shard_files(source, index, revision=revision)[0]
-    # Masks and positions may be integers; a 4-bit weight is stored as bytes.
-    bytes_allowed = hasattr(config, "quantization_config")
-    for path in files:
-        with safe_open(path, "pt") as stored:
-            for key in stored.keys():  # noqa: SIM118
-                kind = str(stored.get_slice(key).get_dtype())
-                if key.endswith(".weight") and "F" not in kind and not (bytes_allowed and kind == "U8"):
-                    raise InputError(
-                        f"weights must be floating-point numbers, got {kind} for {key!r:.80} in {path}; convert the model "
-                        "again"
-                    )
 
 
 def check_loaded(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:

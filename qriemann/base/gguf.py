@@ -74,7 +74,7 @@ def _parts(path: Path) -> list[Path]:
     parts = [path.with_name(f"{found['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise InputError(
-            f"{path} is one of {count} files of a model, and {', '.join(missing)} lacks beside it; copy it there"
+            f"{path} is one of the {count} files of a split model; copy {', '.join(missing)} into the same folder"
         )
     return parts
 

@@ -22,14 +22,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.base.files import (
     check_finite,
+    check_index,
     check_loaded,
-    check_weight_files,
     load_tokenizer,
     noting_what_is_quantized,
 )
 from qriemann.base.gguf import load_gguf, resolve_gguf
 from qriemann.base.host_embedding import keep_embeddings_on_host
-from qriemann.base.load_errors import explain
+from qriemann.base.load_errors import explained
 from qriemann.base.quantized import protect_quantized_weights
 from qriemann.device import compute_device, compute_dtype, describe_device, explaining_memory
 from qriemann.errors import InputError, MissingExtraError
@@ -105,29 +105,27 @@ def load_base(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-
-    try:
-        change = _cheaper_to_load(place, quantize, offload_embeddings)
-        with explaining_memory(f"loading {name}", change), noting_what_is_quantized() as not_finite:
-            if gguf_path is not None:
-                plan = _load_plan(quantize, chosen_dtype, place, double_quant=double_quant)
-                model, tokenizer = load_gguf(gguf_path, plan, options)
-            else:
-                folder = _check_folder(name)
-                source = name if folder is None else str(folder)
-                model, tokenizer = _load_pretrained(
-                    source,
-                    quantize,
-                    chosen_dtype,
-                    place,
-                    options | {"revision": revision, "use_safetensors": None if allow_pickle else True},
-                    double_quant=double_quant,
-                )
-    except InputError:
-        raise
-    # Broken files make transformers raise exceptions of any type.
-    except Exception as error:
-        raise InputError(explain(name, error)) from error
+    # How and where the weights are kept.
+    plan: dict[str, Any] = {"dtype": chosen_dtype, "device_map": {"": place}}
+    if quantize is not None:
+        plan["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantize,
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=chosen_dtype,
+        )
+    if quantize is None:
+        change = "load it in 4 bit (quantize: nf4)"
+    elif place.type == "cuda" and not offload_embeddings:
+        change = "end what else uses the GPU, set offload_embeddings: true, or take a smaller model"
+    else:
+        change = "end what else uses the memory, or take a smaller model"
+    with explained(name), explaining_memory(f"loading {name}", change), noting_what_is_quantized() as not_finite:
+        if gguf_path is not None:
+            model, tokenizer = load_gguf(gguf_path, plan, options)
+        else:
+            options |= {"revision": revision, "use_safetensors": None if allow_pickle else True}
+            model, tokenizer = _load_pretrained(_source(name), plan, options)
     check_finite(name, model, not_finite)
 
     # PEFT saves it as base_model_name_or_path: the name to give to load_base again, not the title in a GGUF header.
@@ -136,7 +134,11 @@ def load_base(
     _choose_pad_token(model, tokenizer, name)
     protect_quantized_weights(model)
     if place.type == "cpu" and quantize is not None:
-        _hold_dense(model)
+        # Late: it needs bitsandbytes.
+        from qriemann.base.dense_weights import hold_dense
+
+        if (held := hold_dense(model)) is not None:
+            logger.info("%s", held)
     if offload_embeddings:
         keep_embeddings_on_host(model, name)
     return model.eval(), tokenizer
@@ -152,45 +154,21 @@ def read_config(
     """
     name = os.fspath(name_or_path)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
+    with explained(name):
         gguf_path = resolve_gguf(name)
         if gguf_path is not None:
             with gguf_parsed_once():
                 config = transformers.AutoConfig.from_pretrained(str(gguf_path.parent), gguf_file=gguf_path.name)
         else:
-            folder = _check_folder(name)
-            config = transformers.AutoConfig.from_pretrained(name if folder is None else str(folder), **options)
+            config = transformers.AutoConfig.from_pretrained(_source(name), **options)
             _stored_quantization(config, name)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(explain(name, error)) from error
-    known = has_causal_lm(config)
-    if (
-        not (known or "AutoModelForCausalLM" in getattr(config, "auto_map", {}))
-        or config.get_text_config() is not config
-    ):
+    known = has_causal_lm(config) or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if not known or config.get_text_config() is not config:
         raise InputError(
             f"model must be a text-only causal language model, got {name!r}, which is a {config.model_type}; give the text "
             "model of that family"
         )
     return config
-
-
-def _cheaper_to_load(device: torch.device, quantize: str | None, offload_embeddings: bool) -> str:
-    if quantize is None:
-        return "load it in 4 bit (quantize: nf4)"
-    if device.type == "cuda" and not offload_embeddings:
-        return "end what else uses the GPU, set offload_embeddings: true, or take a smaller model"
-    return "end what else uses the memory, or take a smaller model"
-
-
-def _hold_dense(model: PreTrainedModel) -> None:
-    # Late: it needs bitsandbytes.
-    from qriemann.base.dense_weights import hold_dense
-
-    if (held := hold_dense(model)) is not None:
-        logger.info("%s", held)
 
 
 def _require_bitsandbytes() -> None:
@@ -200,12 +178,12 @@ def _require_bitsandbytes() -> None:
         )
 
 
-def _check_folder(name: str) -> Path | None:
-    """The local folder that `name` stands for; None if `name` can only be a Hub id."""
+def _source(name: str) -> str:
+    """The local folder that `name` stands for, or the Hub id that it must be."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if (folder / "config.json").is_file():
-            return folder
+            return str(folder)
         if (folder / "adapter_config.json").is_file():
             raise InputError(
                 f"model must be a base model, got {name!r}, which holds a LoRA adapter; give the base model that it was "
@@ -216,17 +194,11 @@ def _check_folder(name: str) -> Path | None:
         raise InputError(f"{name}: the folder holds no config.json{remedy}")
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise InputError(f"{name}: no such file or folder")
-    return None
+    return name
 
 
 def _load_pretrained(
-    source: str,
-    quantize: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    options: dict[str, Any],
-    *,
-    double_quant: bool,
+    source: str, plan: dict[str, Any], options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a Hub id or a local folder, quantized layer by layer while the weights are read."""
     # The configuration comes first: it is one small file, and most mistakes show in it.
@@ -234,30 +206,18 @@ def _load_pretrained(
     config = transformers.AutoConfig.from_pretrained(source, **hub_options)
     stored = _stored_quantization(config, source)
     tokenizer = load_tokenizer(source, **hub_options)
-    check_weight_files(source, config, options["revision"])
-    plan = _load_plan(quantize if stored is None else None, dtype, device, double_quant=double_quant)
+    check_index(source, options["revision"])
+    if stored is not None:
+        # Left out rather than None, which would erase the quantization that the checkpoint is stored in.
+        plan = {key: value for key, value in plan.items() if key != "quantization_config"}
     # Mismatched shapes are not ignored: check_loaded names them, where transformers would only refer to a logged report.
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         source, **plan, **options, output_loading_info=True, ignore_mismatched_sizes=True
     )
     check_loaded(source, model, report)
     if stored is not None:
-        compute_in(model, dtype)
+        compute_in(model, plan["dtype"])
     return model, tokenizer
-
-
-def _load_plan(quantize: str | None, dtype: torch.dtype, device: torch.device, *, double_quant: bool) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that say how and where the weights are kept."""
-    plan: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
-    # Left out rather than None, which would erase the quantization that a checkpoint is stored in.
-    if quantize is not None:
-        plan["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantize,
-            bnb_4bit_use_double_quant=double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    return plan
 
 
 def _stored_quantization(config: Any, source: str) -> Any | None:

@@ -1,22 +1,36 @@
-"""Says in one line why transformers could not load a model, and what to do."""
+"""Why transformers could not load a model, and what to do, in one line."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 
 from qriemann.base.gguf import EMBEDDED_MODEL
+from qriemann.errors import InputError
 
 _DAMAGE_ERRORS = (struct.error, IndexError, SafetensorError)
 # The messages of these are written for people; the others mean little without their type.
 _TELLING_ERRORS = (OSError, ValueError, ImportError)
 
 
-def explain(name: str, error: BaseException) -> str:
-    """One line that says why `name` could not be loaded and what to do."""
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turns what loading `name` raises in the block into an InputError of one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    # Broken files make transformers raise exceptions of any type.
+    except Exception as error:
+        raise InputError(_explain(name, error)) from error
+
+
+def _explain(name: str, error: BaseException) -> str:
     causes = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:

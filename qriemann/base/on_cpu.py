@@ -1,4 +1,4 @@
-"""What a process that trains on a CPU is told and does; its dequantized weights are in dense_weights.py."""
+"""Advice and settings for training on a CPU; the dequantized weights are in dense_weights.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def warn_of_checkpointing(model: nn.Module) -> None:
-    """Says what gradient checkpointing costs, where `model` is on the CPU and has it on, as TRL's defaults do."""
+    """Warns of what gradient checkpointing, on by default in TRL, costs on a CPU."""
     on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if on and next(model.parameters()).device.type == "cpu":
         logger.warning(

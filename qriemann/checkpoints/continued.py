@@ -1,6 +1,6 @@
-"""What a run that goes on takes from its settings and not from its checkpoint: the optimizer's options, rates, intervals.
+"""What a resumed run takes from its settings instead of its checkpoint: the optimizer's options, rates, intervals.
 
-A change that nobody allowed is refused earlier; where nothing changed, every number here is the checkpoint's.
+Changes that were not allowed have been refused earlier; without changes, every number equals the checkpoint's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qriemann.checkpoints.manifest import read_manifest
 
 
 def keep_options(trainer: Trainer) -> None:
-    """Lets the options that the trainer's optimizer is made with outlast the loading of a checkpoint."""
+    """Keeps the options of the trainer's optimizer when the state of a checkpoint is loaded into it."""
     create = trainer.create_optimizer
 
     @functools.wraps(create)
@@ -41,7 +41,7 @@ def _keep_options_of(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _with_own_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state with the optimizer's own options in it; a rate stays in proportion to the one that it began at."""
+    """The state with the optimizer's own options; a scheduled rate stays in proportion to its initial value."""
     groups = []
     for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
         rate, began, begins = saved["lr"], saved.get("initial_lr"), own["initial_lr"]
@@ -55,10 +55,10 @@ def _with_own_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, An
 def follow_settings(
     args: TrainingArguments, state: TrainerState, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> None:
-    """Takes up the schedule and the intervals of this run's settings at the step that was resumed from.
+    """Continues along the schedule and the intervals of this run's settings from the step that it resumes at.
 
-    The trainer's own resume keeps the base rate, the rate of the next step and the intervals of the checkpoint, so a run
-    that goes on beyond its first length would take a step at the rate 0 that the old schedule ended with.
+    The trainer's own resume keeps the base rate, the rate of the next step and the intervals of the checkpoint, so an
+    extended run would take a step at the rate 0 that the old schedule ended with.
     """
     state.compute_steps(args, state.max_steps)
     # Other schedulers move the rate by what they see of the loss.
@@ -80,8 +80,8 @@ def find_best_again(args: TrainingArguments, state: TrainerState, note: Callable
         state.best_model_checkpoint = str(moved)
         return
     note(
-        f"the best checkpoint so far, that of step {state.best_global_step}, is gone: the best of the steps from here on "
-        "is kept"
+        f"the best checkpoint so far, that of step {state.best_global_step}, is gone: the best of the steps from here on is "
+        "kept"
     )
     state.best_metric = state.best_global_step = None
 

@@ -29,7 +29,7 @@ _FREE = re.compile(
     r"|metric_for_best_model|greater_is_better|use_cpu|debug|skip_memory_metrics|local_rank|torch_empty_cache_steps"
     r"|chat_template_path|eos_token|pad_token|push"
 )
-# Settings that a run which goes on has no use for.
+# Settings that a resumed run does not use.
 _OF_THE_START = ("start", "alpha", "init", "init_kwargs")
 # Entries of a model's configuration that shape no step, or that the settings and the weights' fingerprint cover.
 _FREE_OF_MODEL = re.compile(
@@ -60,7 +60,7 @@ def fingerprints(settings: Mapping[str, Any], model: Any, data_print: str | None
         "data": data_print,
         "base": base,
         "base_floats": base_floats,
-        "loaded": {**_loaded_as(model), "fingerprint": base},
+        "loaded": {**loaded_as(model), "fingerprint": base},
         "base_config": {key: value for key, value in model_config.items() if not _FREE_OF_MODEL.fullmatch(key)},
     }
     # Round-tripped through JSON to compare equal to a manifest; objects become their type name, since a repr may contain an
@@ -131,11 +131,6 @@ def _as_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data
 
 
-def describe_base(model: PreTrainedModel, fingerprint: str | None = None) -> dict[str, Any]:
-    """What a record says about the base that an adapter was trained on, for `recorded_base` to find."""
-    return {"fingerprint": fingerprint, **_loaded_as(model)}
-
-
 def other_base(recorded: Mapping[str, Any], model: PreTrainedModel, name: str) -> str | None:
     """A line if the base is not the one that was trained on.
 
@@ -147,7 +142,7 @@ def other_base(recorded: Mapping[str, Any], model: PreTrainedModel, name: str) -
         model: the base, before PEFT wraps it.
         name: of the base, for the line.
     """
-    loaded = _loaded_as(model)
+    loaded = loaded_as(model)
     if not recorded.get("fingerprint") or any(recorded.get(key) != loaded[key] for key in ("quantized", "device")):
         return None
     before, now = str(recorded["fingerprint"]), base_fingerprint(model)
@@ -156,8 +151,8 @@ def other_base(recorded: Mapping[str, Any], model: PreTrainedModel, name: str) -
     return f"trained on another revision of {name}: its fingerprint is {now[:12]}, that of training {before[:12]}"
 
 
-def _loaded_as(model: Any) -> dict[str, Any]:
-    """Device, dtype and quantization; of what is quantized, the first layer says how."""
+def loaded_as(model: Any) -> dict[str, Any]:
+    """How a base was loaded, as `recorded_base` finds it in a record; the first quantized layer stands for all."""
     states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
     state: Any = next((state for state in states if state is not None), None)
     floats = (p for name, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in name)

@@ -24,23 +24,20 @@ def seed_generators(seed: int, step: int, process: int = 0) -> None:
     _seed_all(_derived(seed, "step", step, process))
 
 
-def pin_order(dataloader: DataLoader, seed: int, epoch: int) -> None:
-    """Makes the order of an epoch's rows a function of seed and epoch; call it before the epoch is iterated."""
-    _pin(_sampler(dataloader), seed, epoch)
-
-
-def pin_batches(dataloader: DataLoader, seed: int, epoch: int, step: int, accumulation: int, process: int = 0) -> None:
-    """Makes what a collator draws a function of seed, epoch and batch; call it before the epoch is iterated.
+def pin_epoch(dataloader: DataLoader, seed: int, epoch: int, step: int, accumulation: int, process: int = 0) -> None:
+    """Makes the order of an epoch's rows a function of seed and epoch, and what a collator draws one of the batch as well.
 
     The loader collates each batch ahead of its step, so the next step's first batch exists before this step ends.
 
     Args:
-        dataloader: of the training. Workers that outlive an epoch (persistent_workers) miss the next one's seed.
-        seed, epoch: as for `pin_order`.
+        dataloader: of the training, before the epoch is iterated. Workers that outlive an epoch (persistent_workers) miss
+            the next one's seed.
+        seed, epoch: whose order it is.
         step: optimizer steps already taken when this iteration starts.
         accumulation: batches per step.
         process: this one's number.
     """
+    _pin(_sampler(dataloader), seed, epoch)
     # A stream is read from the start again on resume, so its batches count from 0.
     batches = 0 if _sampler(dataloader) is None else len(dataloader)
     first = step % math.ceil(batches / accumulation) * accumulation if batches else 0
@@ -55,7 +52,7 @@ def rows_of_step(dataloader: DataLoader, seed: int, step: int, accumulation: int
 
     Args:
         dataloader: of the training.
-        seed: as for `pin_order`.
+        seed: as for `pin_epoch`.
         step: optimizer steps before this one.
         accumulation: batches per step.
     """

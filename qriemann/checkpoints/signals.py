@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first finishes and saves the step, the second stops the run at once."""
+"""Ctrl-C and SIGTERM: the first signal finishes the step and saves it, the second stops the run at once."""
 
 import os
 import signal

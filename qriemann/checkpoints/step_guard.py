@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from qriemann.checkpoints.manifest import last_complete
 from qriemann.checkpoints.saving import DRIFT_LIMIT
-from qriemann.checkpoints.seeding import pin_batches, pin_order, rows_of_step, seed_generators
+from qriemann.checkpoints.seeding import pin_epoch, rows_of_step, seed_generators
 from qriemann.distributed import process_count, sum_over_processes
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import fixed_rank_parameters, orthonormality_drift
@@ -41,7 +41,7 @@ _KEY = "qriemann_guard"
 
 @dataclass(frozen=True)
 class StepEvent:
-    """An optimizer step that was skipped, or taken though far outside the recent band.
+    """An optimizer step that was skipped, or that was taken although it lies far outside the recent band.
 
     Attributes:
         kind: "skipped" or "spike".
@@ -68,7 +68,7 @@ class StepEvent:
 
 @dataclass
 class _Progress:
-    """What a resumed run must know about the steps before."""
+    """What a resumed run must know about earlier steps."""
 
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -137,9 +137,8 @@ class StepGuard(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        dataloader, seed, epoch = kwargs["train_dataloader"], _order_seed(args), int(state.epoch or 0)
-        pin_order(dataloader, seed, epoch)
-        pin_batches(dataloader, seed, epoch, state.global_step, args.gradient_accumulation_steps, args.process_index)
+        place = _order_seed(args), int(state.epoch or 0), state.global_step
+        pin_epoch(kwargs["train_dataloader"], *place, args.gradient_accumulation_steps, args.process_index)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         seed_generators(args.seed, state.global_step - self._progress.skipped, args.process_index)

@@ -241,7 +241,7 @@ def greedy_answers(model: Any, tokenizer: Any, rows: Rows, limit: int | None = N
 
 
 def load_model(name: str, base: str | None, quantize: str | None, console: Console) -> tuple[Any, Any]:
-    """An adapter on its base as in training, or a model as it is stored; and its tokenizer."""
+    """Model and tokenizer: an adapter on its base as in training, or a whole model as it is stored."""
     if not (adapter_folder(name) / "adapter_config.json").is_file():
         device = compute_device()
         where = describe_device(device, compute_dtype(device))

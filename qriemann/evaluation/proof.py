@@ -4,8 +4,8 @@ Two independent looks at the files. Weights: each tensor read back must be the b
 rounded as the files are. Behaviour: a fresh process loads the folder with transformers alone, and its next-token
 distributions are compared with those that the base of training with the adapter gave before.
 
-The first finds any damage, however small its effect. The second says what it costs to leave the base that the adapter was
-trained on, which no check of weights can: quantization moves that base by more than many an adapter does.
+The first finds any damage, however small its effect. The second measures the cost of leaving the base that the adapter was
+trained on, which no check of weights can: quantization moves the base further than many adapters do.
 """
 
 from __future__ import annotations

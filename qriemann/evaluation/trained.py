@@ -1,4 +1,4 @@
-"""The trained model: the base as training had it, in 4 bit or not, with the adapter, as PEFT computes it."""
+"""The trained model: the adapter on its base, loaded as in training, computed by PEFT."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Trained:
         quantized: whether the base is in 4 bit.
         tied: the names of the output head's tensor and of the embeddings' that the base ties it to; None if it does not.
         untied: whether training has given the two different values.
-        notes: what a person should know.
+        notes: lines for the user.
     """
 
     base: str

@@ -1,4 +1,4 @@
-"""What a folder that was trained or merged into holds, read tolerantly: every part but the model may be missing."""
+"""The content of a folder that a training, a merge or an export wrote; every part but the model may be missing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ModelFolder:
         metrics: one mapping a log event.
         rows: `trained_rows.json`, what was trained.
         proof: `merge_report.json`.
-        exports: the folders of GGUF files, this one or folders in it, with what their reports say.
+        exports: folders of GGUF files, this one or inside it, each with its report.
         samples: answers before and after training, each with question, right, before, after.
         scores: (name, before, after) of what was measured on held-out rows.
     """

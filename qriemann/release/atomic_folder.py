@@ -1,4 +1,4 @@
-"""An output folder that is there whole or not at all, and what `merge` and `export` return of it."""
+"""An output folder that exists whole or not at all, and the result that `merge` and `export` return."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`inspect`: what an adapter does to each layer, from its factors alone."""
+"""`inspect`: how an adapter changes each layer, from its factors alone."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""`push`: an adapter or a merged model to the Hub, by huggingface_hub's own client, in one commit.
+"""`push`: uploads an adapter or a merged model to the Hub in one commit, with huggingface_hub's own client.
 
-One commit is what makes a failed push harmless: whatever breaks off before it leaves the repository as it was, large files
-that arrived are known to the Hub by their hash and are not sent again, and the same command goes on. What goes up is a list
-of files that a model needs; optimizer states, checkpoints and `training_args.bin` (a pickle with local paths) stay.
+One commit makes a failed push harmless: until then the repository stays as it was. The Hub knows large files that arrived by
+their hash, so the same command continues without sending them again. Only files that a model needs go up; optimizer states,
+checkpoints and `training_args.bin` (a pickle with local paths) stay.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def push(
 
     Raises:
         InputError: a credential or a local path in a file, a base that only this machine has, no rights, no network. The
-            repository is as it was, and the same call goes on.
+            repository is as it was, and the same call continues.
     """
     console = console or Console(quiet=True)
     found = read_folder(folder, run=run)
@@ -252,7 +252,7 @@ def _text(upload: Upload) -> str:
 
 @contextmanager
 def _one_line(folder: Path, repo: str, token: str) -> Iterator[None]:
-    """Turns what goes wrong between here and the Hub into one line, in which no token is."""
+    """Turns what goes wrong between here and the Hub into one line without the token."""
     try:
         yield
     except InputError:
@@ -260,7 +260,7 @@ def _one_line(folder: Path, repo: str, token: str) -> Iterator[None]:
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         message = hide_credentials(_explain(error, repo).replace(token, "<redacted>"))
         # Without its cause: a request's text may hold the token, and a traceback shows it.
-        raise InputError(f"{message}; the card is in {folder}, and the same command goes on") from None
+        raise InputError(f"{message}; the card is in {folder}; run the same command again to continue") from None
 
 
 def _explain(error: BaseException, repo: str) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from qriemann.checkpoints.fingerprints import describe_base
+from qriemann.checkpoints.fingerprints import loaded_as
 from qriemann.config.arguments import describe_settings
 from qriemann.data.tokenized import trained_token_count
 from qriemann.folder import records
@@ -78,7 +78,8 @@ def describe_run(prepared: Prepared) -> dict[str, Any]:
         "model": {
             "name_or_path": name_of(model),
             "parameters": model.num_parameters(),
-            **describe_base(model, prepared.fingerprints["base"]),
+            "fingerprint": prepared.fingerprints["base"],
+            **loaded_as(model),
             "dequantized": prepared.dense and asdict(prepared.dense),
         },
         "config": describe_settings(settings, prepared.args),

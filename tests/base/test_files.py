@@ -88,7 +88,6 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "NaN in a linear layer": (lambda f: change(f, UP, set_one(math.nan)), f"got NaN or infinities in {UP} of"),
     "NaN in a norm": (lambda f: change(f, NORM, set_one(math.nan)), f"got NaN or infinities in {NORM} of"),
-    "integers": (lambda f: change(f, UP, lambda x: x.to(torch.int64)), f"floating-point numbers, got I64 for '{UP}'"),
     "a tensor left out": (lambda f: change(f, UP, None), f"no weights for {UP},"),
     "a head left out": (lambda f: change(f, "lm_head.weight", None), "no weights for lm_head.weight,"),
     "a layer too many": (

@@ -66,7 +66,7 @@ def test_a_connection_cut_at_any_stage_leaves_all_or_nothing_and_the_same_comman
     # The client tries some of its requests again by itself.
     if status != 0:
         assert (status, error.count("\n")) == (2, 1)
-        assert "the same command goes on" in error
+        assert "run the same command again to continue" in error
         push(run_folder, "me/tiny")
     assert_published(hub, run_folder)
     assert len(hub.commits) == 1
