@@ -12,7 +12,7 @@ from jaxtyping import Float
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from qriemann.adapters.detach import show_peft_plain_factors
+from qriemann.adapters.detach import refuse_other_use_of_factors
 from qriemann.adapters.layer import FixedRankVariant, delta_weight, lora_factors
 from qriemann.adapters.lora_layers import lora_layers
 from qriemann.adapters.saved_rank import config_owners, describe_saved_rank
@@ -61,7 +61,7 @@ def attach(
     generator = torch.Generator().manual_seed(seed)
     points = [_attach_layer(name, layer, adapter, start, alpha, generator) for name, layer, adapter in layers]
     describe_saved_rank(model, points)
-    show_peft_plain_factors()
+    refuse_other_use_of_factors()
     report_low_precision(model)
     return points
 

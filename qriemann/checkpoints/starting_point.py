@@ -25,9 +25,25 @@ def starting_point(folder: Path, *, resume: str | None, overwrite: bool, allow: 
         InputError: the folder holds a run that is neither resumed nor replaced, or nothing to resume from.
     """
     check_folder(folder, resume=resume, overwrite=overwrite)
-    files = _files(folder, resume)
-    found = _starting_point(folder, resume, allow)
-    return replace(found, files=files)
+    found = FoundCheckpoint(None, files=_files(folder, resume))
+    if resume == "auto" and _nothing_was_saved(folder):
+        unfinished = records.checkpoint_folders(folder)
+        found.passed_over = [f"{path.name}: its save was not finished" for path in unfinished]
+    elif resume == "auto":
+        found = replace(_newest(folder), files=found.files)
+    elif resume is not None:
+        found.path = Path(resume)
+        defect = find_defect(found.path)
+        if defect is not None and "unverified" not in allow:
+            raise InputError(
+                f"resume must be a complete checkpoint folder, got {resume!r}: {defect}; check the path, or add "
+                "--allow unverified if you know that it is whole"
+            )
+        if (broken := find_content_defect(found.path)) is not None:
+            raise InputError(
+                f"resume must be a checkpoint that can be loaded, got {resume}: {broken}; name an older one"
+            )
+    return found
 
 
 def refuse_changed(found: FoundCheckpoint, folder: Path, *, resume: str | None, overwrite: bool) -> None:
@@ -39,31 +55,10 @@ def refuse_changed(found: FoundCheckpoint, folder: Path, *, resume: str | None, 
 
 def _files(folder: Path, resume: str | None) -> dict[str, tuple[int, int]]:
     """Size and time of change, in ns, of every file of the checkpoints that a run may resume from."""
-    folders = (
-        [] if resume is None else [*records.checkpoint_folders(folder), *([] if resume == "auto" else [Path(resume)])]
-    )
+    folders = [] if resume is None else records.checkpoint_folders(folder)
+    folders += [] if resume in (None, "auto") else [Path(resume)]
     status = {str(path): path.stat() for inner in folders for path in inner.rglob("*") if path.is_file()}
     return {path: (found.st_size, found.st_mtime_ns) for path, found in status.items()}
-
-
-def _starting_point(folder: Path, resume: str | None, allow: Sequence[str]) -> FoundCheckpoint:
-    if resume is None:
-        return FoundCheckpoint(None)
-    if resume == "auto" and _nothing_was_saved(folder):
-        unfinished = [f"{path.name}: its save was not finished" for path in records.checkpoint_folders(folder)]
-        return FoundCheckpoint(None, unfinished)
-    if resume == "auto":
-        return _newest(folder)
-    defect = find_defect(Path(resume))
-    if defect is not None and "unverified" not in allow:
-        raise InputError(
-            f"resume must be a complete checkpoint folder, got {resume!r}: {defect}; check the path, or add "
-            "--allow unverified if you know that it is whole"
-        )
-    broken = find_content_defect(Path(resume))
-    if broken is not None:
-        raise InputError(f"resume must be a checkpoint that can be loaded, got {resume}: {broken}; name an older one")
-    return FoundCheckpoint(Path(resume))
 
 
 def check_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None:
