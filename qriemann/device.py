@@ -45,7 +45,7 @@ def compute_device(name: torch.device | str | None = None) -> torch.device:
 def compute_dtype(device: torch.device, wanted: torch.dtype | str | None = None) -> torch.dtype:
     """The requested float dtype; by default bfloat16 on a GPU that has it, float32 elsewhere.
 
-    Before Ampere (compute capability 8.0) bfloat16 is emulated, slower than float32. Without a GPU, `plan` counts for one that
+    Before Ampere (compute capability 8.0) bfloat16 is emulated, slower than float32. Without a GPU, `plan` takes one that
     has it.
 
     Raises:

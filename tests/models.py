@@ -6,6 +6,7 @@ Shared by the tests of adapters, optimizers and the trainer seam.
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,20 @@ def assert_unchanged(model: nn.Module, before: dict[str, Tensor], *, frozen: boo
 
 def token_batch(seed: int = 4, rows: int = 2, length: int = 9, vocabulary: int = 24) -> Tensor:
     return torch.randint(2, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
+    """In eval mode; the model is left in the mode that it was in."""
+    training = model.training
+    with torch.no_grad():
+        found = model.eval()(token_batch() if ids is None else ids).logits
+    model.train(training)
+    return found
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Sets keys of the mapping in the file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def relative(a: Tensor, b: Tensor) -> float:

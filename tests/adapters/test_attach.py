@@ -15,6 +15,7 @@ from qriemann.adapters.attach import truncate_
 from qriemann.geometry.parameter import orthonormality_drift
 from tests.models import (
     fill_lora,
+    logits,
     move_points,
     next_token_loss,
     relative,
@@ -30,11 +31,6 @@ from tests.models import (
 ADOPTION_RTOL = 1e-6
 # s X x and s X_0 x cancel, each with a float32 error of some 1e-7 of |X x|; alpha = 1 makes X as large as it gets.
 OFFSET_START_RTOL = 1e-5
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(token_batch()).logits
 
 
 def test_a_zero_start_leaves_the_function_as_it_is_to_the_bit():

@@ -21,6 +21,7 @@ from tests.models import (
     dequantized,
     fill_lora,
     load_nf4,
+    logits,
     logits_under_plain_peft,
     next_token_loss,
     relative,
@@ -66,11 +67,6 @@ def kept_shares(model: nn.Module, base: nn.Module, batches: list[Tensor], rank: 
         best = best_approximation(gradient, rank)
         shares[name] = (tangent_projection(gradient, u, v).norm() / best.norm()).item()
     return shares
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(token_batch()).logits
 
 
 # What the start holds of the gradient.

@@ -17,6 +17,7 @@ from qriemann import InputError, attach
 from qriemann.base.quantized import protect_quantized_weights
 from tests.models import (
     load_nf4,
+    logits,
     move_points,
     next_token_loss,
     relative,
@@ -31,11 +32,6 @@ from tests.models import (
 RTOL = 1e-5
 STARTS = ["zero", "offset"]
 OPTIONS = [{}, {"use_rslora": True, "rank_pattern": {r"layers\.1.*q_proj": 7}}, {"use_rslora": True, "lora_bias": True}]
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(token_batch()).logits
 
 
 def attached(start: str, *, seed: int = 0, base: nn.Module | None = None, **options) -> PeftModel:

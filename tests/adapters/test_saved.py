@@ -17,7 +17,7 @@ from qriemann.adapters.saved import read_adapter, saved_tokenizer
 from qriemann.adapters.saved_config import CONFIG
 from qriemann.adapters.saved_tensors import PICKLE, WEIGHTS
 from qriemann.errors import InputError
-from tests.models import fill_lora, tiny_llama, token_batch, with_lora, word_tokenizer
+from tests.models import edit_json, fill_lora, logits, tiny_llama, token_batch, with_lora, word_tokenizer
 
 IDS = token_batch()
 PREFIX = "base_model.model.model.layers.0."
@@ -40,11 +40,6 @@ def folder(pristine, tmp_path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "adapter"))
 
 
-def set_keys(folder: Path, **keys) -> None:
-    path = folder / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
-
-
 def change(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors[name] = tensor
@@ -55,11 +50,6 @@ def pickle_instead(folder: Path) -> Path:
     torch.save(load_file(folder / WEIGHTS), folder / PICKLE)
     (folder / WEIGHTS).unlink()
     return folder / PICKLE
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 OPTIONS = {
@@ -107,7 +97,7 @@ WRONG = {
     "a tensor without numbers": (lambda f: change(f, Q_A, torch.ones(0, 64)), "(0, 64)"),
     "numbers of eight bits": (lambda f: change(f, Q_A, torch.ones(4, 64).to(torch.float8_e4m3fn)), "F8_E4M3"),
     "factors of two ranks": (lambda f: change(f, Q_A, torch.ones(3, 64)), "rank r = 4"),
-    "another rank than the configuration says": (lambda f: set_keys(f, r=8), "rank r = 8"),
+    "another rank than the configuration says": (lambda f: edit_json(f / CONFIG, r=8), "rank r = 8"),
     "a factor alone": (lambda f: change(f, Q_B, None), "factors B"),
     "a factor of three dimensions": (lambda f: change(f, Q_A, torch.ones(4, 64, 1)), "plain LoRA"),
     "a tensor of another method": (
@@ -116,19 +106,25 @@ WRONG = {
     ),
     "no configuration": (lambda f: (f / CONFIG).unlink(), CONFIG),
     "a configuration that is a list": (lambda f: (f / CONFIG).write_text("[1]"), "JSON object"),
-    "another method": (lambda f: set_keys(f, peft_type="LOHA"), "must be LoRA"),
-    "DoRA": (lambda f: set_keys(f, use_dora=True), "use_dora"),
-    "a start that changes the base": (lambda f: set_keys(f, init_lora_weights="pissa"), "pissa"),
-    "an absolute path": (lambda f: set_keys(f, corda_config={"cache_file": "/etc/passwd"}), "stay in its folder"),
-    "a path that leaves": (lambda f: set_keys(f, megatron_core="x/../../y"), "stay in its folder"),
-    "a rank that is no number": (lambda f: set_keys(f, r="4"), "r must not be"),
-    "an alpha that is not finite": (lambda f: set_keys(f, lora_alpha=float("inf")), "lora_alpha must be"),
+    "another method": (lambda f: edit_json(f / CONFIG, peft_type="LOHA"), "must be LoRA"),
+    "DoRA": (lambda f: edit_json(f / CONFIG, use_dora=True), "use_dora"),
+    "a start that changes the base": (lambda f: edit_json(f / CONFIG, init_lora_weights="pissa"), "pissa"),
+    "an absolute path": (
+        lambda f: edit_json(f / CONFIG, corda_config={"cache_file": "/etc/passwd"}),
+        "stay in its folder",
+    ),
+    "a path that leaves": (lambda f: edit_json(f / CONFIG, megatron_core="x/../../y"), "stay in its folder"),
+    "a rank that is no number": (lambda f: edit_json(f / CONFIG, r="4"), "r must not be"),
+    "an alpha that is not finite": (lambda f: edit_json(f / CONFIG, lora_alpha=float("inf")), "lora_alpha must be"),
     # What does not fit the base.
     "a layer that the file lacks": (
         lambda f: [change(f, name, None) for name in (Q_A, Q_B)],
         "got none for base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
     ),
-    "a layer that the configuration does not name": (lambda f: set_keys(f, target_modules=["q_proj"]), "down_proj"),
+    "a layer that the configuration does not name": (
+        lambda f: edit_json(f / CONFIG, target_modules=["q_proj"]),
+        "down_proj",
+    ),
     "a layer that the base lacks": (
         lambda f: [change(f, name.replace("q_proj", "w_proj"), torch.ones(4, 4)) for name in (Q_A, Q_B)],
         "got also base_model.model.model.layers.0.self_attn.w_proj",
@@ -138,7 +134,10 @@ WRONG = {
         lambda f: change(f, "base_model.model.model.norm.weight", torch.zeros(64)),
         "model.norm.weight",
     ),
-    "a head that was announced and is not there": (lambda f: set_keys(f, modules_to_save=["lm_head"]), "lm_head"),
+    "a head that was announced and is not there": (
+        lambda f: edit_json(f / CONFIG, modules_to_save=["lm_head"]),
+        "lm_head",
+    ),
     "a head of another size": (lambda f: change(f, "base_model.model.lm_head.weight", torch.ones(25, 64)), "[25, 64]"),
 }
 
@@ -181,7 +180,7 @@ def test_a_tokenizer_that_asks_for_code_is_refused_without_a_question(folder):
     word_tokenizer().save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     own = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "EvilTokenizer"}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    edit_json(path, **own)
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
     with pytest.raises(InputError, match="contains custom code"):
         saved_tokenizer(folder)
@@ -201,7 +200,7 @@ NAMES_OF_FILES = {
 def test_a_tokenizer_that_names_a_file_elsewhere_is_refused(folder, key, value):
     word_tokenizer().save_pretrained(folder)
     config = folder / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    edit_json(config, **{key: value})
     with pytest.raises(InputError, match=f"must stay in its folder, got .* for '{key}'"):
         saved_tokenizer(folder)
 
@@ -214,5 +213,5 @@ def test_a_tokenizer_may_say_where_it_was_once_loaded_from(folder):
         "tokenizer_file": "/home/x/t.json",
         "special_tokens_map_file": "/home/x/s.json",
     }
-    config.write_text(json.dumps(json.loads(config.read_text()) | history))
+    edit_json(config, **history)
     assert saved_tokenizer(folder).get_vocab() == word_tokenizer().get_vocab()

@@ -18,6 +18,7 @@ import qriemann
 from tests.models import (
     counting_rows,
     load_nf4,
+    logits,
     logits_under_plain_peft,
     move_points,
     next_token_loss,
@@ -50,15 +51,6 @@ class Saved:
     plain: Tensor | None = None
 
 
-def logits(model: torch.nn.Module) -> Tensor:
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        result = model(IDS).logits
-    model.train(training)
-    return result
-
-
 class RecordLogits(TrainerCallback):
     """Notes what the model computes whenever a checkpoint is written."""
 
@@ -66,7 +58,7 @@ class RecordLogits(TrainerCallback):
         self.at_step: dict[int, Tensor] = {}
 
     def on_save(self, args, state, control, model=None, **kwargs) -> None:
-        self.at_step[state.global_step] = logits(model)
+        self.at_step[state.global_step] = logits(model, IDS)
 
 
 def train_with_sft(base: Path, folder: Path, start: str) -> dict[str, Saved]:
@@ -87,7 +79,7 @@ def train_with_sft(base: Path, folder: Path, start: str) -> dict[str, Saved]:
         f"checkpoint-{step}": Saved(folder / f"checkpoint-{step}", expected, True)
         for step, expected in record.at_step.items()
     }
-    return saved | {"save_model": Saved(folder / "final", logits(trainer.model), True)}
+    return saved | {"save_model": Saved(folder / "final", logits(trainer.model, IDS), True)}
 
 
 LOOPS: dict[str, dict] = {
@@ -111,7 +103,7 @@ def train_in_a_loop(folder: Path, start: str, options: dict) -> Saved:
         next_token_loss(model, token_batch(seed)).backward()
         optimizer.step()
     model.save_pretrained(folder)
-    return Saved(folder, logits(model), False)
+    return Saved(folder, logits(model, IDS), False)
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +172,10 @@ def test_saving_changes_nothing(start, tmp_path):
     points = qriemann.attach(model, start=start, seed=0)
     move_points(points)
     before = [part.clone() for point in points for part in point.point()]
-    expected = logits(model)
+    expected = logits(model, IDS)
     model.save_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(before, (x for p in points for x in p.point()), strict=True))
-    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model, IDS), expected)
 
 
 @starts
@@ -196,7 +188,7 @@ def test_a_saved_adapter_loaded_again_is_the_same_point_and_trains_on(start, sav
     )
     optimizer = qriemann.Riemannion(model, lr=0.05)
     assert all(point.offset is None for point in optimizer.points)  # the offset is part of the rank 2 r point now
-    assert relative(logits(model), entry.expected) < LOGITS_RTOL
+    assert relative(logits(model, IDS), entry.expected) < LOGITS_RTOL
     losses = []
     for _ in range(8):
         optimizer.zero_grad()

@@ -18,7 +18,9 @@ from qriemann.base.load import load_base
 from qriemann.errors import InputError
 from tests.base.test_load import tiny_config as tied_config
 from tests.base.test_load import tiny_tokenizer, write_gguf
+from tests.models import edit_json
 
+CONFIG = "config.json"
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.norm.weight"
 
@@ -42,11 +44,6 @@ def pristine(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def folder(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "base"))
-
-
-def set_keys(folder: Path, file: str = "config.json", **keys: Any) -> None:
-    path = folder / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
 
 def change(folder: Path, name: str, to: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
@@ -83,7 +80,7 @@ def refusal(folder: Path, **options: Any) -> str:
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a shard elsewhere": (index_elsewhere, "must stay in its folder, got '../secret.safetensors'"),
     "a tokenizer elsewhere": (
-        lambda f: set_keys(f, "tokenizer_config.json", fast_tokenizer_files=["../tokenizer.4.0.json"]),
+        lambda f: edit_json(f / "tokenizer_config.json", fast_tokenizer_files=["../tokenizer.4.0.json"]),
         "must stay in its folder, got '../tokenizer.4.0.json'",
     ),
     "NaN in a linear layer": (lambda f: change(f, UP, set_one(math.nan)), f"got NaN or infinities in {UP} of"),
@@ -91,7 +88,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tensor left out": (lambda f: change(f, UP, None), f"no weights for {UP},"),
     "a head left out": (lambda f: change(f, "lm_head.weight", None), "no weights for lm_head.weight,"),
     "a layer too many": (
-        lambda f: set_keys(f, num_hidden_layers=3),
+        lambda f: edit_json(f / CONFIG, num_hidden_layers=3),
         "no weights for model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight, "
         "model.layers.2.mlp.gate_proj.weight and 6 more,",
     ),
@@ -99,9 +96,12 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: change(f, UP, lambda x: torch.ones(3, 3)),
         f"got {UP} of (3, 3) for (128, 64) in",
     ),
-    "a width that is no number": (lambda f: set_keys(f, hidden_size="x"), "'hidden_size' expected int, got str"),
-    "no heads": (lambda f: set_keys(f, num_attention_heads=0), "ZeroDivisionError"),
-    "a list for a type": (lambda f: set_keys(f, model_type=["llama"]), "check its config.json"),
+    "a width that is no number": (
+        lambda f: edit_json(f / CONFIG, hidden_size="x"),
+        "'hidden_size' expected int, got str",
+    ),
+    "no heads": (lambda f: edit_json(f / CONFIG, num_attention_heads=0), "ZeroDivisionError"),
+    "a list for a type": (lambda f: edit_json(f / CONFIG, model_type=["llama"]), "check its config.json"),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import shutil
 from pathlib import Path
@@ -25,6 +24,7 @@ from qriemann.checkpoints.manifest import (
 )
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import fixed_rank_parameters
+from tests.models import edit_json
 from tests.runs import protected_trainer
 
 
@@ -105,11 +105,6 @@ def sign(folder: Path) -> None:
     commit(folder, int(folder.name.rpartition("-")[2]), read_manifest(folder)["run"])
 
 
-def edit_state(folder: Path, **change) -> None:
-    path = folder / "trainer_state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-
-
 def edit_optimizer(folder: Path, change) -> None:
     content = torch.load(folder / "optimizer.pt", weights_only=True)
     change(content)
@@ -135,7 +130,9 @@ DAMAGE = {
     "not finite in state.0.momentum": resigned(
         lambda folder: edit_optimizer(folder, lambda content: content["state"][0]["momentum"].fill_(torch.nan))
     ),
-    "trainer_state.json has the step 'x'": resigned(lambda folder: edit_state(folder, global_step="x")),
+    "trainer_state.json has the step 'x'": resigned(
+        lambda folder: edit_json(folder / "trainer_state.json", global_step="x")
+    ),
 }
 
 
@@ -153,7 +150,7 @@ def test_the_newest_checkpoint_that_can_be_resumed_is_taken_and_the_others_are_n
 def test_a_state_that_does_not_fit_is_one_line_before_the_first_step(run):
     # The momentum of the first factor, in another shape.
     edit_optimizer(run / "checkpoint-2", lambda content: content["state"][0].update(momentum=torch.ones(5, 7)))
-    edit_state(run / "checkpoint-1", global_step=10**9)
+    edit_json(run / "checkpoint-1" / "trainer_state.json", global_step=10**9)
     for name, message in (
         ("checkpoint-2", "fits this model and method"),
         ("checkpoint-1", "got one of step 1000000000"),

@@ -18,6 +18,7 @@ from qriemann.errors import InputError
 from qriemann.folder.files import sha256
 from qriemann.training.prepare import prepare
 from qriemann.training.train import train
+from tests.models import edit_json
 from tests.recipe_fixtures import run_cli, train_on
 
 
@@ -105,11 +106,6 @@ def test_what_was_allowed_to_change_is_said(tmp_path, settings, capsys):
     assert "going on with alpha 2.0 instead of 1.0 (it shaped the start alone)" in printed
 
 
-def edit_config(folder: Path) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.1}))
-
-
 def round_weights(folder: Path) -> None:
     path = folder / "model.safetensors"
     rounded = {name: tensor.to(torch.bfloat16).float() for name, tensor in load_file(path).items()}
@@ -118,7 +114,13 @@ def round_weights(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [(edit_config, "a base configured otherwise (rms_norm_eps 0.1 instead of 1e-06)"), (round_weights, "not the base")],
+    [
+        (
+            lambda folder: edit_json(folder / "config.json", rms_norm_eps=0.1),
+            "a base configured otherwise (rms_norm_eps 0.1 instead of 1e-06)",
+        ),
+        (round_weights, "not the base"),
+    ],
 )
 def test_a_base_that_is_not_the_same_to_the_last_bit_is_named(tmp_path, settings, capfd, change, named):
     base = Path(shutil.copytree(settings["model_name_or_path"], tmp_path / "base"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ from qriemann.release.export import export
 from qriemann.release.inspect import inspect
 from qriemann.release.merge import merge
 from qriemann.upstream import quiet
-from tests.models import relative, tiny_llama, with_lora
+from tests.models import edit_json, logits, relative, tiny_llama, with_lora
 from tests.recipe_fixtures import make_tokenizer
 from tests.release.conftest import save_chat_base, write_rows
 
@@ -100,11 +99,6 @@ def save_gpt2(folder: Path) -> Path:
     return folder
 
 
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits
-
-
 class Made(NamedTuple):
     base: Path
     adapter: Path
@@ -133,17 +127,17 @@ def made(request, tmp_path_factory) -> Made:
                 parameter.data[:, 3:] = 0
     model.save_pretrained(folder / "adapter")
     tokenizer.save_pretrained(folder / "adapter")
-    return Made(base, folder / "adapter", logits(model))
+    return Made(base, folder / "adapter", logits(model, IDS))
 
 
 def test_chat_and_eval_compute_what_peft_does(made: Made):
     session = load_session(made.adapter, quantize="none", device="cpu")
-    assert relative(logits(session.model), made.expected) < RTOL
+    assert relative(logits(session.model, IDS), made.expected) < RTOL
     trained = load_trained(read_adapter(made.adapter, "eval"), None, None, Console(quiet=True), quantize="none")
-    assert relative(logits(trained.peft), made.expected) < RTOL
+    assert relative(logits(trained.peft, IDS), made.expected) < RTOL
     with quiet(), trained.untrained() as base:
         plain = AutoModelForCausalLM.from_pretrained(made.base).eval()
-        assert relative(logits(base)[..., : plain.config.vocab_size], logits(plain)) < RTOL
+        assert relative(logits(base, IDS)[..., : plain.config.vocab_size], logits(plain, IDS)) < RTOL
 
 
 def test_inspect_shows_the_change_of_every_layer(made: Made, tmp_path: Path):
@@ -160,7 +154,7 @@ def test_export_keeps_everything_but_the_rank(made: Made, tmp_path: Path):
     # No layer uses its fourth direction.
     assert export(made.adapter, tmp_path / "out", rank=3, quantize="none").accepted
     session = load_session(tmp_path / "out", quantize="none", device="cpu")
-    assert relative(logits(session.model), made.expected) < RTOL
+    assert relative(logits(session.model, IDS), made.expected) < RTOL
 
 
 @pytest.mark.slow  # a fresh process for each
@@ -172,8 +166,8 @@ def test_merge_writes_what_peft_computes(made: Made, tmp_path: Path, quantize: s
     expected = made.expected
     if quantize == "nf4":
         trained = load_trained(read_adapter(made.adapter), None, None, Console(quiet=True), quantize=quantize)
-        expected = logits(trained.peft)
-    assert relative(logits(model), expected) < RTOL
+        expected = logits(trained.peft, IDS)
+    assert relative(logits(model, IDS), expected) < RTOL
 
 
 @pytest.mark.slow
@@ -213,8 +207,7 @@ def test_the_table_has_every_command_and_every_key_of_peft():
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_command_refuses_by_name_what_the_table_does_not_give_it(kind, command, adapter: Path, tmp_path: Path):
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), kind.key: SPECIAL.get(kind.key, [1])}))
+    edit_json(folder / "adapter_config.json", **{kind.key: SPECIAL.get(kind.key, [1])})
     rows = write_rows(tmp_path / "rows.jsonl", [("say 1", "it is 1")])
     if command in kind.commands:
         READS[command](folder, rows, tmp_path)

@@ -28,7 +28,7 @@ from qriemann.errors import InputError
 from qriemann.release.atomic_folder import move_into_place, written_or_nothing
 from qriemann.release.merge import merge
 from qriemann.release.weights import read_checkpoint, write_checkpoint
-from tests.models import fill_lora, relative
+from tests.models import fill_lora, logits, relative
 from tests.recipe_fixtures import make_tokenizer
 from tests.release.conftest import Merged, greedy_elsewhere, save_chat_base
 
@@ -36,6 +36,7 @@ from tests.release.conftest import Merged, greedy_elsewhere, save_chat_base
 MERGED_RTOL = 1e-6
 # Between two forwards of float32 weights that differ by rounding.
 LOGITS_RTOL = 1e-4
+IDS = torch.arange(40)[None]
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
@@ -45,11 +46,6 @@ def dense_change(adapter: Path, module: str) -> Tensor:
     config = json.loads((adapter / "adapter_config.json").read_text())
     b, a = (tensors[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "BA")
     return config["lora_alpha"] / config["r"] * b @ a
-
-
-def logits(model: torch.nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(torch.arange(40)[None]).logits
 
 
 def files(folder: Path) -> set[str]:
@@ -72,9 +68,9 @@ def test_merge_into_the_dequantized_weights_computes_what_the_4_bit_model_comput
     base: Path, adapter: Path, merged: Merged
 ):
     quantized, _ = qriemann.load_base(base)
-    trained = logits(PeftModel.from_pretrained(quantized, adapter))
+    trained = logits(PeftModel.from_pretrained(quantized, adapter), IDS)
     folder = merged.result.folder / "nf4-dequantized"
-    assert relative(logits(AutoModelForCausalLM.from_pretrained(folder)), trained) < LOGITS_RTOL
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(folder), IDS), trained) < LOGITS_RTOL
     found = merged.result.verdicts[1].found
     assert found["mean_kl"] < 1e-8
     assert found["top_agreement"] == 1.0

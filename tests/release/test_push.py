@@ -11,7 +11,7 @@ from qriemann import cli
 from qriemann.errors import InputError
 from qriemann.folder.records import recorded_base
 from qriemann.release.push import check_push, push
-from tests.models import word_tokenizer
+from tests.models import edit_json, word_tokenizer
 from tests.release.folders import adapter_folder, merged_folder, records
 from tests.release.hub import TOKEN, LoopbackHub
 
@@ -75,10 +75,8 @@ def test_a_connection_cut_at_any_stage_leaves_all_or_nothing_and_the_same_comman
 
 
 def test_how_the_base_was_loaded_goes_up_with_the_adapter(run_folder, tmp_path):
-    path = run_folder / "run.json"
-    content = json.loads(path.read_text())
-    content["model"] |= {"quantized": False, "dtype": "float32", "device": "cpu", "fingerprint": "ab"}
-    path.write_text(json.dumps(content))
+    loaded = {"quantized": False, "dtype": "float32", "device": "cpu", "fingerprint": "ab"}
+    edit_json(run_folder / "run.json", model={"name_or_path": "someone/base", **loaded})
     uploads = {upload.name: upload for upload in push(run_folder, "me/tiny", dry_run=True).uploads}
     assert uploads.keys() == SENT | {"trained_on.json"}
     # As whoever downloads it reads it.
