@@ -15,7 +15,7 @@ from qriemann.upstream import quiet
 
 
 class _WithoutCredentials:
-    """A stream that no credential gets into, whoever prints it: a server's answer may repeat the token."""
+    """A stream that hides credentials in everything printed: a server's answer may repeat the token."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -33,7 +33,7 @@ class _WithoutCredentials:
 
 
 def reporting(run: Callable[[], int], *, debug: bool = False) -> int:
-    """The exit status of `run`. Its errors are told in one line; with `debug` they keep their traceback.
+    """The exit status of `run`. Its errors print one line; with `debug` they keep their traceback.
 
     Other libraries are quiet meanwhile, and a console shows a question mark for what its encoding cannot show.
     """
@@ -81,5 +81,5 @@ def _exit_status(run: Callable[[], int], *, debug: bool) -> int:
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """The interpreter's own report of an error that nobody caught, without credentials."""
+    """The interpreter's own report of an uncaught error, without credentials."""
     print("".join(traceback.format_exception(kind, error, trace)), end="", file=_WithoutCredentials(sys.stderr))

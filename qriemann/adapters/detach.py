@@ -43,22 +43,23 @@ def detach(model: nn.Module) -> nn.Module:
 
 def refuse_other_use_of_factors() -> None:
     """Makes PEFT's functions that use the factors themselves refuse attached layers; calling it again does nothing."""
-    places = (
-        "tuners.lora.model:LoraModel.add_weighted_adapter",
-        "utils.hotswap:hotswap_adapter_from_state_dict",
-        "utils.hotswap:prepare_model_for_compiled_hotswap",
-    )
-    replace_peft_functions(dict.fromkeys(places, _refusing))
+    # The inner ones, where a script may have imported the outer ones before.
+    places = {
+        "tuners.lora.model:LoraModel.add_weighted_adapter": "add_weighted_adapter",
+        "utils.hotswap:hotswap_adapter_from_state_dict": "hotswap_adapter",
+        "utils.hotswap:_convert_scalings_to_tensor": "prepare_model_for_compiled_hotswap",
+    }
+    replace_peft_functions({place: functools.partial(_refusing, name=name) for place, name in places.items()})
 
 
-def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+def _refusing(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The function, whose first argument is a model, but for models with attached layers."""
 
     @functools.wraps(function)
     def called(*args: Any, **options: Any) -> Any:
         if _attached(args[0] if args else options["model"]):
             raise InputError(
-                f"{function.__name__} must be given plain LoRA layers, got layers on the fixed-rank manifold, whose factors "
+                f"{name} must be given plain LoRA layers, got layers on the fixed-rank manifold, whose factors "
                 "alone are not the adapter; call qriemann.detach(model) first"
             )
         return function(*args, **options)

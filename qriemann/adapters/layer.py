@@ -159,7 +159,7 @@ class FixedRankVariant(LoraVariant):
 
 
 def delta_weight(module: LoraLayer, active_adapter: str) -> Float[Tensor, "m n"]:
-    """s (X - X_0), laid out as the base weight is."""
+    """s (X - X_0) in the layout of the base weight."""
     b, a = lora_factors(module.lora_variant[active_adapter].point)
     delta = (b @ a) * module.scaling[active_adapter]
     return delta.mT if getattr(module, "fan_in_fan_out", False) else delta

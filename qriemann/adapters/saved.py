@@ -57,7 +57,7 @@ class SavedAdapter:
     rows: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
 
     def replacement(self, name: str, stored: Tensor) -> Tensor:
-        """A tensor of the base with what was trained in its place; `stored` itself where nothing was."""
+        """The trained value of a tensor of the base; `stored` itself where it was not trained."""
         tensor = self.replaced.get(name, stored)
         if name in self.rows:
             indices, values = self.rows[name]

@@ -36,7 +36,7 @@ class Kind(NamedTuple):
         return self.key
 
 
-# Training tells of what it accepts and some command refuses; see `unread`.
+# Training warns of these; see `unread`.
 KINDS = (
     # A sequence classifier, a reward model: its factors are plain, but it is no language model.
     Kind(

@@ -1,4 +1,4 @@
-"""What the weights in an adapter's folder hold, as NumPy arrays: whoever only looks at an adapter need not wait for torch.
+"""The weights in an adapter's folder, as NumPy arrays: `inspect` and `report` need not wait for torch.
 
 Refused, with the reason in one line: pickles that were not named, incomplete files, numbers that are not finite, and factors
 whose shapes or ranks do not match the configuration.

@@ -111,7 +111,7 @@ def read_spectra(path: str | os.PathLike[str]) -> list[LayerSpectrum]:
     for layers in batches.values():
         names, b_factors, a_factors = zip(*layers, strict=True)
         b, a = np.stack(b_factors), np.stack(a_factors)
-        # LAPACK fails on what is not finite, and a report of a run that went wrong is wanted all the more.
+        # LAPACK fails on numbers that are not finite, and a failed run needs its report most.
         finite = np.isfinite(b).all((1, 2)) & np.isfinite(a).all((1, 2))
         sigma = factored_svd(np.where(finite[:, None, None], b, 0), np.where(finite[:, None, None], a, 0))[1]
         sigma[~finite] = np.nan

@@ -14,7 +14,7 @@ from qriemann.base.gguf import EMBEDDED_MODEL
 from qriemann.errors import InputError
 
 _DAMAGE_ERRORS = (struct.error, IndexError, SafetensorError)
-# The messages of these are written for people; the others mean little without their type.
+# Messages of these explain themselves; others mean little without their type.
 _TELLING_ERRORS = (OSError, ValueError, ImportError)
 
 

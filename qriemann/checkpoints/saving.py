@@ -25,7 +25,7 @@ DRIFT_LIMIT = 1e-3
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Completes what the trainer saves, and deletes older checkpoints in its place.
+    """Completes what the trainer saves, and deletes older checkpoints instead of the trainer.
 
     With load_best_model_at_end it saves at every evaluation that is the best so far: the trainer would load the best of
     those steps that happen to be saved.

@@ -151,7 +151,7 @@ def load_trained(
     revision = revision or (saved.config.revision if base is None else None)
     stored = recorded.get("quant_type") or "nf4" if recorded.get("quantized", True) else "none"
     chosen = quantize or stored
-    # The codes of 4-bit weights depend on the dtype that they are quantized from; floats can be had in full.
+    # 4-bit codes depend on the dtype that they are quantized from; unquantized weights can be loaded in any.
     loaded_in = dtype if dtype and chosen == "none" else recorded.get("dtype") or dtype
     place = compute_device(device)
     where = describe_device(place, compute_dtype(place, dtype or recorded.get("dtype")))

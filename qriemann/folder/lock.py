@@ -13,7 +13,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from qriemann.errors import InputError
 from qriemann.folder.contents import read_json
 
-# Two files, because Windows lets nobody read a locked one.
+# Two files, because a locked file cannot be read on Windows.
 LOCK, HOLDER = ".run.lock", ".run.holder"
 
 

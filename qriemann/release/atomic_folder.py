@@ -54,7 +54,7 @@ def written_or_nothing(out: Path) -> Iterator[Path]:
 
 
 def move_into_place(partial: Path, out: Path, *, accepted: bool) -> Path:
-    """Renames the folder in one move, to OUT or to OUT.rejected, and returns its path; an empty folder OUT gives way."""
+    """Renames the folder in one move, to OUT or OUT.rejected, and returns its path; an empty folder OUT is replaced."""
     folder = out if accepted else out.with_name(f"{out.name}.rejected")
     for path in partial.rglob("*"):
         if path.is_file():

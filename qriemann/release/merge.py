@@ -42,7 +42,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 # Mean KL in nats a token. Into the base that was trained on only rounding is left: on the embedded model 3e-9 at float32 and
 # 1.4e-4 at bfloat16, while one forgotten layer of its 210 costs 3e-4. Leaving that base has a cost that the adapter does not
-# decide (0.33 on the same model); there only a wreck is above the bound.
+# decide (0.33 on the same model); there the bound only catches a broken model.
 _MAX_KL = {"float32": 1e-5, "half": 1e-3, "other base": 1.0}
 
 

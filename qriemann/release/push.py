@@ -204,7 +204,7 @@ def _uploads(found: ModelFolder, card: str, base: str | None) -> list[Upload]:
     uploads += [
         _upload(name, files[name], names) for name in filter_repo_objects(files, allow_patterns=_FILES[found.kind])
     ]
-    # Without it, whoever downloads the adapter would read it on a base in 4 bit.
+    # Without it, the adapter would be read on a 4-bit base after a download.
     if found.kind == "adapter" and TRAINED_ON not in files and (recorded := recorded_base(found.path)):
         uploads.append(Upload(TRAINED_ON, (json.dumps(recorded, indent=2) + "\n").encode(), "how the base was loaded"))
     for place, _ in found.exports:

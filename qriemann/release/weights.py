@@ -70,7 +70,7 @@ def write_checkpoint(
 
 
 def original_weights(base: str, revision: str | None = None) -> Tensors:
-    """The weights of a base before any quantization of ours.
+    """The weights of a base, not quantized.
 
     Args:
         base: as `load_base` takes it. A GGUF file is dequantized to float32 in host memory; anything else is read lazily.

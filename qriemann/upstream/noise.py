@@ -1,4 +1,4 @@
-"""What other libraries print: warnings and lines that nobody can act on, progress bars, telemetry."""
+"""Output of other libraries: pointless warnings and log lines, progress bars, telemetry."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def quiet(*, bars: bool | None = None) -> Iterator[None]:
-    """Hides upstream's progress bars where the output is no terminal, and the warnings that nobody can act on.
+    """Hides upstream's progress bars where the output is no terminal, and warnings that a user cannot act on.
 
     A bar redraws itself with control characters, which a log keeps. datasets, transformers, TRL and huggingface_hub each
     have a switch of their own; all draw with tqdm, so one switch there serves libraries that are imported later as well.
@@ -104,7 +104,7 @@ def _says_something(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def without_telemetry() -> Iterator[None]:
-    """Within the block, TRL's trainers report to nobody unless HF_HUB_DISABLE_TELEMETRY is set to 0.
+    """Within the block, TRL's trainers send no telemetry unless HF_HUB_DISABLE_TELEMETRY is set to 0.
 
     TRL sends the kind of trainer, model, GPU and data source to a server of its own for each trainer that it makes;
     tests/training/test_reporting.py

@@ -28,7 +28,7 @@ def _cast_input_dtype(layer: Any, x: Any, dtype: Any) -> Any:
 def replace_peft_functions(wrappers: dict[str, Callable[[Any], Any]]) -> None:
     """Puts what each wrapper makes of a function of PEFT in that function's place, once for the process.
 
-    `add_weighted_adapter` and hot-swapping use the factors of a layer, where PEFT knows nothing of a variant.
+    `add_weighted_adapter` and hot-swapping use the factors of a layer and know nothing of a variant.
     tests/adapters/test_peft_methods.py
 
     Args:

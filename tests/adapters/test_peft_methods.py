@@ -116,17 +116,19 @@ USES = {
         ["default", "plain"], [0.7, -0.4], "sum", "cat"
     ),
     "hotswap_adapter": lambda model, folder: hotswap_adapter(model, str(folder), "default", torch_device="cpu"),
-    "prepare": lambda model, folder: prepare_model_for_compiled_hotswap(model, target_rank=16),
+    "prepare_model_for_compiled_hotswap": lambda model, folder: prepare_model_for_compiled_hotswap(
+        model, target_rank=16
+    ),
 }
 
 
-@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
-def test_what_uses_the_factors_themselves_is_refused_until_the_model_is_detached(use, tmp_path):
+@pytest.mark.parametrize(("name", "use"), USES.items(), ids=USES.keys())
+def test_what_uses_the_factors_themselves_is_refused_until_the_model_is_detached(name, use, tmp_path):
     attached("offset", seed=5).save_pretrained(tmp_path)
     model = attached("offset")
     model.load_adapter(tmp_path, "plain")
     expected, found = logits(model), variants(model)
-    with pytest.raises(InputError, match=r"layers on the fixed-rank manifold.*qriemann\.detach"):
+    with pytest.raises(InputError, match=rf"^{name} .*layers on the fixed-rank manifold.*qriemann\.detach"):
         use(model, tmp_path)
     assert torch.equal(logits(model), expected)
     assert variants(model) == found
