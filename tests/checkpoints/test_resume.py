@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_pt_utils import safe_globals
 
 import qriemann
 from qriemann.checkpoints.fingerprints import check_same_run
@@ -181,15 +180,6 @@ def test_resuming_a_finished_run_from_its_newest_checkpoint_changes_nothing(run,
     assert_same(outcome(again), four_steps[1])
     assert again.state.global_step == 4
     assert not (run / "checkpoint-5").exists()
-
-
-def test_every_file_of_a_checkpoint_loads_without_running_code(run):
-    pickled = {path.name for path in (run / "checkpoint-1").iterdir() if path.suffix in (".pt", ".pth")}
-    assert pickled == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
-    for name in pickled:
-        # The trainer's own list of NumPy's harmless types, which a generator's state is made of.
-        with safe_globals():
-            assert torch.load(run / "checkpoint-1" / name, weights_only=True)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
