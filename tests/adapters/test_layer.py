@@ -67,7 +67,7 @@ class Case:
         self.module = self.model.base_model.model.layer
         if settings.get("lora_bias"):
             nn.init.normal_(self.module.lora_B["default"].bias)
-        rank, alpha = settings["r"], settings["lora_alpha"]
+        rank, alpha = settings.get("rank_pattern", {}).get("layer", settings["r"]), settings["lora_alpha"]
         self.scaling = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(*TOKENS, COLUMNS, generator=generator).to(dtype).requires_grad_()
@@ -129,13 +129,6 @@ CASES = {
 }
 
 
-def make(options: dict, dtype: torch.dtype = torch.float32) -> Case:
-    case = Case(dtype, **options)
-    if "rank_pattern" in options:
-        case.scaling = 6 / 3
-    return case
-
-
 def assert_matches(case: Case, y: Tensor, truth: tuple[Tensor, Tensor, Tensor], rtol: float) -> None:
     dense_y, g, grad_x = truth
     u, _, v = (part.double() for part in case.point.point())
@@ -150,7 +143,7 @@ def assert_matches(case: Case, y: Tensor, truth: tuple[Tensor, Tensor, Tensor], 
 )
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 def test_the_gradients_are_the_tangent_blocks_of_the_dense_gradient(options, dtype, rtol):
-    case = make(options, dtype)
+    case = Case(dtype, **options)
     loss = case.loss if dtype == torch.float32 else case.linear_loss
     y = case.model(case.x)
     loss(y).backward()
@@ -413,7 +406,7 @@ def test_a_disabled_adapter_leaves_the_base_model(start):
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_merging_into_a_transposed_weight_keeps_the_function_and_unmerging_restores_it(safe):
-    case = make(CASES["Conv1D, stored transposed"])
+    case = Case(**CASES["Conv1D, stored transposed"])
     base = case.module.get_base_layer()
     weight = base.weight.detach().clone()
     with torch.no_grad():
