@@ -12,28 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.adapters.saved_config import CONFIG, check_config
-from qriemann.adapters.saved_tensors import adapter_folder, first_line, name_in_base, read_content
+from qriemann.adapters.saved_tensors import LoraFactors, adapter_folder, first_line, name_in_base, read_content
 from qriemann.base.files import load_tokenizer
 from qriemann.errors import InputError
 from qriemann.upstream import quiet
 
 _OTHER_BASE = "name the base that the adapter was trained on with --base"
-
-
-@dataclass(frozen=True)
-class LoraFactors:
-    """The change of one linear layer: scaling B A of its weight, scaling times `bias` of its bias."""
-
-    b: Float[Tensor, "m r"]
-    a: Float[Tensor, "r n"]
-    scaling: float
-    bias: Float[Tensor, " m"] | None = None
 
 
 @dataclass(frozen=True)

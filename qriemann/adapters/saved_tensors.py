@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 from safetensors import safe_open
 
 from qriemann.adapters.saved_config import CONFIG, value_for
@@ -32,20 +31,23 @@ _WRAPPED = re.compile(r"\.(token_adapter|base_layer|modules_to_save)\b")
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
-class Factors(NamedTuple):
-    """The change of one linear layer: scaling B A of its weight, scaling times `bias` of its bias."""
+class LoraFactors(NamedTuple):
+    """The change of one linear layer: scaling B A of its weight, scaling times `bias` of its bias.
 
-    b: Float[np.ndarray, "m r"]
-    a: Float[np.ndarray, "r n"]
+    B is m x r and A is r x n. They are NumPy arrays here and tensors in a `SavedAdapter`.
+    """
+
+    b: Any
+    a: Any
     scaling: float
-    bias: Float[np.ndarray, " m"] | None
+    bias: Any = None
 
 
 class Content(NamedTuple):
     """What a folder's weights are; see `SavedAdapter`, whose fields have these names."""
 
     keys: frozenset[str]
-    layers: dict[str, Factors]
+    layers: dict[str, LoraFactors]
     replaced: dict[str, np.ndarray]
     rows: dict[str, tuple[list[int], np.ndarray]]
 
@@ -196,7 +198,7 @@ def _token_rows(
     return list(named), values
 
 
-def _factors(name: str, pair: dict[str, np.ndarray], config: Mapping[str, Any], folder: Path) -> Factors:
+def _factors(name: str, pair: dict[str, np.ndarray], config: Mapping[str, Any], folder: Path) -> LoraFactors:
     rank = value_for(config.get("rank_pattern"), name, config["r"])
     bias = pair.pop("B bias", None) if config.get("lora_bias") else None
     if pair.keys() != {"A", "B"} or not pair["A"].shape[0] == pair["B"].shape[1] == rank:
@@ -211,4 +213,4 @@ def _factors(name: str, pair: dict[str, np.ndarray], config: Mapping[str, Any], 
         raise InputError(
             f"lora_alpha must be finite, got {alpha!r} for {name!r} in {folder / CONFIG}; correct the file"
         )
-    return Factors(pair["B"], pair["A"], scaling, bias)
+    return LoraFactors(pair["B"], pair["A"], scaling, bias)

@@ -98,14 +98,8 @@ def export(
                 write_json(partial / TRAINED_ON, recorded)
             trained.tokenizer.save_pretrained(partial)
             # From the files just written, by PEFT.
-            if saved.config.bias == "none" and not saved.config.ensure_weight_tying:
-                smaller = trained.peft
-                smaller.load_adapter(str(partial), "truncated")
-                smaller.set_adapter("truncated")
-            else:
-                # PEFT takes no second adapter beside one with trained biases, and does not tie what a second one replaces.
-                smaller = read_adapter(partial, "export").put_on(trained.peft.unload(), trained.base)
-            found = reload.differences(smaller.eval(), rows.rows, recording.path)
+            smaller = read_adapter(partial, "export").put_on(trained.peft.unload(), trained.base)
+            found = reload.differences(smaller, rows.rows, recording.path)
         bound = max(_KL_FLOOR, _KL_SHARE * recording.untrained["mean_kl"]) if max_kl is None else max_kl
         written = proof.Written(partial, f"rank {rank}", "float32", (total, "all layers"), bound)
         verdict = proof.Verdict(written, found, proof.far_from_trained(found, bound, "the whole adapter"))

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
-from torch import Tensor
-from transformers import GenerationConfig
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from qriemann.adapters.saved import read_adapter
-from qriemann.base.load import load_base
 from qriemann.base.tensors import Tensors
+from qriemann.checkpoints.fingerprints import loaded_as
 from qriemann.errors import InputError
 from qriemann.evaluation import proof
 from qriemann.evaluation.proof import Written
@@ -29,13 +30,13 @@ from qriemann.release.atomic_folder import Released, move_into_place, written_or
 from qriemann.release.card import write_card
 from qriemann.release.weights import (
     original_weights,
-    quantized_like,
+    quantized,
     read_checkpoint,
     stored_4bit,
     tensor_names,
     write_checkpoint,
 )
-from qriemann.upstream import quiet, untie, was_conv1d
+from qriemann.upstream import is_4_bit, quiet, was_conv1d
 
 Into = Literal["nf4-dequantized", "original", "nf4"]
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -106,10 +107,8 @@ def merge(
             for name, layer in saved.layers.items():
                 if layer.bias is not None and f"{name}.bias" not in trained.dequantized:
                     raise InputError(f"lora_bias must be of layers with a bias to be merged, got {name} without one")
-            # In 4 bit comes last: it replaces the weights of the loaded model.
-            order = sorted(bases, key=lambda name: name == "nf4")
             written = {}
-            for name in order:
+            for name in bases:
                 folder = partial if len(bases) == 1 else partial / name
                 console.print(f"Merging into {name} ...", highlight=False)
                 stored, worst = _write(trained, folder, name, dtype, int(shard_gb * 1e9))
@@ -119,7 +118,7 @@ def merge(
             # Another process is about to load a model, and needs what this one has on the card.
             del trained
             clear_device_cache(garbage_collection=True)
-            verdicts = proof.judge([written[name] for name in bases], recording, console)
+            verdicts = proof.judge(list(written.values()), recording, console)
         content = proof.conclude(described, verdicts)
         write_json(partial / PROOF, content)
         for one in written.values():
@@ -150,10 +149,8 @@ def _write(
 ) -> tuple[str, tuple[float, str]]:
     """Writes one model; the dtype that it has, and the worst tensor read back."""
     folder.mkdir(exist_ok=True)
-    weights, full_name = _sources(trained, into)
-    modules = tensor_names(trained.adapter.layers, weights, trained.model.base_model_prefix)
-    stored = torch.float32 if into == "nf4-dequantized" else weights[next(iter(modules.values()))].dtype
-    torch_dtype = getattr(torch, dtype) if dtype else stored
+    weights, full_name, stored = _sources(trained, into)
+    torch_dtype = getattr(torch, dtype) if dtype else torch.float32 if into == "nf4-dequantized" else stored
     # In 4 bit: half a byte a weight, and the embeddings in floats.
     needed = trained.model.num_parameters() * (1 if into == "nf4" else torch_dtype.itemsize)
     if (free := shutil.disk_usage(folder).free) < needed:
@@ -161,25 +158,52 @@ def _write(
             f"{folder} has {free / 1e9:.1f} GB free, and the model needs {needed / 1e9:.1f} GB; name another output, or "
             "write half precision with --dtype bfloat16"
         )
-    if into == "nf4":
-        stored_as = {full: name for name, full in full_name.items()}
-        # What the checkpoint has in another form, such as experts one by one, is taken as it was loaded.
-        source = Tensors(
-            dict.fromkeys([*trained.dequantized, *(trained.tied or ()) * trained.untied]),
-            lambda name: weights[stored_as[name]] if name in stored_as else trained.dequantized[name],
+    in_4bit = _layers_in_4bit(trained) if into == "nf4" else {}
+    # As the base of training was, or as `load_base` does it.
+    loaded = loaded_as(trained.model)
+    quant_type, double_quant = loaded["quant_type"] or "nf4", loaded["double_quant"] is not False
+
+    def in_parts(name: str, weight: Tensor) -> dict[str, Tensor]:
+        weight = weight.to(trained.model.device)
+        return quantized(name, weight, quant_type=quant_type, double_quant=double_quant)
+
+    def value(name: str, *, by_peft: bool = False) -> Tensor:
+        """A tensor as it was trained, rounded as it is written, in the layout of a 4-bit layer if it becomes one."""
+        before = weights[name]
+        found = _as_trained(trained, full_name[name], before, by_peft=by_peft)
+        if found.is_floating_point():
+            found = found.to(torch_dtype if dtype or into == "nf4" else before.dtype)
+        return found.mT.contiguous() if in_4bit.get(name) else found
+
+    def tensors_of(name: str) -> dict[str, Tensor]:
+        return in_parts(name, value(name)) if name in in_4bit else {name: value(name)}
+
+    def shape(name: str) -> Tensor:
+        before = weights[name]
+        found = trained.adapter.replaced.get(full_name[name], before).to("meta", before.dtype)
+        if name in in_4bit:
+            return found.new_empty(found.numel() // 2, dtype=torch.uint8)
+        return found.to(torch_dtype) if found.is_floating_point() and (dtype or into == "nf4") else found
+
+    def expected(name: str) -> Tensor:
+        right = value(name, by_peft=True)
+        return stored_4bit(in_parts(name, right), name) if name in in_4bit else right.cpu()
+
+    config = copy.deepcopy(trained.model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if in_4bit:
+        config.quantization_config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quant_type,
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=torch_dtype,
         )
-        expected = _write_4bit(trained, folder, source, torch_dtype, shard_bytes)
-        names: Iterable[str] = source
-    else:
-        config = copy.deepcopy(trained.model.config)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        config.dtype = torch_dtype
-        if trained.untied:
-            config.tie_word_embeddings = False
-        config.save_pretrained(folder)
-        expected = _write_floats(trained, folder, weights, full_name, torch_dtype if dtype else None, shard_bytes)
-        names = weights
+    config.dtype = torch_dtype
+    if trained.untied:
+        config.tie_word_embeddings = False
+    config.save_pretrained(folder)
+    write_checkpoint(folder, {name: shape(name) for name in weights}, tensors_of, shard_bytes)
     if trained.model.generation_config is not None:
         # Not save_pretrained: it refuses settings that many a published model has, such as temperature without sampling.
         trained.model.generation_config.to_json_file(folder / "generation_config.json")
@@ -189,30 +213,52 @@ def _write(
     def read(name: str) -> Tensor | None:
         if name not in written:
             return None
-        return stored_4bit(written, name) if f"{name}.absmax" in written else written[name]
+        return stored_4bit(written, name) if name in in_4bit else written[name]
 
-    return str(torch_dtype).removeprefix("torch."), proof.worst_weight(expected, names, read)
+    return str(torch_dtype).removeprefix("torch."), proof.worst_weight(expected, weights, read)
 
 
-def _sources(trained: Trained, into: str) -> tuple[Tensors, dict[str, str]]:
-    """The base's weights under the names of its checkpoint, and the model's name for each.
+def _sources(trained: Trained, into: str) -> tuple[Tensors, dict[str, str], torch.dtype]:
+    """The base's weights under the names to write, the model's name for each, and the dtype of the adapted layers.
 
-    Where training gave the tied head and embeddings two values, the head has a name of its own.
+    Floats get the names of the base's checkpoint, 4-bit models those of the loaded model. Where training gave the tied head
+    and embeddings two values, the head has a name of its own.
     """
-    own = trained.dequantized if into == "nf4-dequantized" else original_weights(trained.base, trained.revision)
+    weights = trained.dequantized if into == "nf4-dequantized" else original_weights(trained.base, trained.revision)
     # Some checkpoints leave out the first part of a name.
     prefix = trained.model.base_model_prefix
-    full_name = {name: name if name in trained.dequantized else f"{prefix}.{name}" for name in own}
-    if trained.tied is None:
-        return own, full_name
-    head, embeddings = trained.tied
-    if not trained.untied:
-        if head in own:
+    full_name = {name: name if name in trained.dequantized else f"{prefix}.{name}" for name in weights}
+    layers = tensor_names(trained.adapter.layers, weights, prefix)
+    stored = weights[next(iter(layers.values()))].dtype
+    if trained.tied is not None:
+        head, embeddings = trained.tied
+        if trained.untied:
+            own, twin = weights, next(name for name, full in full_name.items() if full == embeddings)
+            full_name[head] = head
+            weights = Tensors(full_name, lambda name: own[twin if name == head else name])
+        elif head in weights:
             full_name[head] = embeddings
-        return own, full_name
-    twin = next(name for name, full in full_name.items() if full == embeddings)
-    full_name[head] = head
-    return Tensors(full_name, lambda name: own[twin if name == head else name]), full_name
+    if into != "nf4":
+        return weights, full_name, stored
+    of_checkpoint, stored_as = weights, {full: name for name, full in full_name.items()}
+    names = dict.fromkeys([*trained.dequantized, *(trained.tied or ()) * trained.untied])
+    # What the checkpoint has in another form, such as experts one by one, is taken as it was loaded.
+    by_model = Tensors(
+        names, lambda name: of_checkpoint[stored_as[name]] if name in stored_as else trained.dequantized[name]
+    )
+    return by_model, {name: name for name in names}, stored
+
+
+def _layers_in_4bit(trained: Trained) -> dict[str, bool]:
+    """The tensors that `load_base` holds in 4 bit, each with whether a checkpoint has it transposed."""
+    head = trained.model.get_output_embeddings()
+    found = {}
+    for name, layer in trained.model.named_modules():
+        tensor = f"{name.removesuffix('.base_layer')}.weight"
+        linear = isinstance(layer, nn.Linear | Conv1D) and layer is not getattr(head, "base_layer", head)
+        if tensor in trained.dequantized and (is_4_bit(layer) if trained.quantized else linear):
+            found[tensor] = isinstance(layer, Conv1D) or was_conv1d(layer)
+    return found
 
 
 def _as_trained(trained: Trained, name: str, stored: Tensor, *, by_peft: bool = False) -> Tensor:
@@ -232,84 +278,3 @@ def _as_trained(trained: Trained, name: str, stored: Tensor, *, by_peft: bool = 
         return tensor.float() + trained.added(module).to(tensor.device)
     left, right = (layer.a.mT, layer.b.mT) if trained.is_conv1d(module) else (layer.b, layer.a)
     return torch.addmm(tensor.float(), left.to(tensor.device), right.to(tensor.device), alpha=layer.scaling)
-
-
-def _write_floats(
-    trained: Trained,
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    full_name: Mapping[str, str],
-    dtype: torch.dtype | None,
-    shard_bytes: int,
-) -> Callable[[str], Tensor]:
-    """Writes the sums, and returns how PEFT computes each."""
-
-    def rounded(tensor: Tensor, like: Tensor) -> Tensor:
-        return tensor.to(dtype or like.dtype) if like.is_floating_point() else tensor
-
-    def merged(name: str, *, by_peft: bool = False) -> Tensor:
-        stored = weights[name]
-        return rounded(_as_trained(trained, full_name[name], stored, by_peft=by_peft), stored)
-
-    def shape(name: str) -> Tensor:
-        stored = weights[name]
-        return rounded(trained.adapter.replaced.get(full_name[name], stored).to("meta"), stored)
-
-    write_checkpoint(folder, {name: shape(name) for name in weights}, merged, shard_bytes)
-    return lambda name: merged(name, by_peft=True).cpu()
-
-
-def _write_4bit(
-    trained: Trained,
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    shard_bytes: int,
-) -> Callable[[str], Tensor]:
-    """Quantizes the sums into a model in 4 bit and lets transformers write it; returns how PEFT computes each.
-
-    Args:
-        weights: by the names that the model has.
-    """
-    from bitsandbytes.functional import dequantize_4bit
-
-    if trained.quantized:
-        model: Any = trained.peft.unload()
-    else:
-        model, _ = load_base(trained.base, dtype="float32", revision=trained.revision)
-        trained.adapter.grow_vocabulary(model)
-    if trained.untied:
-        untie(model)
-
-    def tensor(name: str, *, by_peft: bool = False) -> Tensor:
-        """As it was trained, before it is quantized, in the layout that the model has."""
-        found = _as_trained(trained, name, weights[name], by_peft=by_peft)
-        return found.mT if name in in_4bit and was_conv1d(layer_of(name)) else found
-
-    def layer_of(name: str) -> Any:
-        return model.get_submodule(name.removesuffix(".weight"))
-
-    in_4bit = {name for name, weight in model.named_parameters() if hasattr(weight, "quant_state")}
-    for name in in_4bit:
-        layer = layer_of(name)
-        layer.weight = quantized_like(tensor(name).to(dtype), layer)
-        layer.quant_state = layer.weight.quant_state
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point():
-                parameter.data = tensor(name).to(parameter.device, dtype)
-    model.config.quantization_config.bnb_4bit_compute_dtype = dtype
-    model.config.dtype = dtype
-    # Its generation settings are written as they are by the caller, and names as the model has them, experts fused.
-    generation, model.generation_config = model.generation_config, GenerationConfig()
-    model.save_pretrained(folder, max_shard_size=shard_bytes, save_original_format=False)
-    model.generation_config = generation
-
-    def expected(name: str) -> Tensor:
-        right = tensor(name, by_peft=True)
-        if name not in in_4bit:
-            return right.to(dtype).cpu() if right.is_floating_point() else right.cpu()
-        fresh = quantized_like(right.to(dtype), layer_of(name))
-        return dequantize_4bit(fresh.data, fresh.quant_state).cpu()
-
-    return expected

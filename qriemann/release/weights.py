@@ -9,7 +9,7 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import safe_open
@@ -47,25 +47,26 @@ def read_checkpoint(folder: Path) -> Tensors:
 
 
 def write_checkpoint(
-    folder: Path, like: Mapping[str, Tensor], tensor_of: Callable[[str], Tensor], shard_bytes: int
+    folder: Path, like: Mapping[str, Tensor], tensors_of: Callable[[str], dict[str, Tensor]], shard_bytes: int
 ) -> None:
     """Writes tensors into the safetensors files that transformers looks for; no more than one file is in memory.
 
     Args:
         folder: exists.
         like: shape and dtype of each tensor, on the meta device.
-        tensor_of: the tensor of a name.
+        tensors_of: what the file holds for a name: the tensor, or the parts of a 4-bit one.
         shard_bytes: upper bound of a file, unless one tensor alone is larger.
     """
     from safetensors.torch import save_file
 
     plan = split_torch_state_dict_into_shards(dict(like), max_shard_size=shard_bytes)
+    files: dict[str, str] = {}
     for file, names in plan.filename_to_tensors.items():
-        save_file(
-            {name: tensor_of(name).cpu().contiguous() for name in names}, folder / file, metadata={"format": "pt"}
-        )
+        tensors = {key: part.cpu().contiguous() for name in names for key, part in tensors_of(name).items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(tensors, file)
     if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        index = {"metadata": plan.metadata, "weight_map": files}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
@@ -125,19 +126,12 @@ def tensor_names(modules: Iterable[str], weights: Mapping[str, Tensor], prefix: 
     return names
 
 
-def quantized_like(weight: Tensor, layer: Any) -> Any:
-    """The weight in 4 bit with the settings of a bitsandbytes layer, on that layer's device."""
-    from bitsandbytes.nn import Params4bit
+def quantized(name: str, weight: Tensor, *, quant_type: str, double_quant: bool) -> dict[str, Tensor]:
+    """The parts under which a checkpoint holds a weight in bitsandbytes' 4-bit format."""
+    from bitsandbytes.functional import quantize_4bit
 
-    state = layer.weight.quant_state
-    return Params4bit(
-        weight.contiguous().cpu(),
-        requires_grad=False,
-        quant_type=state.quant_type,
-        blocksize=state.blocksize,
-        compress_statistics=state.nested,
-        quant_storage=layer.weight.quant_storage,
-    ).to(layer.weight.device)
+    packed, state = quantize_4bit(weight.contiguous(), None, None, 64, double_quant, quant_type)
+    return {name: packed, **{f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}}
 
 
 def stored_4bit(weights: Mapping[str, Tensor], name: str) -> Tensor:
@@ -145,5 +139,5 @@ def stored_4bit(weights: Mapping[str, Tensor], name: str) -> Tensor:
     import torch
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    parts = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}
-    return dequantize_4bit(weights[name], QuantState.from_dict(parts, device=torch.device("cpu"))).float()
+    parts = {key.removeprefix(f"{name}."): weights[key].cpu() for key in weights if key.startswith(f"{name}.")}
+    return dequantize_4bit(weights[name].cpu(), QuantState.from_dict(parts, device=torch.device("cpu"))).float()

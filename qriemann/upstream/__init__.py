@@ -22,7 +22,6 @@ from qriemann.upstream.models import name_of as name_of
 from qriemann.upstream.models import set_attention as set_attention
 from qriemann.upstream.models import set_compute_dtype as set_compute_dtype
 from qriemann.upstream.models import set_name as set_name
-from qriemann.upstream.models import untie as untie
 from qriemann.upstream.models import was_conv1d as was_conv1d
 from qriemann.upstream.models import watching_quantization as watching_quantization
 from qriemann.upstream.noise import quiet as quiet

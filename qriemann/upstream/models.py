@@ -36,16 +36,6 @@ def has_causal_lm(config: Any) -> bool:
     return type(config) in AutoModelForCausalLM._model_mapping
 
 
-def untie(model: Any) -> None:
-    """Gives the output head of a model with tied embeddings a weight of its own, in place; tests/release/test_kinds.py."""
-    from torch import nn
-
-    head = model.get_output_embeddings()
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
-
-
 @contextmanager
 def watching_quantization(watch: Callable[[str, Any], None]) -> Iterator[None]:
     """Within the block, `watch` sees each weight by its name before transformers stores it in 4 bit.

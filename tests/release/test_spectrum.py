@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -83,7 +82,9 @@ def test_dead_and_saturated_layers_are_named(adapter: Path, tmp_path, capsys):
     save_file(tensors, folder / "adapter_model.safetensors")
     assert main(["inspect", str(folder)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert re.search(rf"layers are saturated .*{re.escape(flat)}", shown)
+    spectra = {one.name: one for one in inspect(folder, plot=tmp_path / "again.png")}
+    assert spectra[flat].effective_rank == pytest.approx(4)
+    assert "of 14 layers are saturated (effective rank at least 90% of the rank" in shown
     assert f"1 of 14 layers are dead (below 0.001 of the median layer's norm): {still}" in shown
 
 
