@@ -228,8 +228,6 @@ def _sources(trained: Trained, into: str) -> tuple[Tensors, dict[str, str], torc
     # Some checkpoints leave out the first part of a name.
     prefix = trained.model.base_model_prefix
     full_name = {name: name if name in trained.dequantized else f"{prefix}.{name}" for name in weights}
-    layers = tensor_names(trained.adapter.layers, weights, prefix)
-    stored = weights[next(iter(layers.values()))].dtype
     if trained.tied is not None:
         head, embeddings = trained.tied
         if trained.untied:
@@ -238,6 +236,8 @@ def _sources(trained: Trained, into: str) -> tuple[Tensors, dict[str, str], torc
             weights = Tensors(full_name, lambda name: own[twin if name == head else name])
         elif head in weights:
             full_name[head] = embeddings
+    layers = tensor_names(trained.adapter.layers, weights, prefix)
+    stored = weights[next(iter(layers.values()))].dtype
     if into != "nf4":
         return weights, full_name, stored
     of_checkpoint, stored_as = weights, {full: name for name, full in full_name.items()}
