@@ -159,7 +159,7 @@ class Settings:
     @property
     def measures_rate(self) -> bool:
         """Whether the learning rate is found before the first step."""
-        return self.trl.get("learning_rate") == "auto"
+        return self.trl.get("learning_rate", "auto") == "auto"
 
 
 _OWN = {item.name: item for item in dataclasses.fields(Settings) if item.name not in ("trl", "written")}

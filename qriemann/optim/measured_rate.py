@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from qriemann.distributed import process_count, sum_over_processes
@@ -21,13 +22,17 @@ from qriemann.errors import InputError
 #: Mean KL a trained token, in nats, that the first step makes at the measured rate.
 CHANGE = 0.1
 # Of the secant of the logarithms.
-_TRIES = 5
+_TRIES = 6
 _CLOSE = 0.05
-# Far beyond the wanted change the answers saturate, and near zero rounding hides it.
-_SLOPES = (0.5, 4.0)
+# Far beyond the wanted change the answers saturate, and far below it bfloat16 rounds them by as much.
+_SLOPES = (1.0, 4.0)
 _FARTHEST = 100.0
 # In float16 the gradients of a mean over thousands of tokens would underflow.
 _LOSS_SCALE = 2.0**10
+
+
+class NoSuchRateError(InputError):
+    """The answers change too little, or too much, at every rate that was tried."""
 
 
 def measure_rate(
@@ -54,12 +59,14 @@ def measure_rate(
         The rate, to three digits, and the pairs of a rate and its change that were tried.
 
     Raises:
-        InputError: no rate within a factor of 10,000 of the optimizer's makes such a change.
+        NoSuchRateError: no rate that was tried makes such a change, or half or twice of it.
 
-    Cost: forward and backward, and at most six forward passes, over the batches.
+    Cost: forward and backward, and at most eight forward passes, over the batches.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state, values = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in parameters]
+    # In host memory, because a training that just fits a card has no room for a second adapter.
+    state = send_to_device(copy.deepcopy(optimizer.state_dict()), "cpu")
+    values = [p.detach().cpu() if p.device.type != "cpu" else p.detach().clone() for p in parameters]
     gradients = [p.grad for p in parameters]
     rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.zero_grad()
@@ -116,8 +123,7 @@ def _search(changed: Callable[[float], float], first: float, change: float) -> t
             break
     made = min((made for _, made in tried), key=lambda made: abs(math.log(made / change)))
     if not change / 2 < made < change * 2:
-        raise InputError(
-            f"no learning rate between {min(tried)[0]:.2g} and {max(tried)[0]:.2g} changes the answers by {change:g} nats a "
-            "token; set learning_rate to a number"
+        raise NoSuchRateError(
+            f"no learning rate from {min(tried)[0]:.2g} to {max(tried)[0]:.2g} changes the answers by {change:g} nats a token"
         )
     return float(f"{rate:.3g}"), tried

@@ -25,7 +25,7 @@ from qriemann.adapters.loi import preserved_rng
 from qriemann.distributed import is_main_process
 from qriemann.errors import InputError
 from qriemann.memory.auto_batch import rows_at_once
-from qriemann.optim.measured_rate import CHANGE, measure_rate
+from qriemann.optim.measured_rate import CHANGE, NoSuchRateError, measure_rate
 from qriemann.training.sample import draw_batches, lean_loss
 
 # The state of a trainer's checkpoints holds the rate under this key.
@@ -47,7 +47,7 @@ class MeasuredRate(TrainerCallback):
         note: called with the line that says what was found; None prints it.
 
     Raises:
-        InputError: a value out of range. When training begins: batches without labels, or no rate that makes such a change.
+        InputError: a value out of range, or, when training begins, batches without labels.
     """
 
     def __init__(self, change: float = CHANGE, *, rows: int = 32, note: Callable[[str], None] | None = None) -> None:
@@ -87,18 +87,26 @@ class MeasuredRate(TrainerCallback):
         with preserved_rng(), probing(model):
             count = math.ceil(self._rows / max(size, 1))
             batches = draw_batches(loader, count, size, args.seed + args.process_index)
-            rate, tried = measure_rate(
-                optimizer,
-                [send_to_device(batch, args.device) for batch in batches],
-                lambda batch: lean_loss(model, batch),
-                lambda batch: _log_probabilities(model, batch),
-                change=self._change,
-            )
+            try:
+                rate, tried = measure_rate(
+                    optimizer,
+                    [send_to_device(batch, args.device) for batch in batches],
+                    lambda batch: lean_loss(model, batch),
+                    lambda batch: _log_probabilities(model, batch),
+                    change=self._change,
+                )
+            except NoSuchRateError as error:
+                # A model with random weights, say, gives the same answers whatever a layer does.
+                rate = optimizer.param_groups[0]["lr"]
+                line = f"{error}: the method's own, {rate:g}, is taken"
+            else:
+                seconds = time.perf_counter() - started
+                line = (
+                    f"learning rate {rate:g}: its first step changes the answers by {self._change:g} nats a token "
+                    f"({len(tried)} tries, {seconds:.0f} s)"
+                )
         if is_main_process():
-            self._note(
-                f"learning rate {rate:.3g}: a first step of it changes the answers by {self._change:g} nats a token "
-                f"({len(tried)} tries, {time.perf_counter() - started:.0f} s)"
-            )
+            self._note(line)
         return rate
 
 
