@@ -20,6 +20,14 @@ from tests.recipe_fixtures import chat_llama, make_tokenizer, train_on
 METHODS = ("riemannion", "riemannlora", "adamw", "muon", "scaled-adamw")
 
 
+def answers_of(model):
+    return lambda batch: model(batch).logits[:, :-1].flatten(0, 1).float().log_softmax(1)
+
+
+def loss_of(model):
+    return lambda batch: F.nll_loss(answers_of(model)(batch), batch[:, 1:].flatten())
+
+
 class Factors(TrainerCallback):
     """The trainable parameters and the rate at the start and at the end."""
 
@@ -51,12 +59,7 @@ def test_a_step_of_the_measured_rate_changes_the_answers_by_as_much_as_was_asked
     model, batches = with_lora(tiny_llama()), [token_batch(seed=seed) for seed in range(3)]
     model.eval()
     optimizer = qriemann.optim.methods.METHODS[method].optimizer(model, lr=1e-3)
-
-    def answers(batch):
-        return model(batch).logits[:, :-1].flatten(0, 1).float().log_softmax(1)
-
-    def loss(batch):
-        return F.nll_loss(answers(batch), batch[:, 1:].flatten())
+    answers, loss = answers_of(model), loss_of(model)
 
     before = {key: value.clone() for key, value in model.state_dict().items()}
     rate, tried = measure_rate(optimizer, batches, loss, answers, change=0.01)
@@ -146,12 +149,27 @@ def test_a_change_that_no_rate_makes_is_refused():
     model = with_lora(tiny_llama())
     optimizer = qriemann.Riemannion(model, lr=1e-3)
     batch = token_batch()
-
-    def answers(batch):
-        return model(batch).logits[:, :-1].flatten(0, 1).float().log_softmax(1)
-
-    def loss(batch):
-        return F.nll_loss(answers(batch), batch[:, 1:].flatten())
+    answers, loss = answers_of(model), loss_of(model)
 
     with pytest.raises(InputError, match=r"no learning rate from .* changes the answers by 1e\+06 nats"):
         measure_rate(optimizer, [batch], loss, answers, change=1e6)
+
+
+def _rate_of(model, batches):
+    optimizer = qriemann.Riemannion(model, lr=1e-3, seed=0)
+    return measure_rate(optimizer, batches, loss_of(model), answers_of(model), change=0.01)[0]
+
+
+def _rate_of_a_rank(rank: int, address: str, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    torch.save(_rate_of(with_lora(tiny_llama()).eval(), [token_batch(rank, 4, 20)]), f"{out}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_with_different_batches_find_the_rate_of_all_batches(tmp_path):
+    out = str(tmp_path / "rank")
+    torch.multiprocessing.spawn(_rate_of_a_rank, (f"file://{tmp_path / 'meet'}", out), nprocs=2)
+    alone = _rate_of(with_lora(tiny_llama()).eval(), [token_batch(rank, 4, 20) for rank in (0, 1)])
+    assert torch.load(f"{out}0") == torch.load(f"{out}1") == pytest.approx(alone, rel=0.01)
