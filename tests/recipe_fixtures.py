@@ -74,7 +74,8 @@ def train_on(values: dict[str, Any], *, callbacks: Sequence[TrainerCallback] = (
 
 def with_rate(values: dict[str, Any]) -> dict[str, Any]:
     """The settings with the method's own learning rate, because random weights leave nothing to measure."""
-    return {"learning_rate": METHODS[values.get("method", "riemannion")].defaults["lr"].value, **values}
+    method = METHODS.get(values.get("method", "riemannion"))
+    return {"learning_rate": method.defaults["lr"].value, **values} if method else values
 
 
 def run_cli(tmp_path: Path, settings: dict[str, Any], *arguments: str) -> int:
