@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from qriemann import cli
 from qriemann.config import settings_from
+from qriemann.optim.methods import METHODS
 from qriemann.training.prepare import prepare
 from qriemann.training.train import TrainResult, train
 
@@ -68,13 +69,19 @@ def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) 
 
 def train_on(values: dict[str, Any], *, callbacks: Sequence[TrainerCallback] = (), **given: Any) -> TrainResult:
     """The whole way from settings to a result, as `qriemann train` goes it; `given` goes to `prepare`."""
-    return train(prepare(settings_from(values), **given), callbacks=callbacks)
+    return train(prepare(settings_from(with_rate(values)), **given), callbacks=callbacks)
+
+
+def with_rate(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the method's own learning rate, because random weights leave nothing to measure."""
+    method = METHODS.get(values.get("method", "riemannion"))
+    return {"learning_rate": method.defaults["lr"].value, **values} if method else values
 
 
 def run_cli(tmp_path: Path, settings: dict[str, Any], *arguments: str) -> int:
     """`qriemann train` on these settings, and its exit status."""
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(yaml.safe_dump(with_rate(settings)))
     return cli.main(["train", str(path), *arguments])
 
 

@@ -156,6 +156,11 @@ class Settings:
     trl: Mapping[str, Any] = field(default_factory=dict)
     written: frozenset[str] = frozenset()
 
+    @property
+    def measures_rate(self) -> bool:
+        """Whether the learning rate is found before the first step."""
+        return self.trl.get("learning_rate", "auto") == "auto"
+
 
 _OWN = {item.name: item for item in dataclasses.fields(Settings) if item.name not in ("trl", "written")}
 
@@ -171,6 +176,7 @@ def hints() -> dict[str, Any]:
         **fixed,
         **theirs,
         "activation_checkpointing": bool,
+        "learning_rate": float | Literal["auto"],
         **{key: own[key] for key in _OWN},
         "resume": bool | str | None,
     }
