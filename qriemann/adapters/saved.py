@@ -99,7 +99,9 @@ class SavedAdapter:
                 peft = PeftModel.from_pretrained(model, str(self.folder), config=config).eval()
         except (RuntimeError, ValueError, OSError, LookupError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise InputError(f"{self.folder} does not fit {base}: {' '.join(lines[:2])}; {_OTHER_BASE}") from error
+            raise InputError(
+                f"{self.folder} does not fit {base}: {' '.join(lines[:2]).rstrip('.')}; {_OTHER_BASE}"
+            ) from error
         # PEFT ignores tensors that are missing or additional. It saves embeddings and head where the vocabulary has grown.
         asked = get_peft_model_state_dict(peft, save_embedding_layers=False).keys()
         added = {key for key in self.keys - asked if name_in_base(key) not in ends_named}

@@ -154,7 +154,7 @@ def test_an_adapter_of_another_base_is_refused_in_one_line(adapter_folder, tmp_p
 
     tiny_llama().save_pretrained(tmp_path / "other")
     word_tokenizer().save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match="the base must have every layer of the adapter") as caught:
+    with pytest.raises(InputError, match=r"does not fit .*size mismatch for .*q_proj") as caught:
         load_session(adapter_folder, base=str(tmp_path / "other"), quantize="none", device="cpu")
     assert "\n" not in str(caught.value)
 
