@@ -42,6 +42,7 @@ def draw_curves(metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def plot_losses(path: Path, metrics: list[dict[str, Any]]) -> None:
     """Draws training and held-out loss over the steps as a PNG file."""
     figure = _curve_figure(metrics, _CURVES[0]) or _figure(6.4, 3.0)
+    figure.suptitle("Loss")
     replace_file(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
 
 
