@@ -59,13 +59,8 @@ def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_tokenizer(core))
         writer.add_token_merges(merges)
-    types = [_type(tokens.get(index), index, tokenizer, sentencepiece) for index in range(size)]
     writer.add_token_list([tokens.get(index, f"[PAD{index}]") for index in range(size)])
-    writer.add_token_types(types)
-    _write_special(writer, tokenizer)
-
-
-def _write_special(writer: gguf.GGUFWriter, tokenizer: Any) -> None:
+    writer.add_token_types([_type(tokens.get(index), index, tokenizer, sentencepiece) for index in range(size)])
     for kind in ("bos", "eos", "unk", "pad"):
         if (index := getattr(tokenizer, f"{kind}_token_id")) is not None:
             getattr(writer, f"add_{kind}_token_id")(index)
@@ -118,11 +113,11 @@ def _adds_a_space(core: dict[str, Any]) -> bool:
 
 
 def _pre_tokenizer(core: dict[str, Any]) -> str:
-    parts, how = _parts(core["pre_tokenizer"]), list[tuple[str, Any]]()
-    for part in parts:
-        pattern = part.get("pattern") or {}
-        values = {"Digits": "individual_digits", "ByteLevel": "use_regex"}
-        how.append((part["type"], pattern.get("Regex") if pattern else part.get(values.get(part["type"], ""))))
+    parts, values = _parts(core["pre_tokenizer"]), {"Digits": "individual_digits", "ByteLevel": "use_regex"}
+    how = [
+        (part["type"], (part.get("pattern") or {}).get("Regex") or part.get(values.get(part["type"], "")))
+        for part in parts
+    ]
     name = _PRE.get((tuple(how), bool(core["model"].get("ignore_merges"))))
     normalizers = {part["type"] for part in _parts(core["normalizer"])} - {"NFC"}
     if name is None or normalizers or any(part.get("add_prefix_space") for part in parts):

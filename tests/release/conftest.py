@@ -30,10 +30,16 @@ PROMPTS = [f"say {n}" for n in range(20)]
 
 
 def save_chat_base(
-    folder: Path, seed: int = 0, *, dtype: torch.dtype = torch.float32, shard: str = "100KB", **changes: Any
+    folder: Path,
+    seed: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "100KB",
+    tokenizer: Any = None,
+    **changes: Any,
 ) -> Path:
     """A Llama of two layers (64 x 64, 32 x 64, 96 x 64, 64 x 96) over bytes, and its tokenizer with a chat template."""
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -53,9 +59,10 @@ def save_chat_base(
     return folder
 
 
-def write_rows(path: Path, rows: Iterable[tuple[str, str]]) -> Path:
+def write_rows(path: Path, rows: Iterable[tuple[str, str]], system: str = "") -> Path:
     """A file of prompts, as conversations, and right answers."""
-    lines = [{"prompt": [{"role": "user", "content": prompt}], "answer": answer} for prompt, answer in rows]
+    before = [{"role": "system", "content": system}] if system else []
+    lines = [{"prompt": [*before, {"role": "user", "content": prompt}], "answer": answer} for prompt, answer in rows]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
