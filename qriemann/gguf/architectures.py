@@ -128,11 +128,8 @@ class Layout:
         layer = name.split(".")[-2]
         if not self.architecture.permuted or layer not in heads:
             return tensor
-        return (
-            tensor.reshape(heads[layer], 2, tensor.shape[0] // heads[layer] // 2, -1)
-            .transpose(1, 2)
-            .reshape(tensor.shape)
-        )
+        pairs = tensor.reshape(heads[layer], 2, tensor.shape[0] // heads[layer] // 2, -1)
+        return pairs.transpose(1, 2).reshape(tensor.shape)
 
     def describe(self, writer: gguf.GGUFWriter) -> None:
         """Writes the hyperparameters.
@@ -142,10 +139,8 @@ class Layout:
         """
         config = self.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rope = _rope(config)
-        context = config.max_position_embeddings
-        window = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None)
+        rope, context = _rope(config), config.max_position_embeddings
+        window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
         if window and not self.architecture.windows and (not kinds or "sliding_attention" in kinds):
             # Up to there attention without a window is the same.
             context = min(context, window)

@@ -75,12 +75,7 @@ def has_engine() -> bool:
 
 
 def run(
-    model: Path,
-    adapter: Path | None,
-    recording: Recording,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    talk: bool = True,
+    model: Path, adapter: Path | None, recording: Recording, tokenizer: PreTrainedTokenizerBase, *, talk: bool = True
 ) -> Seen:
     """Loads the file, with an adapter to it or None, in a fresh process of llama.cpp and compares it.
 
@@ -122,11 +117,7 @@ def run(
 
 
 def far(seen: Seen, bound: float) -> list[str]:
-    """Why a file that rounds nothing is not the trained model; empty if it is.
-
-    Args:
-        bound: of the difference of a log-probability, nats.
-    """
+    """Why a file that rounds nothing is not the trained model, to `bound` nats a log-probability; empty if it is."""
     if seen.figures is None:
         return [seen.failure]
     found, reasons = seen.figures["largest_difference"], list(seen.retold[:2])

@@ -77,10 +77,9 @@ def begins_with_bos(tokenizer: Any) -> bool:
     """Whether llama.cpp has to put the first token before a text; it takes one away that the template writes as well."""
     if tokenizer.bos_token_id is None or tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
         return False
-    if not tokenizer.chat_template:
-        return True
     turn = [{"role": "user", "content": "?"}]
-    return str(tokenizer.apply_chat_template(turn, tokenize=False)).startswith(tokenizer.bos_token)
+    template = tokenizer.chat_template
+    return not template or tokenizer.apply_chat_template(turn, tokenize=False).startswith(tokenizer.bos_token)
 
 
 def _type(token: str | None, index: int, tokenizer: Any, sentencepiece: bool) -> gguf.TokenType:

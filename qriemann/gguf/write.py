@@ -48,7 +48,6 @@ def write_model(
         tensor_of: the tensor of such a name.
         type_name: a key of `TYPES`. Norms and biases stay in float32, embeddings and head in q8_0 at least, and rows that do
             not divide into blocks in float16.
-        name: of the model, for people.
 
     Raises:
         InputError: llama.cpp has no such model.
@@ -130,8 +129,7 @@ class Files:
     """What was written.
 
     Attributes:
-        exact: the file that rounds nothing, the model or the base; only the proof needs it.
-        exact_type: f32, or f16 where that does not fit into memory.
+        exact: the model or the base in `exact_type`: f32, or f16 where that does not fit into memory. For the proof alone.
         adapter: the adapter to it; None if the model is merged.
         ladder: the merged files by type.
     """

@@ -16,7 +16,6 @@ from qriemann.adapters.saved import read_adapter
 from qriemann.base.gguf import EMBEDDED_MODEL, resolve_gguf
 from qriemann.errors import InputError, MissingExtraError
 from qriemann.evaluation import proof
-from qriemann.evaluation.proof import Verdict
 from qriemann.folder.contents import GGUF_REPORT, read_folder
 from qriemann.folder.files import check_output
 from qriemann.folder.records import write_json
@@ -88,17 +87,12 @@ def export_gguf(
             content |= {"stops": end_tokens(trained), "embedded": trained.base == EMBEDDED_MODEL}
             content["asked"] = read_folder(saved.folder).example or [{"role": "user", "content": "Hello"}]
             own_base = resolve_gguf(trained.base) if to == "gguf-adapter" else None
-            verdicts: list[Verdict] = []
             # llama.cpp is about to need the memory.
             del trained
             gc.collect()
-            if compare.has_engine():
-                found, verdicts = judge.prove(
-                    files, layout.architecture, own_base, recording, tokenizer, max_kl, console
-                )
-                content |= found
-            else:
-                content |= judge.unproved(files)
+            proving = files, layout.architecture, own_base, recording, tokenizer, max_kl, console
+            found, verdicts = judge.prove(*proving) if compare.has_engine() else (judge.unproved(files), [])
+            content |= found
             content["conclusions"] = judge.conclusions(content)
         kept = [path for path in files.ladder.values() if path.exists()]
         if kept:
