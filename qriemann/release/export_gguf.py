@@ -122,12 +122,12 @@ def _check_arguments(to: str, types: Sequence[str], max_kl: float | None) -> lis
     if to not in ("gguf", "gguf-adapter"):
         raise InputError(f"to must be gguf or gguf-adapter, got {to!r}")
     names = [name.lower() for name in types]
-    wrong = next((name for name in names if name not in TYPES), None)
+    wrong = [name for name in names if name not in TYPES]
     if wrong or not names:
-        how = ""
-        if re.search(r"q\d_k|iq\d", wrong or ""):
-            how = f": llama.cpp's own program makes it of an f16 file: llama-quantize NAME-F16.gguf NAME-{wrong}.gguf {wrong}"
-        raise InputError(f"type must be one of {', '.join(TYPES)}, got {wrong!r}{how}")
+        kind, how = (wrong or [""])[0].upper(), ""
+        if re.search(r"^I?Q\d", kind):
+            how = f": llama.cpp's own program makes it of an f16 file: llama-quantize NAME-F16.gguf NAME-{kind}.gguf {kind}"
+        raise InputError(f"type must be one of {', '.join(TYPES)}, got {wrong[0] if wrong else 'none'}{how}")
     if max_kl is not None and not max_kl >= 0:
         raise InputError(f"max_kl must be a number of nats >= 0, got {max_kl}")
     return list(dict.fromkeys(names))

@@ -74,8 +74,11 @@ def save_adapter(base: Path, folder: Path, *, seed: int = 1, **options: Any) -> 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**{**settings, **options}))
     fill_lora(model, seed, scale=0.05)
     for name, parameter in model.named_parameters():
-        if "modules_to_save.default" in name or (options.get("bias") and name.endswith(".bias")):
-            parameter.data = parameter.data + 0.1
+        if any(
+            part in name for part in ("modules_to_save.default", "trainable_tokens_delta", "lora_B.default.bias")
+        ) or (options.get("bias") and name.endswith(".bias")):
+            # Not the sum alone: a head that has the same added everywhere gives the same probabilities.
+            parameter.data = 1.5 * parameter.data + 0.1
     model.save_pretrained(folder)
     return folder
 
