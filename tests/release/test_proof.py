@@ -15,6 +15,7 @@ from rich.console import Console
 import qriemann
 from qriemann.cli import main
 from qriemann.evaluation import proof
+from qriemann.folder.contents import proof_rows
 from tests.release.conftest import Merged
 from tests.release.folders import PROOF
 
@@ -39,12 +40,14 @@ def test_the_report_compares_every_base_with_the_untrained_one_and_prefers_the_n
 def test_every_figure_is_whole_in_a_narrow_terminal(width: int):
     console = Console(file=io.StringIO(), width=width)
     entry = {**PROOF["merged"][0], "into": "a-name-that-is-long-F16.gguf", "bytes": 16_083_000_000}
-    console.print(proof.table({**PROOF, "merged": [entry]}))
+    content = {**PROOF, "merged": [entry]}
+    console.print(proof.table(content))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, shown.splitlines())) <= width
     assert "…" not in shown
-    for figure in ("3.2e-09", "4.0e-07", "100.0 %", "1.500", "(+0.000)", "16083 MB", "2.500", "(+1.000)", "7.0e-01"):
-        assert figure in shown
+    for row in proof_rows(content):
+        for cell in row[1:-1]:
+            assert all(word in shown for word in cell.split())
 
 
 def test_the_divergence_and_the_loss_are_the_textbook_ones(base: Path, adapter: Path, rows: Path, merged: Merged):
