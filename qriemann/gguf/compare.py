@@ -108,7 +108,7 @@ def run(
             figures = _figures(recording, values["tokens"], values["values"], values["targets"])
         result = json.loads(path.with_name("result.json").read_text("utf-8"))
     retold = [
-        f"llama.cpp makes other tokens of {one if isinstance(one, str) else one[-1]['content']!r:.40}: "
+        f"llama.cpp makes other tokens of {(one if isinstance(one, str) else one[-1]['content'])[:40]!r}: "
         f"{_first_difference(right, found)}"
         for (one, right), found in zip(said, result["said"], strict=True)
         if right != found
