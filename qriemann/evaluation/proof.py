@@ -126,7 +126,7 @@ def load_and_record(
     data: str | None,
     path: Path,
     console: Console,
-    **few: int,
+    max_tokens: int | None = None,
 ) -> tuple[Trained, Rows, Recording]:
     """The trained model, the rows of the proof and what the model says to them; on the CPU where the card is too small.
 
@@ -136,7 +136,7 @@ def load_and_record(
 
     def attempt(device: str | None) -> tuple[Trained, Rows, Recording]:
         trained = load_trained(saved, base, revision, console, quantize=quantize, device=device)
-        rows = trained.proof_rows(data, console, **few)
+        rows = trained.proof_rows(data, console, max_tokens)
         console.print(f"Recording the trained model on {rows.source}, {rows.tokens} tokens ...", highlight=False)
         with explaining_memory("recording the trained model", "shorten the longest rows of --data"):
             return trained, rows, record(trained, rows, path)

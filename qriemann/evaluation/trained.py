@@ -143,10 +143,10 @@ class Trained:
             for name, bias in biases.items():
                 bias.copy_(trained[name])
 
-    def proof_rows(self, data: str | None, console: Console, max_tokens: int = _MAX_TOKENS) -> Rows:
+    def proof_rows(self, data: str | None, console: Console, max_tokens: int | None = None) -> Rows:
         """The rows of a proof: few enough that their logits fit into half a gigabyte, whatever the vocabulary."""
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        budget = min(max_tokens, _RECORDED_BYTES // (4 * vocabulary))
+        budget = min(max_tokens or _MAX_TOKENS, _RECORDED_BYTES // (4 * vocabulary))
         rows = load_rows(data, self.tokenizer, max_length=_MAX_LENGTH, max_tokens=budget)
         for notice in rows.notices:
             console.print(f"note: {notice}", highlight=False)
