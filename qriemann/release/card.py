@@ -129,7 +129,7 @@ def _export(found: ModelFolder, place: Path, report: dict[str, Any]) -> dict[str
     prefix = "" if place == found.path else f"{place.name}/"
     files = sorted(place.glob("*.gguf"), key=lambda path: path.stat().st_size)
     prompts = report.get("prompts") or {}
-    asked = report.get("asked") or [{"role": "user", "content": "Hello"}]
+    asked = report.get("asked") or []
     return {
         "file": prefix + files[0].name if files else "",
         "adapter": report.get("to") == "gguf-adapter",
@@ -137,7 +137,8 @@ def _export(found: ModelFolder, place: Path, report: dict[str, Any]) -> dict[str
         "modelfile": prefix + "Modelfile" if (place / "Modelfile").is_file() else "",
         "template": prefix + "chat_template.jinja" if (place / "chat_template.jinja").is_file() else "",
         "ladder": proof_rows(report),
-        "asked": asked,
+        "asked": asked or [{"role": "user", "content": "Hello"}],
+        "example": bool(asked),
         "system": next((shlex.quote(turn["content"]) for turn in asked if turn["role"] == "system"), ""),
         "source": f"{prompts.get('tokens', '?')} tokens of {prompts.get('source', 'unknown rows')}",
         "conclusions": report.get("conclusions", []),

@@ -85,7 +85,7 @@ def export_gguf(
             )
             content = {**proof.describe(trained, rows, recording.untrained), "to": to}
             content |= {"stops": end_tokens(trained), "embedded": trained.base == EMBEDDED_MODEL}
-            content["asked"] = read_folder(saved.folder).example or [{"role": "user", "content": "Hello"}]
+            content["asked"] = read_folder(saved.folder).example
             own_base = resolve_gguf(trained.base) if to == "gguf-adapter" else None
             # llama.cpp is about to need the memory.
             del trained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -89,6 +90,10 @@ def test_the_card_of_the_run_says_how_to_run_the_files(exported: Path):
     assert "ollama create tuned -f tiny/Modelfile" in card
     assert "--lora lora/lora-LoRA-F32.gguf --jinja --chat-template-file lora/chat_template.jinja" in card
     assert "| tiny-F16.gguf |" in card
+    # The runs above have no example of a question; tests/gguf/test_embedded.py runs these lines.
+    assert "ask as the rows of the training do" in card
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        compile(code, "card", "exec")
 
 
 @pytest.mark.slow
