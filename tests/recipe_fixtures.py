@@ -26,19 +26,23 @@ CHATML = (
 )
 
 
-def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    template: str | None = CHATML, merges: Sequence[tuple[str, str]] = (("Ċ", "Ċ"),), *, words: bool = False
+) -> PreTrainedTokenizerFast:
+    """One token a byte and for each merge; with `words` no merge goes beyond a word, as in GPT-2's."""
+    # By default a merge of two newlines, so that a token can straddle the end of "assistant\n".
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "ĊĊ"])}
-    # One merge, of two newlines, so that a token can straddle the end of "assistant\n".
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, *map("".join, merges)])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<|im_end|>",
-        pad_token="<|pad|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
+    return with_turns(core, template)
+
+
+def with_turns(core: Tokenizer, template: str | None = CHATML, **special: str) -> PreTrainedTokenizerFast:
+    """The tokenizer with ChatML's special tokens and a template."""
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>", "additional_special_tokens": ["<|im_start|>"]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **{**names, **special})
     tokenizer.chat_template = template
     return tokenizer
 

@@ -104,9 +104,7 @@ def merge(
                     "into must be original or nf4 for an adapter that was trained on an unquantized base, got "
                     f"nf4-dequantized for {saved.folder}; there are no 4-bit weights"
                 )
-            for name, layer in saved.layers.items():
-                if layer.bias is not None and f"{name}.bias" not in trained.dequantized:
-                    raise InputError(f"lora_bias must be of layers with a bias to be merged, got {name} without one")
+            trained.check_mergeable()
             written = {}
             for name in bases:
                 folder = partial if len(bases) == 1 else partial / name
@@ -170,7 +168,7 @@ def _write(
     def value(name: str, *, by_peft: bool = False) -> Tensor:
         """A tensor as it was trained, rounded as it is written, in the layout of a 4-bit layer if it becomes one."""
         before = weights[name]
-        found = _as_trained(trained, full_name[name], before, by_peft=by_peft)
+        found = trained.as_trained(full_name[name], before, by_peft=by_peft)
         if found.is_floating_point():
             found = found.to(torch_dtype if dtype or into == "nf4" else before.dtype)
         return found.mT.contiguous() if in_4bit.get(name) else found
@@ -259,22 +257,3 @@ def _layers_in_4bit(trained: Trained) -> dict[str, bool]:
         if tensor in trained.dequantized and (is_4_bit(layer) if trained.quantized else linear):
             found[tensor] = isinstance(layer, Conv1D) or was_conv1d(layer)
     return found
-
-
-def _as_trained(trained: Trained, name: str, stored: Tensor, *, by_peft: bool = False) -> Tensor:
-    """A tensor of a checkpoint with what training changed, float32 where a layer's adapter is in it.
-
-    Args:
-        name: that the model has for it.
-        by_peft: has PEFT compute the adapter's part, for the proof, instead of the files' factors.
-    """
-    module, _, kind = name.rpartition(".")
-    tensor, layer = trained.adapter.replacement(name, stored), trained.adapter.layers.get(module)
-    if layer is None:
-        return tensor
-    if kind == "bias":
-        return tensor if layer.bias is None else tensor.float() + layer.scaling * layer.bias.to(tensor.device)
-    if by_peft:
-        return tensor.float() + trained.added(module).to(tensor.device)
-    left, right = (layer.a.mT, layer.b.mT) if trained.is_conv1d(module) else (layer.b, layer.a)
-    return torch.addmm(tensor.float(), left.to(tensor.device), right.to(tensor.device), alpha=layer.scaling)
