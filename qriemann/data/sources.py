@@ -125,10 +125,10 @@ def load_sources(
     Raises:
         InputError: the dataset does not exist, cannot be reached or read, or lacks the split, or the split is empty.
     """
-    splits = _load(name, config, columns or {})
+    splits = _load(name, config)
     train = _pick(splits, train_split, name, "dataset_train_split", columns)
     if eval_name is not None:
-        held_out_splits = _load(eval_name, config, columns or {})
+        held_out_splits = _load(eval_name, config)
         # A file is one split called train, although these rows are held out.
         fallback = test_split or next((split for split in _HELD_OUT_SPLITS if split in held_out_splits), "train")
         return train, _pick(held_out_splits, fallback, eval_name, "dataset_test_split", columns)
@@ -160,21 +160,21 @@ def _pick(splits: Mapping[str, Source], split: str, name: str, key: str, columns
     return Source(rows, named)
 
 
-def _load(name: str, config: str | None, columns: Mapping[str, str]) -> dict[str, Source]:
+def _load(name: str, config: str | None) -> dict[str, Source]:
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() not in ENDINGS:
             raise InputError(f"a dataset file must end in {', '.join(ENDINGS)}, got {path}; convert it to one of them")
-        return {"train": _from_files([path], columns)}
+        return {"train": _from_files([path])}
     if path.is_dir():
-        return _read_folder(path, config, columns)
+        return _read_folder(path, config)
     if path.suffix.lower() in ENDINGS or name.startswith((".", "/", "~")):
         raise InputError(f"dataset_name: {name}: no such file or folder")
     return _as_sources(_load_from_hub(name, config))
 
 
-def _from_files(paths: Iterable[Path], columns: Mapping[str, str]) -> Source:
-    rows, keys = read_files(paths, columns)
+def _from_files(paths: Iterable[Path]) -> Source:
+    rows, keys = read_files(paths)
     return Source(rows, "", tuple(keys))
 
 
@@ -183,18 +183,16 @@ def _as_sources(loaded: Dataset | DatasetDict) -> dict[str, Source]:
     return {name: Source(rows, "") for name, rows in splits.items()}
 
 
-def _read_folder(path: Path, name: str | None, columns: Mapping[str, str]) -> dict[str, Source]:
+def _read_folder(path: Path, name: str | None) -> dict[str, Source]:
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            _refuse_outside(path, _saved_files(path))
             return _as_sources(load_from_disk(str(path)))
         # The builder finds the files of each split, and those that the folder's README names, without reading a row.
         with literal_folders(), tempfile.TemporaryDirectory() as cache:
             config = load_dataset_builder(str(path), name, cache_dir=cache).config
         files = {split: [Path(file) for file in found] for split, found in (config.data_files or {}).items()}
-        _refuse_outside(path.resolve(), (file for names in files.values() for file in names))
         if _is_plain(config) and all(file.suffix.lower() in ENDINGS for names in files.values() for file in names):
-            return {split: _from_files(names, columns) for split, names in files.items()}
+            return {split: _from_files(names) for split, names in files.items()}
         _check_cache()
         with literal_folders():
             return _as_sources(load_dataset(str(path), name))
@@ -209,28 +207,6 @@ def _is_plain(config: Any) -> bool:
     usual, found = (vars(entry) for entry in (type(config)(), config))
     named = ("name", "version", "data_dir", "data_files", "description", "features")
     return all(found[key] == value for key, value in usual.items() if key not in named)
-
-
-def _saved_files(folder: Path) -> Iterator[Path]:
-    """The files that `load_from_disk` opens, as the folder's own records name them."""
-    parts, splits = [folder], folder / "dataset_dict.json"
-    if splits.is_file():
-        parts += [folder / name for name in json.loads(splits.read_text(encoding="utf-8"))["splits"]]
-    for part in parts:
-        yield part
-        if (part / "state.json").is_file():
-            state = json.loads((part / "state.json").read_text(encoding="utf-8"))
-            yield from (part / file["filename"] for file in state["_data_files"])
-
-
-def _refuse_outside(folder: Path, files: Iterable[Path]) -> None:
-    """Raises InputError if a folder names rows outside itself; symbolic links, as in the Hub's cache, may point outside."""
-    for file in files:
-        inside = Path(os.path.normpath(file)).is_relative_to(os.path.normpath(folder))
-        if not inside:
-            raise InputError(
-                f"a dataset's folder must name files in it, got {str(file)!r:.200} in {folder}; copy it there"
-            )
 
 
 def _load_from_hub(name: str, config: str | None) -> DatasetDict:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from qriemann.adapters.loi import check_options, locally_optimal_, own_loss, pre
 from qriemann.adapters.saved_rank import describe_saved_rank
 from qriemann.config.values import nearest
 from qriemann.errors import InputError
-from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters
+from qriemann.geometry.parameter import fixed_rank_parameters
 from qriemann.memory.auto_batch import rows_at_once
 from qriemann.training.seam import FixedRankCallback
 
@@ -68,13 +68,7 @@ class LocallyOptimalInit(FixedRankCallback):
     ) -> None:
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise InputError(f"batches must be an integer >= 1, got {batches!r}")
-        check_options(
-            "offset" if start is None else start,
-            1.0 if alpha is None else alpha,
-            oversampling,
-            power_iterations,
-            0 if seed is None else seed,
-        )
+        check_options(start or "offset", 1.0 if alpha is None else alpha, oversampling, power_iterations, seed or 0)
         self._batches, self._seed, self._loss_fn = batches, seed, loss_fn
         self._start, self._alpha = start, alpha
         self._options: dict[str, Any] = {"oversampling": oversampling, "power_iterations": power_iterations}
@@ -100,10 +94,13 @@ class LocallyOptimalInit(FixedRankCallback):
             console.print(f"{_NAME}: the gradient is that of the model's own loss, without {changed}")
         seed = args.seed if self._seed is None else self._seed
         with preserved_rng():
-            batches = list(self._draw(kwargs["train_dataloader"], rows_at_once(args, state), seed + args.process_index))
+            batches = self._draw(kwargs["train_dataloader"], rows_at_once(args, state), seed + args.process_index)
         passes = 2 * (self._options["power_iterations"] + 1)
         console.print(f"{_NAME}: {passes} passes over {self._batches} batches")
         started = time.perf_counter()
+        offset = any(point.offset is not None for point in points)
+        # At an offset start S = alpha I; a zero start has no scale.
+        attached = next((point.s[0, 0].item() for point in points if point.offset is not None), 1.0)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task(_NAME, total=None)
 
@@ -116,22 +113,17 @@ class LocallyOptimalInit(FixedRankCallback):
                 model,
                 batches,
                 self._loss_fn or _lean_loss,
-                start=self._start or _attached_start(points),
-                alpha=_attached_alpha(points) if self._alpha is None else self._alpha,
+                start=self._start or ("offset" if offset else "zero"),
+                alpha=attached if self._alpha is None else self._alpha,
                 **self._options,
                 seed=seed,
                 progress=show,
             )
         console.print(f"{_NAME}: done in {time.perf_counter() - started:.0f} s")
 
-    def _draw(self, loader: DataLoader, batch_size: int, seed: int) -> Iterator[Any]:
+    def _draw(self, loader: DataLoader, batch_size: int, seed: int) -> list[Any]:
         """The batches to look at, from a loader of their own: iterating over the trainer's would move its samplers on."""
-        dataset: Any = getattr(loader, "dataset", None)
-        if dataset is None:
-            raise InputError(
-                f"the trainer's data must come from a torch DataLoader, got {type(loader).__name__}; pass the batches to "
-                "qriemann.locally_optimal_ before training"
-            )
+        dataset: Any = loader.dataset
         if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
             raise InputError(
                 "the training data must be readable more than once, got an IterableDataset that is its own iterator; "
@@ -146,24 +138,13 @@ class LocallyOptimalInit(FixedRankCallback):
             generator=torch.Generator().manual_seed(seed),
             collate_fn=loader.collate_fn,
         )
-        drawn = 0
-        for batch in itertools.islice(own, self._batches):
-            drawn += 1
-            yield batch
-        if 0 < drawn < self._batches:
+        drawn = list(itertools.islice(own, self._batches))
+        if 0 < len(drawn) < self._batches:
             raise InputError(
-                f"batches must be at most what the training data has, got {self._batches} of {drawn} batches of "
+                f"batches must be at most what the training data has, got {self._batches} of {len(drawn)} batches of "
                 f"{batch_size}; lower batches"
             )
-
-
-def _attached_start(points: Sequence[FixedRankParameter]) -> Start:
-    return "zero" if all(point.offset is None for point in points) else "offset"
-
-
-def _attached_alpha(points: Sequence[FixedRankParameter]) -> float:
-    """The scale of S at an offset start, where S = alpha I; 1 at S = 0, which has none."""
-    return next((point.s[0, 0].item() for point in points if point.offset is not None), 1.0)
+        return drawn
 
 
 def _changed_loss(args: TrainingArguments) -> str | None:

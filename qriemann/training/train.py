@@ -28,7 +28,7 @@ from qriemann.folder.contents import ROWS
 from qriemann.folder.lock import hold
 from qriemann.memory.auto_batch import AutoBatch, BatchFit
 from qriemann.memory.dry_run import DryRun, cheapest_change
-from qriemann.training.display import PlainView, make_view, no_view
+from qriemann.training.display import PlainView, make_view
 from qriemann.training.monitor import Monitor
 from qriemann.training.outcome import TrainResult, describe_run, figures, show_result, since, summarize
 from qriemann.training.prepare import Prepared
@@ -54,7 +54,7 @@ def train(
         InputError: for anything that the user can mend; before the first step, nothing has been written or overwritten.
     """
     settings, folder = prepared.settings, Path(prepared.settings.output_dir)
-    view = (view or make_view(settings.display)) if is_main_process() else no_view()
+    view = view or make_view(settings.display)
     with quiet(bars=view.console.is_terminal), ExitStack() as held:
         refuse(prepared.defects, settings.allow, view.note)
         # Nothing is written before this, and the lock takes with it what an error leaves empty.
@@ -77,12 +77,7 @@ class _Recorder:
     def __init__(self, prepared: Prepared, folder: Path, view: PlainView) -> None:
         self.prepared, self.folder, self.view = prepared, folder, view
         self.described = describe_run(prepared)
-        self.monitor = Monitor(
-            view,
-            folder,
-            prepared.args.device,
-            self._begin,
-        )
+        self.monitor = Monitor(view, folder, prepared.args.device, self._begin)
 
     def _begin(self, step: int) -> None:
         settings = self.prepared.settings

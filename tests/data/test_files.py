@@ -72,7 +72,7 @@ def test_a_long_cell_with_line_ends_and_quotation_marks_is_one_cell(tmp_path):
         ("a,b\n1,2,3\n", "line 2, has 3 cells for 2 columns"),
         ('a,b\n1,"2\n3,4\n', "a quotation mark is never closed"),
         ("a,a\n1,2\n", "columns twice"),
-        ("a,b\n", "holds no rows"),
+        ("a,b\n", "at least one row"),
         ("a,b\n\udcff,2\n", "not UTF-8"),
     ],
 )
@@ -99,13 +99,6 @@ def test_a_single_json_object_is_one_row(row, indent, tmp_path):
     path = tmp_path / "one.json"
     path.write_text(json.dumps(row, indent=indent))
     assert rows_of(path) == [row]
-
-
-def test_a_renamed_column_tells_a_row_from_a_wrapper(tmp_path):
-    path = tmp_path / "one.json"
-    path.write_text(json.dumps({"question": "a", "solution": "b", "sources": [{"text": "c"}]}))
-    found = rows_of(path, columns={"question": "instruction", "solution": "output"})
-    assert found == [{"instruction": "a", "output": "b", "sources": [{"text": "c"}]}]
 
 
 def test_lines_of_json_end_at_a_line_feed_and_nowhere_else(tmp_path):
