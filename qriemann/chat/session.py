@@ -234,7 +234,7 @@ def _load(folder: str | os.PathLike[str], base: str | None, quantize: str | None
 
 
 class _Pieces(BaseStreamer):
-    """Hands on an answer as it grows, without anything that a terminal would obey.
+    """Streams an answer as it grows, without control characters.
 
     transformers' own TextStreamer waits for the end of a word, and drops the space before a line's first token.
     """

@@ -25,7 +25,7 @@ from qriemann.folder.private import hide_credentials
 _KEPT_BACK = ("push_to_hub", "hub_token", "chat_template_path")
 # What an evaluation measures that a model can be chosen by.
 _METRICS = ("loss", "entropy", "mean_token_accuracy")
-# Trackers that transformers tells by more than a package.
+# Trackers that transformers detects by more than their package.
 _UNLISTED = ("azure_ml", "flyte", "kubeflow")
 
 

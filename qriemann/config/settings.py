@@ -76,9 +76,9 @@ def _key(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that a run was asked for, checked as far as that is possible without loading anything.
+    """All settings of a run, checked as far as that is possible without loading anything.
 
-    `trl` holds the keys of TRL's `SFTConfig` that somebody wrote; `written` names every key that somebody wrote.
+    `trl` holds the keys of TRL's `SFTConfig` that the user set; `written` names every key that the user set.
     """
 
     output_dir: str = _key("", "The folder for the adapter and its records.")

@@ -22,7 +22,7 @@ from qriemann.data.chat_mask import IGNORED
 if TYPE_CHECKING:
     from qriemann.data.tokenized import TokenizedData
 
-#: What may hold of a row, and how people call it.
+#: Findings about a row, and the words for them.
 FINDINGS = {
     "masked": "every token is masked",
     "beyond": "every token before max_length is masked",
@@ -37,15 +37,15 @@ FINDINGS = {
 
 @dataclass(frozen=True)
 class RowAccount:
-    """Some of the rows; every array has an entry for each.
+    """The rows of one dataset; every array has one entry per row.
 
     Attributes:
         lengths: in tokens.
         trained: tokens that a loss counts.
         largest: the largest token.
         prints: hashes of the tokens.
-        first: the first row with the same tokens.
-        found: for names in `FINDINGS`, whether it holds.
+        first: index of the first row with the same tokens.
+        found: for each name in `FINDINGS`, which rows it holds for.
     """
 
     lengths: np.ndarray
@@ -59,17 +59,17 @@ class RowAccount:
         return len(self.lengths)
 
     def count(self, name: str) -> int:
-        """Rows of which it holds."""
+        """The number of rows that a finding holds for."""
         return int(self.found[name].sum()) if name in self.found else 0
 
 
 @dataclass(frozen=True)
 class Account:
-    """All rows.
+    """The account of all rows of a run.
 
     Attributes:
         train, held_out: the rows that are trained and held out; None without held-out rows.
-        left_out: those that have nothing to train; of each source that was read.
+        left_out: rows with nothing to train, one entry per source.
         ends: the tokens that end a turn or a text.
         embedding_rows: of the model.
     """

@@ -26,12 +26,12 @@ from qriemann.upstream import today_is
 Message = dict[str, Any]
 
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-#: The day that templates see: with the day of the run, the rows of a run that goes on tomorrow would be others.
+#: The date that templates see. With the real date, a run that is resumed tomorrow would have other rows.
 TODAY = datetime.date(2025, 1, 1)
 
 
 class RowError(ValueError):
-    """One row cannot be trained on: what it has that it should not, and the remedy. The caller adds the row's number."""
+    """A row that cannot be trained on: the problem and its remedy. The caller adds the row's number."""
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(problem, remedy)
@@ -64,12 +64,12 @@ class AssistantTokenizer:
 
     @functools.cached_property
     def writes_calls(self) -> bool:
-        """Whether the template knows of tool calls."""
+        """Whether the template writes tool calls."""
         return any("tool_calls" in text for text in template_texts(self.tokenizer))
 
     @functools.cached_property
     def writes_date(self) -> bool:
-        """Whether the template asks for the date of today."""
+        """Whether the template asks for today's date."""
         return any("strftime_now" in text for text in template_texts(self.tokenizer))
 
     @functools.cached_property

@@ -26,7 +26,7 @@ TEXT = "row as JSON"
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 _SHOWN_ERRORS = 3
-# A row behind the last: a quotation mark that nobody closes swallows it.
+# A row after the last one: a quotation mark that is never closed swallows it.
 _LAST = "\x03end of the file"
 
 

@@ -1,4 +1,4 @@
-"""What is said of rows that were tokenized: those that cannot be trained, those that must not be, and what is left over."""
+"""Messages about tokenized rows: those that cannot be trained, those that must not be, and columns that are not used."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ _SHOWN_ROWS, _SHOWN_COLUMNS = 3, 12
 
 
 def without_rejected(source: Source, examples: Dataset, allow: Collection[str], notices: list[str]) -> Dataset:
-    """The examples that no column of theirs rejects: InputError if one does, a notice if `allow` leaves it out."""
+    """The examples that their own columns do not reject; the others raise InputError, or are noted if `allow` drops them."""
     found = [(number, cell) for number, cell in zip(examples["row"], examples["rejected"], strict=True) if cell]
     if not found:
         return examples

@@ -16,7 +16,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetDict, Features, List, load_dataset, load_dataset_builder, load_from_disk
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError
 
 from qriemann.data.files import ENDINGS, TEXT, first_line, read_files
 from qriemann.data.turns import Row
@@ -46,7 +46,7 @@ class Source:
 
     @classmethod
     def of(cls, rows: Iterable[Mapping[str, Any]], name: str) -> "Source":
-        """Rows that are in memory, each with the keys that it has."""
+        """Rows in memory; each keeps the keys that it has."""
         kept = list(rows)
         keys = dict.fromkeys(key for row in kept for key in row)
         return cls(Dataset.from_dict({TEXT: [json.dumps(row, default=str) for row in kept]}), name, tuple(keys))
@@ -220,16 +220,12 @@ def _load_from_hub(name: str, config: str | None) -> DatasetDict:
             f"dataset_name: {name}: no such local file, and no such dataset on the Hub; check the name, or log in with "
             "`hf auth login` if it is private"
         ) from error
-    except DatasetGenerationError as error:
-        raise InputError(
-            f"dataset_name: the rows of {name} cannot be read: {first_line(error.__cause__ or error)}; download the "
-            "dataset and name its file"
-        ) from error
     # A DNS failure, an HTTP error or a refused loading script: all of them are about the name or the connection.
     except Exception as error:
         remedy = "set dataset_config" if "config" in str(error).lower() else "check the name and the connection"
         raise InputError(
-            f"dataset_name: {name} cannot be reached or read: {first_line(error)}; {remedy}, or name a local file"
+            f"dataset_name: {name} cannot be reached or read: {first_line(error.__cause__ or error)}; {remedy}, or download "
+            "it and name the file"
         ) from error
 
 

@@ -272,7 +272,7 @@ def _shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 
 def _put_on_manifold(model: nn.Module, *, offset: bool) -> None:
-    """Makes of the adapter what `attach` does, without content."""
+    """Puts the adapter on the manifold as `attach` does, without content."""
     for name, module in model.named_modules():
         if not hasattr(module, "lora_variant"):
             continue

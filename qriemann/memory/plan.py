@@ -6,7 +6,7 @@ footprint.py counts bytes; this file finds what fits, and what to change if some
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -181,8 +181,7 @@ class _Card:
             change: dict[str, Any] = {key: n * unit}
             return self.size(replace(workload, **change))
 
-        # Sizes grow with n.
-        return bisect_right(range(1, limit + 1), self.room(workload), key=size)
+        return _largest(limit, self.room(workload), size)
 
     def longest(self, workload: Workload) -> int:
         limit = getattr(self.footprint.shape, "max_position_embeddings", None) or 2**17
@@ -292,3 +291,17 @@ def _verdict(result: Plan) -> list[str]:
 
 def _settings(changes: dict[str, Any]) -> str:
     return ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())
+
+
+def _largest(limit: int, room: int, size: Callable[[int], int]) -> int:
+    """The largest n of 0..limit whose size, which grows with n, is within the room."""
+    low, high, probe = 0, limit + 1, 1
+    sizes = {0: 0}
+    while high - low > 1:
+        sizes[probe] = size(probe)
+        low, high = (probe, high) if sizes[probe] <= room else (low, probe)
+        # Sizes are nearly linear in n: the line through the last two known sizes ends near the answer.
+        other = high if high in sizes else max((n for n in sizes if n < low), default=0)
+        slope = max((sizes[other] - sizes[low]) / (other - low), 1.0) if other != low else room
+        probe = min(max(low + int((room - sizes[low]) / slope), low + 1), high - 1)
+    return low

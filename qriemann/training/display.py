@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a live picture on a terminal, one line per event anywhere else.
+"""The display of a run: a live picture on a terminal, one line per event anywhere else.
 
 Imports rich and nothing heavier, so that a view can say what is loading before torch is imported. The views only draw;
 `monitor.py` measures.

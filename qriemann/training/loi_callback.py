@@ -90,8 +90,6 @@ class LocallyOptimalInit(FixedRankCallback):
                 f"{_NAME} must have an adapter on the fixed-rank manifold, got plain factors; give the trainer "
                 "optimizer_cls_and_kwargs=qriemann.for_trainer('riemannion'), or leave the initialization out"
             )
-        if self._loss_fn is None and (changed := _changed_loss(args)):
-            console.print(f"{_NAME}: the gradient is that of the model's own loss, without {changed}")
         seed = args.seed if self._seed is None else self._seed
         with preserved_rng():
             batches = self._draw(kwargs["train_dataloader"], rows_at_once(args, state), seed + args.process_index)
@@ -145,14 +143,6 @@ class LocallyOptimalInit(FixedRankCallback):
                 f"{batch_size}; lower batches"
             )
         return drawn
-
-
-def _changed_loss(args: TrainingArguments) -> str | None:
-    """What the trainer's arguments add to the loss that the model returns."""
-    if args.label_smoothing_factor:
-        return f"label_smoothing_factor {args.label_smoothing_factor:g}"
-    kind = getattr(args, "loss_type", None)
-    return f"loss_type {kind}" if isinstance(kind, str) and "nll" not in kind else None
 
 
 def recipe_callbacks(

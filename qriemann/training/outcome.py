@@ -1,4 +1,4 @@
-"""What is said about a run: `run.json` at its beginning, the figures at its end, and the table that a person reads."""
+"""The records of a run: `run.json` at its beginning, the figures at its end, and the table that is printed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class TrainResult:
 
 
 def describe_run(prepared: Prepared) -> dict[str, Any]:
-    """What `run.json` says when the run begins."""
+    """The content of `run.json` when the run begins."""
     settings, data, model, found = prepared.settings, prepared.data, prepared.model, prepared.found
     return {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -85,7 +85,7 @@ def describe_run(prepared: Prepared) -> dict[str, Any]:
 
 
 def _earlier(folder: Path) -> list[dict[str, Any]]:
-    """How the processes ended that trained in the folder before, oldest first."""
+    """How earlier processes that trained in the folder ended, oldest first."""
     before = read_json(folder / records.RUN)
     told = before.get("earlier")
     last = {key: before.get(key) for key in ("started_at", "resumed_from", "status", "reason", "wall_clock_s")}

@@ -62,7 +62,7 @@ class Prepared:
     """A run that is ready to be checked or trained.
 
     Attributes:
-        settings: what was asked for.
+        settings: as they were given.
         args: the trainer's arguments, fitted to the data: the learning rate, and when to evaluate.
         model: the base in its storage format, or a model that came with an adapter.
         tokenizer: with the chat template and the end token that the run uses.
@@ -73,7 +73,7 @@ class Prepared:
         optimizer: the value of TRL's `optimizer_cls_and_kwargs`.
         initialization: the callbacks that choose the adapter's start, if the settings ask for any.
         defects: what is wrong with the tokens; errors among them stop a training.
-        rows: what people may see of the rows, from `describe_rows`.
+        rows: counts and a sample for the page and the report, from `describe_rows`.
         fingerprints: of settings, tokens and base, which a run that goes on from a checkpoint must share.
         found: the checkpoint to go on from, if there is one.
         push_to: the Hub repository for the adapter at the end; None for none.

@@ -1,4 +1,4 @@
-"""What is trained, for people who would rather look: the account of all rows, and a sample of them as the model reads them.
+"""A page about the training data: counts over all rows, and a sample of rows as the model reads them.
 
 `describe_rows` is kept with the run, so that its report can show it without the model.
 """

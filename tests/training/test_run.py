@@ -126,7 +126,6 @@ def test_rows_and_a_model_can_be_passed_from_python(settings, model_folder, toke
 
 BAD_INPUT = {
     "a model that does not exist": ({"model_name_or_path": "./no/such/model"}, ["./no/such/model"]),
-    "no model": ({"model_name_or_path": None}, ["model_name_or_path"]),
     "a dataset that does not exist": ({"dataset_name": "./no/such.jsonl"}, ["dataset_name", "./no/such.jsonl"]),
     "target modules that match nothing": (
         {"lora_target_modules": ["q_prj"]},
@@ -136,12 +135,6 @@ BAD_INPUT = {
     "a rank pattern above a layer": ({"rank_pattern": {"v_proj": 40}}, ["v_proj", "40"]),
     "a rank pattern for no layer": ({"rank_pattern": {"w_proj": 4}}, ["rank_pattern", "'w_proj'", "q_proj"]),
     "modules to save that do not exist": ({"modules_to_save": ["heads"]}, ["lora_modules_to_save", "'heads'"]),
-    "a negative learning rate": ({"learning_rate": -1.0}, ["lr", "-1.0"]),
-    "a momentum of one": ({"momentum": 1.0}, ["momentum", "1.0"]),
-    "a negative weight decay": ({"weight_decay": -0.1}, ["weight_decay", "-0.1"]),
-    "an unknown method": ({"method": "riemanion"}, ["method", "riemannion"]),
-    "an unknown option of the method": ({"method_kwargs": {"momentun": 0.5}}, ["momentun", "momentum"]),
-    "an unknown key": ({"max_step": 3}, ["'max_step'", "'max_steps'"]),
     "a checkpoint that does not exist": ({"resume": "nowhere/checkpoint-1"}, ["resume", "nowhere/checkpoint-1"]),
     "an evaluation without rows": ({"eval_strategy": "steps", "eval_size": 0}, ["eval_strategy", "eval_size"]),
     "settings that TRL refuses": ({"padding_free": True}, ["padding_free"]),
