@@ -90,12 +90,8 @@ class Session:
     def ask(self, question: str, on_text: Callable[[str], None]) -> tuple[str, int]:
         """Answers a question and remembers both; Ctrl-C ends the answer, and what was said so far is remembered.
 
-        Args:
-            question: of the user.
-            on_text: takes each piece of the answer as it comes.
-
         Returns:
-            The answer and how many old messages were dropped to make room.
+            The answer, whose pieces `on_text` gets as they come, and how many old messages were dropped to make room.
 
         Raises:
             InputError: the question alone does not fit into the context.

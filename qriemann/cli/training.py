@@ -48,11 +48,7 @@ def _train(file: str | None, help_keys: bool, pairs: list[str]) -> None:
 
 
 def run_training(path: str | None, pairs: Sequence[str]) -> int:
-    """Trains as the YAML file and the `--key value` pairs say, and returns the exit status 0.
-
-    Args:
-        path: the YAML file; None for the command line alone.
-        pairs: `--key value` pairs.
+    """Trains as the YAML file, if there is one, and the `--key value` pairs say; returns the exit status 0.
 
     Raises:
         InputError: for anything that the user can mend.

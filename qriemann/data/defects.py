@@ -61,12 +61,7 @@ def refuse(defects: Iterable[Defect], allow: Collection[str], note: Callable[[st
 
 
 def find_defects(account: Account, tokenizer: PreTrainedTokenizerBase) -> list[Defect]:
-    """The defects of the rows as they will be trained, errors first.
-
-    Args:
-        account: of the rows.
-        tokenizer: with which they were made.
-    """
+    """The defects of the rows as they will be trained, errors first."""
     train, held_out, ends = account.train, account.held_out, account.ends
     count, largest = len(train), int(train.largest.max())
     ended, doubled = count - train.count("endless"), train.count("doubled-bos")
@@ -111,12 +106,7 @@ def find_defects(account: Account, tokenizer: PreTrainedTokenizerBase) -> list[D
 
 
 def preview(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
-    """The first two rows, decoded, with the trained tokens in colour, bold and brackets.
-
-    Args:
-        dataset: `input_ids` and `labels`.
-        tokenizer: with which they were made.
-    """
+    """The first two rows, decoded, with the trained tokens in colour, bold and brackets."""
     rows = dataset.select(range(min(2, len(dataset))))
     return [_coloured(row["input_ids"], row["labels"], tokenizer) for row in rows]
 

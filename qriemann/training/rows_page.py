@@ -42,13 +42,7 @@ def describe_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
 ) -> dict[str, Any]:
-    """Counts over all rows, and at most `SAMPLE_ROWS` of them in coloured pieces, as JSON takes it.
-
-    Args:
-        source: of the training rows.
-        data, account: of all rows.
-        encoder, tokenizer, max_length: with which the data was made.
-    """
+    """Counts over all rows, and at most `SAMPLE_ROWS` of the training rows in coloured pieces, as JSON takes it."""
     held_out = [] if account.held_out is None else [account.held_out]
     groups = {"all": [account.train, *account.left_out, *held_out], "training": [account.train]}
     groups |= {"held out": held_out} if held_out else {}
@@ -71,13 +65,7 @@ def describe_rows(
 
 
 def write_page(path: Path, rows: dict[str, Any], said: Sequence[str]) -> None:
-    """Writes the rows as one HTML file.
-
-    Args:
-        path: of the file, which is replaced.
-        rows: from `describe_rows`.
-        said: notices and defects.
-    """
+    """Replaces the file by an HTML page with what `describe_rows` found, below the notices and defects in `said`."""
     replace_text(path, render("check.html.jinja", name=rows["name"], rows=rows, said=said))
 
 

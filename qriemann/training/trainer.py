@@ -21,11 +21,6 @@ def build_trainer(
 ) -> SFTTrainer:
     """The trainer of a run, with one held-out loss and without the callbacks that draw bars and print dicts.
 
-    Args:
-        prepared: from `prepare`.
-        callbacks: of the trainer.
-        args: other arguments than those prepared.
-
     Raises:
         InputError: TRL finds that arguments, model and data do not fit each other, or misses a package, or this is the
             second trainer.

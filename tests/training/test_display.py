@@ -24,7 +24,7 @@ RECORD = {
 
 
 def test_a_curve_has_its_largest_value_on_top_and_keeps_its_ends_within_the_width():
-    assert draw_curve([7, 5, 3, 0], width=10, height=2) == ["█▄  ", "██▆▁"]
+    assert draw_curve([7, 5, 3, 0], width=10, height=2) == ["█▄  ", "██▇▁"]
     assert draw_curve([2.0, 2.0], width=4, height=1) == ["▁▁"]
     lines = draw_curve([100.0 - step for step in range(1000)], width=20, height=3)
     assert [len(line) for line in lines] == [20] * 3
