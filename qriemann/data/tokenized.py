@@ -8,7 +8,7 @@ row, because it would silently contribute nothing.
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from qriemann.data.account import count_rows
 from qriemann.data.chat_mask import IGNORED, TODAY, Example, RowError
 from qriemann.data.files import first_line
-from qriemann.data.problems import raise_first_problem, rows_in_words, unused_notices, without_rejected
 from qriemann.data.row_formats import FORMATS, RowEncoder, RowFormat, find_format
 from qriemann.data.sources import Batch, Source
-from qriemann.data.turns import Row
+from qriemann.data.turns import MARKS, Row
 from qriemann.errors import InputError
 
+_SHOWN_ROWS, _SHOWN_COLUMNS = 3, 12
 # What a row becomes: tokens, and beside them what went wrong, which column rejects the row, and what people should know.
 _MADE = Features(
     {
@@ -113,7 +113,7 @@ def tokenize_rows(
     kept = None if held_out is None else _without_numbers(tokenize(held_out))
     for name in read_elsewhere:
         del unused[name]
-    notices += unused_notices(unused, len(train.rows) + (0 if held_out is None else len(held_out.rows)))
+    notices += _unused_notices(unused, len(train.rows) + (0 if held_out is None else len(held_out.rows)))
     if encoder.writes_date and row_format not in ("text", "input_ids"):
         notices.append(f"the chat template writes today's date: rows have {TODAY:%d %B %Y} instead, on any day")
     data = TokenizedData(_without_numbers(tokens), kept, row_format, notices, dict(unused), tokens["row"][:], left_out)
@@ -200,8 +200,8 @@ def _tokenize(
         keep_in_memory=True,
         desc=f"Tokenizing {source.name}",
     )
-    raise_first_problem(source, examples)
-    examples = without_rejected(source, examples, allow, notices)
+    _raise_first_problem(source, examples)
+    examples = _without_rejected(source, examples, allow, notices)
     for names in examples["unused"]:
         unused.update(names)
     for line, count in Counter(line for lines in examples["told"] for line in lines).items():
@@ -246,7 +246,7 @@ def _drop_untrained(
     of_rows = f"of {count} rows of {source.name}"
     if bare and (not allow_untrained or len(bare) == count):
         raise InputError(
-            f"every token is masked in {len(bare)} {of_rows} ({rows_in_words(numbers[i] for i in bare)}), so they train "
+            f"every token is masked in {len(bare)} {of_rows} ({_rows_in_words(numbers[i] for i in bare)}), so they train "
             "nothing; remove them, set loss_on: all, or --allow no-trained-token to leave them out"
         )
     if len(beyond) == count:
@@ -260,7 +260,7 @@ def _drop_untrained(
     if beyond:
         notices.append(
             f"{len(beyond)} {of_rows} have no trained token within max_length {max_length} and are left out: "
-            f"{rows_in_words(numbers[i] for i in beyond)}"
+            f"{_rows_in_words(numbers[i] for i in beyond)}"
         )
     left_out = found["masked"] | found["beyond"]
     kept = examples.select(np.flatnonzero(~left_out)) if left_out.any() else examples
@@ -290,3 +290,56 @@ def _examples(
             # Once for each row, whatever it became.
             unused, told = [], []
     return made
+
+
+def _without_rejected(source: Source, examples: Dataset, allow: Collection[str], notices: list[str]) -> Dataset:
+    """The examples that their own columns do not reject; the others raise InputError, or are noted if `allow` drops them."""
+    found = [(number, cell) for number, cell in zip(examples["row"], examples["rejected"], strict=True) if cell]
+    if not found:
+        return examples
+    numbers, cells = [number for number, _ in found], dict.fromkeys(cell for _, cell in found)
+    shown, them = ", ".join([*cells][:_SHOWN_ROWS]), "it" if len(found) == 1 else "them"
+    said = f"{len(found)} of {len(source.rows)} rows of {source.name} say that they are not to be learnt ({shown}; "
+    said += f"{_rows_in_words(numbers)})"
+    if "rejected-rows" not in allow or len(found) == len(source.rows):
+        raise InputError(
+            f"{said}; remove {them}, --allow rejected-rows to leave {them} out, or rename the column with dataset_columns "
+            "if it means something else"
+        )
+    notices.append(f"{said} and are left out")
+    return examples.select([index for index, cell in enumerate(examples["rejected"]) if not cell])
+
+
+def _unused_notices(unused: Counter[str], rows: int) -> list[str]:
+    """A line for columns and marks that are not used, and one for what of the turns the chat template does not write."""
+    of_turns = [name for name in unused if name == "tools" or ("[]." in name and name.split("[].")[1] not in MARKS)]
+    columns = [name for name in unused if name not in of_turns]
+    remedy = "; name a template that does with chat_template_path if the model is to learn it"
+    lines = (("not used: ", columns, ""), ("the chat template does not write ", of_turns, remedy))
+    notices = []
+    for beginning, names, end in lines:
+        shown = [f"{name} ({unused[name]} of {rows} rows)" for name in names]
+        more = f" and {len(shown) - _SHOWN_COLUMNS} more" if len(shown) > _SHOWN_COLUMNS else ""
+        notices += [beginning + ", ".join(shown[:_SHOWN_COLUMNS]) + more + end] if shown else []
+    return notices
+
+
+def _raise_first_problem(source: Source, examples: Dataset) -> None:
+    """Raises InputError if a row has a problem, and names all rows that have the same one as the first."""
+    found = zip(examples["row"], examples["problem"], strict=True)
+    problems = [(number, text) for number, text in found if text]
+    if not problems:
+        return
+    first = problems[0][1]
+    problem, remedy = json.loads(first)
+    same = [number for number, text in problems if text == first]
+    verb = "has" if len(same) == 1 else "have"
+    raise InputError(f"{_rows_in_words(same)} of {source.name} {verb} {problem}; {remedy}")
+
+
+def _rows_in_words(indices: Iterable[int]) -> str:
+    """ "row 3" or "rows 3, 4, 9 and 20 more", counted from 1 as an editor counts lines."""
+    numbers = [index + 1 for index in indices]
+    shown = ", ".join(map(str, numbers[:_SHOWN_ROWS]))
+    more = f" and {len(numbers) - _SHOWN_ROWS} more" if len(numbers) > _SHOWN_ROWS else ""
+    return f"row{'s' if len(numbers) > 1 else ''} {shown}{more}"

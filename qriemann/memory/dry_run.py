@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -164,7 +164,7 @@ def measure_evaluation_batch(trainer: Any, *, counted: bool = False) -> tuple[Me
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return None, [evaluation_too_large(len(rows), f"out of memory: {describe_shortage(error)}")]
+        return None, [too_large("evaluation", len(rows), f"out of memory: {describe_shortage(error)}")]
 
 
 def measure(
@@ -219,14 +219,13 @@ def mixed_samples(trainer: Any, data: TokenizedData) -> list[Defect]:
     ]
 
 
-def evaluation_too_large(rows: int, reason: str) -> Defect:
-    """The defect that the longest evaluation batch does not fit."""
-    return Defect(
-        "evaluation-too-large",
-        f"an evaluation batch of the {rows} longest held-out rows does not fit beside the training ({reason})",
-        "lower per_device_eval_batch_size",
-        error=True,
-    )
+def too_large(what: Literal["training", "evaluation"], rows: int, reason: str) -> Defect:
+    """The defect that the longest batch of so many rows does not fit."""
+    remedy = "lower per_device_eval_batch_size"
+    if what == "training":
+        remedy = "see `qriemann plan --vram` for the cheapest change"
+    problem = f"the {what} batch of the {rows} longest rows does not fit ({reason})"
+    return Defect(f"{what}-too-large", problem, remedy, error=True)
 
 
 def longest_rows(dataset: Dataset, count: int) -> list[dict[str, Any]]:

@@ -15,12 +15,12 @@ from qriemann.data.account import Account
 from qriemann.data.defects import Defect, preview, refuse
 from qriemann.memory.dry_run import (
     Measured,
-    evaluation_too_large,
     make_ready,
     measure_evaluation_batch,
     measure_step,
     measure_training_batch,
     mixed_samples,
+    too_large,
 )
 from qriemann.memory.plan import GIB, Plan, plan
 from qriemann.training.display import summary_table
@@ -111,30 +111,22 @@ def _measure(prepared: Prepared, planned: Plan, vram_gib: float | None) -> Check
         step_seconds = measure_step(trainer)
         evaluation = None
         if prepared.data.held_out is not None:
-            evaluation, too_large = measure_evaluation_batch(trainer, counted=on_cpu)
-            defects += too_large
-    defects += _too_large(training, evaluation, planned, vram_gib)
+            evaluation, unfit = measure_evaluation_batch(trainer, counted=on_cpu)
+            defects += unfit
+    defects += _beyond(training, evaluation, planned, vram_gib)
     return Check(tuple(defects), training, evaluation, step_seconds, planned.peak / GIB)
 
 
-def _too_large(training: Measured, evaluation: Measured | None, planned: Plan, vram_gib: float | None) -> list[Defect]:
+def _beyond(training: Measured, evaluation: Measured | None, planned: Plan, vram_gib: float | None) -> list[Defect]:
     """The batches that need more than the card that was asked about has."""
     if vram_gib is None:
         return []
     # On a CPU only what the batch adds was counted; the rest is the plan's, Python and its libraries aside.
     held = sum(size for _, size in planned.stored[:-1])
-    found = []
+    found: list[Defect] = []
     for name, batch in (("training", training), ("evaluation", evaluation)):
-        if batch is None:
-            continue
-        needed = batch.card_gib if batch.counted is None else (held + batch.counted) / GIB
-        if needed <= vram_gib:
-            continue
-        reason = f"{needed:.2f} GiB needed, {vram_gib:g} GiB available"
-        if name == "evaluation":
-            found.append(evaluation_too_large(batch.rows, reason))
-            continue
-        problem = f"the longest batch, {batch.rows} rows of up to {batch.tokens} tokens, does not fit ({reason})"
-        remedy = "see `qriemann plan --vram` for the cheapest change"
-        found.append(Defect("training-too-large", problem, remedy, error=True))
+        if batch is not None:
+            needed = batch.card_gib if batch.counted is None else (held + batch.counted) / GIB
+            reason = f"{needed:.2f} GiB needed, {vram_gib:g} GiB available"
+            found += [too_large(name, batch.rows, reason)] if needed > vram_gib else []
     return found

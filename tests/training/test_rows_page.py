@@ -110,15 +110,6 @@ def test_exactly_the_tokens_with_a_label_are_coloured_and_name_their_origin(look
     assert "".join(text for _, text in sources(pieces)) == tokenizer.decode(trained)
 
 
-def test_every_answer_names_its_turn_where_the_whole_row_is_trained(look):
-    _, _, page = look([{"messages": TALK[:3]}], loss_on="all")
-    assert [source for source, _ in sources(pieces_of(page)[0])] == [
-        "chat template",
-        "messages, turn 3",
-        "chat template",
-    ]
-
-
 def test_an_answer_that_the_template_rewrites_later_names_its_own_turn(look):
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"

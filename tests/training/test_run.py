@@ -6,16 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from datasets import Dataset
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from qriemann.data.sources import Source
 from qriemann.data.tokenized import tokenize_rows
-from tests.recipe_fixtures import chat_rows, make_tokenizer, run_cli, train_on
+from tests.recipe_fixtures import chat_rows, run_cli, train_on
 
 
 @pytest.fixture
@@ -44,9 +42,7 @@ def test_plain_trl_builds_the_same_labels_for_prompt_and_completion(model_folder
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_a_run_leaves_an_adapter_whose_loss_under_plain_peft_is_the_reported_one(
-    tmp_path, settings, quantize, model_folder, capsys
-):
+def test_a_run_leaves_its_adapter_and_records_that_agree(tmp_path, settings, quantize, capsys):
     assert run_cli(tmp_path, settings, "--quantize", quantize, "--eval_size", "4") == 0
     out = tmp_path / "out"
     run = json.loads((out / "run.json").read_text())
@@ -65,23 +61,6 @@ def test_a_run_leaves_an_adapter_whose_loss_under_plain_peft_is_the_reported_one
     printed = capsys.readouterr().out
     assert "step 4/4" in printed
     assert "4 of 24 rows" in printed
-    if quantize == "none":
-        assert run["result"]["eval_loss"] == pytest.approx(held_out_loss(out, model_folder, run), rel=1e-4)
-
-
-def held_out_loss(adapter, model_folder, run):
-    """Mean loss a trained token over the held-out rows, computed row by row with PEFT alone."""
-    source = Source(Dataset.from_list(chat_rows(24)), "rows")
-    rows = tokenize_rows(source, None, make_tokenizer(), eval_size=4, seed=42).held_out
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter).eval()
-    total = count = 0
-    for row in rows:
-        labels = torch.tensor(row["labels"])[1:]
-        with torch.no_grad():
-            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
-        count += int((labels != -100).sum())
-    return total / count
 
 
 def test_a_resumed_run_refuses_other_rows(tmp_path, settings, write_rows, capsys):

@@ -23,12 +23,9 @@ from qriemann.training.seam import fixed_rank_optimizer
 from tests.models import (
     WORDS,
     counting_rows,
-    fill_lora,
     load_nf4,
-    relative,
     save_tiny_base,
     tiny_llama,
-    token_batch,
     trainer_settings,
     variants,
     with_lora,
@@ -108,19 +105,6 @@ def test_sft_on_a_4_bit_model_ends_on_the_manifold_with_the_same_base(start, opt
 
 
 @starts
-def test_the_optimizer_sees_the_function_that_the_trainer_was_given(start, base, tmp_path):
-    trainer = sft_trainer(load_nf4(base), tmp_path, start)
-    for module in trainer.model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False  # or an evaluation on such a CPU would repack the base
-    before = trainer.evaluate()["eval_loss"]
-    trainer.create_optimizer()
-    assert variants(trainer.model)
-    # A loss of 3, a mean over logits that are equal to 1e-5.
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-5)
-
-
-@starts
 def test_modules_to_save_are_trained_next_to_the_points(start, tmp_path):
     trainer = sft_trainer(
         tiny_llama(), tmp_path, start, lora={"modules_to_save": ["lm_head"]}, method={"adamw_lr": 1e-2}
@@ -130,48 +114,6 @@ def test_modules_to_save_are_trained_next_to_the_points(start, tmp_path):
     moved = trainer.model.base_model.model.lm_head.modules_to_save["default"].weight - tiny_llama().lm_head.weight
     # AdamW moves an entry by up to its learning rate a step: 1e-2 (1 + 3/4 + 1/2 + 1/4) over the schedule.
     assert 1e-2 < moved.abs().max() < 2.6e-2
-
-
-def test_an_adapter_that_was_trained_elsewhere_goes_on_from_where_it_is(tmp_path):
-    model = with_lora(tiny_llama())
-    fill_lora(model)
-    ids = token_batch(vocabulary=16)
-    with torch.no_grad():
-        expected = model(ids).logits
-    trainer = SFTTrainer(
-        model=model,
-        processing_class=word_tokenizer(),
-        args=SFTConfig(**trainer_settings(tmp_path)),
-        train_dataset=counting_rows(),
-        optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion", lr=0.05),
-    )
-    trainer.create_optimizer()
-    with torch.no_grad():
-        assert relative(trainer.model(ids).logits, expected) < 1e-5
-    assert all(point.offset is None for _, point in variants(trainer.model).values())
-    trainer.train()
-    assert_on_the_manifold(trainer)
-
-
-@starts
-def test_the_best_checkpoint_is_what_is_left_in_the_end(start, tmp_path):
-    settings = {
-        "max_steps": 6,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": True,  # the worst, so that it is not the last
-    }
-    trainer = sft_trainer(tiny_llama(), tmp_path, start, **settings)
-    trainer.train()
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert max(losses) > losses[-1] + 0.1
-    # Rounded to float32 on the way to the file and back.
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-5)
-    assert_on_the_manifold(trainer)
 
 
 # Resuming.
