@@ -6,21 +6,16 @@ talking, and packed samples that see each other teach it to attend to unrelated 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from datasets import Dataset
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from qriemann.data.account import Account
-from qriemann.data.tokenized import IGNORED
 from qriemann.errors import InputError
 
 # Below this share of rows, an end token that is rarely trained is worth a line.
 _MOST_ROWS = 0.5
-# A preview leaves out the middle of longer runs of tokens.
-_SHOWN_TOKENS = 400
 
 
 @dataclass(frozen=True)
@@ -103,27 +98,3 @@ def find_defects(account: Account, tokenizer: PreTrainedTokenizerBase) -> list[D
         ): common > 0,
     }
     return [defect for defect, holds in candidates.items() if holds]
-
-
-def preview(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
-    """The first two rows, decoded, with the trained tokens in colour, bold and brackets."""
-    rows = dataset.select(range(min(2, len(dataset))))
-    return [_coloured(row["input_ids"], row["labels"], tokenizer) for row in rows]
-
-
-def _coloured(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Text:
-    # A first token is never predicted: nothing comes before it.
-    trained = [index > 0 and label != IGNORED for index, label in enumerate(labels)]
-    text, start = Text(), 0
-    for stop in range(1, len(ids) + 1):
-        if stop < len(ids) and trained[stop] == trained[start]:
-            continue
-        run = ids[start:stop]
-        shown = tokenizer.decode(run)
-        if len(run) > _SHOWN_TOKENS:
-            left_out = f" [... {len(run) - _SHOWN_TOKENS} tokens ...] "
-            half = _SHOWN_TOKENS // 2
-            shown = tokenizer.decode(run[:half]) + left_out + tokenizer.decode(run[-half:])
-        text.append(f"[{shown}]" if trained[start] else shown, style="bold green" if trained[start] else "dim")
-        start = stop
-    return text

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 from qriemann.data.account import Account
-from qriemann.data.defects import Defect, preview, refuse
+from qriemann.data.defects import Defect, refuse
 from qriemann.memory.dry_run import (
     Measured,
     make_ready,
@@ -25,7 +25,7 @@ from qriemann.memory.dry_run import (
 from qriemann.memory.plan import GIB, Plan, plan
 from qriemann.training.display import summary_table
 from qriemann.training.prepare import Prepared
-from qriemann.training.rows_page import write_page
+from qriemann.training.rows_page import preview, write_page
 from qriemann.training.trainer import build_trainer
 from qriemann.upstream import quiet
 
@@ -73,8 +73,8 @@ def check(
     planned = plan(prepared.settings, dense_copies=prepared.dense is not None and prepared.dense.held)
     with quiet(bars=console.is_terminal):
         result = _measure(prepared, planned, vram_gib)
-    for number, text in enumerate(preview(prepared.data.train, prepared.tokenizer), 1):
-        console.print(Panel(text, title=f"row {number}, trained tokens in brackets", title_align="left"))
+    for title, text in preview(prepared.rows):
+        console.print(Panel(text, title=title, title_align="left"))
     console.print(summary_table(_figures(prepared.account, result), title="check"))
     refuse(result.defects, prepared.settings.allow, lambda line: console.print(line, markup=False, highlight=False))
     return result

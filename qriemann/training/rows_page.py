@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from qriemann.chat.session import prompt_tokens
@@ -67,6 +68,19 @@ def describe_rows(
 def write_page(path: Path, rows: dict[str, Any], said: Sequence[str]) -> None:
     """Replaces the file by an HTML page with what `describe_rows` found, below the notices and defects in `said`."""
     replace_text(path, render("check.html.jinja", name=rows["name"], rows=rows, said=said))
+
+
+def preview(rows: dict[str, Any]) -> list[tuple[str, Text]]:
+    """Two rows of the sample for a terminal, each with a title; trained tokens are bold, green and in brackets."""
+    found = []
+    for row in rows["sample"][:2]:
+        text = Text()
+        for piece in row["pieces"]:
+            gap = f" [... {piece['gap']} tokens ...] " if piece["gap"] else ""
+            shown, trained = piece["text"] + gap + piece["rest"], piece["kind"] == "trained"
+            text.append(f"[{shown}]" if trained else shown, style="bold green" if trained else "dim")
+        found.append((f"row {row['row']}, trained tokens in brackets", text))
+    return found
 
 
 def _choose(data: TokenizedData, account: Account) -> list[tuple[int, list[str], dict[str, list[int]]]]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from qriemann import cli
 from qriemann.data.account import end_tokens, take_account
-from qriemann.data.defects import find_defects, preview, refuse
+from qriemann.data.defects import find_defects, refuse
 from qriemann.data.sources import Source
 from qriemann.data.tokenized import TokenizedData, tokenize_rows
 from qriemann.errors import InputError
@@ -153,12 +153,3 @@ def test_all_defects_are_noted_before_the_first_error_stops(model, tokenizer):
         "allowed: none of 2 rows trains the end of a turn",
         "1 of 1 held-out rows are also training rows",
     ]
-
-
-def test_the_preview_sets_off_exactly_the_trained_tokens(tokenizer):
-    data = tokenize_rows(Source(Dataset.from_list(chat_rows(3)), "rows"), None, tokenizer)
-    first, second = preview(data.train, tokenizer)
-    for number, text in enumerate((first, second)):
-        coloured = "".join(text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style))
-        assert coloured == f"[it is {number}<|im_end|>]"
-        assert text.plain.replace(coloured, coloured[1:-1]) == tokenizer.decode(data.train[number]["input_ids"])
