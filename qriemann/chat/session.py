@@ -199,9 +199,22 @@ def load_session(
     Raises:
         InputError: neither is in the folder, or the base cannot be had.
     """
+    found = read_folder(adapter_folder(folder))
+    label = found.path.resolve().name
+    if found.kind == "run":
+        raise InputError(f"{found.path} holds a run that has saved no adapter yet; finish the run")
     # Bars would stand between the answers of a pipe.
     with quiet():
-        session = _load(folder, base, quantize, device)
+        if found.kind != "model":
+            saved, console = read_adapter(folder, "chat"), Console(quiet=True)
+            on = load_trained(saved, base, None, console, quantize=quantize, dtype=None, device=device)
+            session = Session(on.peft, on.tokenizer, label, on.base, notes=on.notes)
+        elif base is not None:
+            raise InputError(f"{found.path} is a whole model, which needs no base; leave --base {base} out")
+        else:
+            session = Session(
+                *load_base(found.path, quantize="nf4" if quantize == "nf4" else None, device=device), label
+            )
     session.notes.append(f"computing on {describe_device(session.model.device, session.model.dtype)}")
     if session.tokenizer.chat_template is None:
         session.notes.append("the tokenizer has no chat template: what you write is continued as plain text")
@@ -212,21 +225,6 @@ def load_session(
         )
     session.reset(system)
     return session
-
-
-def _load(folder: str | os.PathLike[str], base: str | None, quantize: str | None, device: str | None) -> Session:
-    found = read_folder(adapter_folder(folder))
-    label = found.path.resolve().name
-    if found.kind == "run":
-        raise InputError(f"{found.path} holds a run that has saved no adapter yet; finish the run")
-    if found.kind == "model":
-        if base is not None:
-            raise InputError(f"{found.path} is a whole model, which needs no base; leave --base {base} out")
-        model, tokenizer = load_base(found.path, quantize="nf4" if quantize == "nf4" else None, device=device)
-        return Session(model, tokenizer, label)
-    saved, console = read_adapter(folder, "chat"), Console(quiet=True)
-    trained = load_trained(saved, base, None, console, quantize=quantize, dtype=None, device=device)
-    return Session(trained.peft, trained.tokenizer, label, trained.base, notes=trained.notes)
 
 
 class _Pieces(BaseStreamer):

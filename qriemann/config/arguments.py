@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -82,12 +83,12 @@ def idle_without_rows(args: SFTConfig) -> str | None:
         f"lr_scheduler_type {args.lr_scheduler_type.value}": args.lr_scheduler_type
         in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY),
     }
-    names = ", ".join(name for name, chosen in idle.items() if chosen)
+    names = [name for name, chosen in idle.items() if chosen]
     if not names:
         return None
     return (
-        f"without held-out rows there is no effect of {names}, and the last step is kept; set eval_size, "
-        "dataset_test_split or dataset_eval_name to hold some out"
+        f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect without held-out rows, and the last step is "
+        "kept; set eval_size, dataset_test_split or dataset_eval_name to hold some out"
     )
 
 
@@ -101,6 +102,10 @@ def _check_packages(args: SFTConfig) -> None:
             raise MissingExtraError(
                 f"report_to {name} needs the package {package}; pip install {package}, or set report_to: none"
             )
+    if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise MissingExtraError(
+            "use_liger_kernel needs the package liger-kernel; pip install liger-kernel, or leave the key out"
+        )
 
 
 def describe_settings(settings: Settings, args: SFTConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 import types
 from collections.abc import Iterable
 from enum import Enum
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -35,34 +35,28 @@ _RULES = {
     "string": "a string",
     "tuple": "a list",
 }
-_WORD = "tag:yaml.org,2002:str"
+_WORD, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `no`, `off` and dates are words, 1e-4 is a number. A repeated key is an error.
+    """The file's own scalars stay words, which `coerce` reads by their key's type, as it reads the command line's words.
 
-    The keys of the file have types, which make `no` of a word what it must be. Inside a value nothing does, so there the word
-    is YAML 1.1's truth value, as TRL reads it.
+    Inside a value no type says what a word is. There YAML 1.1 decides, as in TRL, except that 1e-4 is a number. A repeated
+    key is an error.
     """
-
-    yaml_implicit_resolvers: ClassVar = {
-        first: [rule for rule in rules if rule[0].rpartition(":")[2] not in ("timestamp", "bool", "float")]
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         names = set()
-        inside = bool(node.flow_style or node.start_mark.column)
+        of_file = not node.flow_style and not node.start_mark.column
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             if str(key.value) in names:
                 raise yaml.MarkedYAMLError(problem=f"{shown(key.value)} a second time", problem_mark=key.start_mark)
             names.add(str(key.value))
-            if inside and value.tag == _WORD and value.style is None and value.value.lower() in self.bool_values:
-                value.tag = "tag:yaml.org,2002:bool"
+            if of_file and isinstance(value, yaml.ScalarNode) and value.tag != _NULL:
+                value.tag = _WORD
         return super().construct_mapping(node, deep)
 
 
-Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?i:true|false)$"), list("tTfF"))
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
@@ -82,8 +76,12 @@ def coerce(hint: Any, value: Any) -> Any:
     if isinstance(value, str):
         if value.lower() in ("none", "null") and accepts_none(hint) and str not in types_:
             return None
-        if {bool, int, float} & types_ or (dict in types_ and value.lstrip().startswith("{")):
-            value = _as_yaml(value)
+        is_mapping = dict in types_ and value.lstrip().startswith("{")
+        if {bool, int, float, Any} & types_ or {Literal, str} <= types_ or is_mapping:
+            read = _as_yaml(value)
+            # "no" and its like are words where the key takes words.
+            is_word = isinstance(read, bool) and str in types_ and value.lower() not in ("true", "false")
+            value = value if is_word else read
         if isinstance(value, str) and {list, tuple} & types_ and str not in types_:
             value = [value]
     # Python counts with truth values; nobody who writes `max_steps: true` does.

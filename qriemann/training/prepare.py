@@ -150,7 +150,12 @@ def prepare(
         loads = model is None and settings.model_name_or_path
         with view.doing(f"loading {loads} on {device.type}") if loads else nullcontext():
             model, tokenizer = _read_base(settings, model, tokenizer)
-        dense = _dense_weights(model)
+        dense = None
+        if getattr(model, "is_loaded_in_4bit", False):
+            from qriemann.base.dense_weights import hold_dense
+
+            # Reports the copies `load_base` made, and makes those still missing (a model passed in, or memory freed since).
+            dense = hold_dense(model)
         adjust_tokenizer(tokenizer, eos_token=args.eos_token, chat_template_path=settings.trl.get("chat_template_path"))
         offset = settings.start == "offset" and find_method(settings.method).on_manifold
         adapter = None if isinstance(model, PeftModel) else adapter_config(settings, offset=offset)
@@ -263,15 +268,6 @@ def _tokenize(
             "dataset_eval_name, or eval_strategy: no"
         )
     return data
-
-
-def _dense_weights(model: Any) -> DenseWeights | None:
-    if not getattr(model, "is_loaded_in_4bit", False):
-        return None
-    from qriemann.base.dense_weights import hold_dense
-
-    # Reports the copies `load_base` made, and makes those still missing (a model passed in, or memory freed since).
-    return hold_dense(model)
 
 
 def _optimizer(settings: Settings, args: SFTConfig) -> tuple[type, dict[str, Any]]:

@@ -139,7 +139,7 @@ def test_bad_input_is_one_line_with_status_2_and_writes_nothing(tmp_path, settin
         ([{"a": "b"}], "usable columns"),
         ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}], "row 1"),
         ([{"messages": [{"role": "user", "content": "a"}]}], "every token is masked"),
-        ([], "is empty"),
+        ([], "at least one row"),
     ],
 )
 def test_bad_rows_are_one_line_with_status_2_and_write_nothing(tmp_path, settings, rows, part, write_rows, capsys):
