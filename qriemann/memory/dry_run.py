@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -219,8 +219,8 @@ def mixed_samples(trainer: Any, data: TokenizedData) -> list[Defect]:
     ]
 
 
-def too_large(what: Literal["training", "evaluation"], rows: int, reason: str) -> Defect:
-    """The defect that the longest batch of so many rows does not fit."""
+def too_large(what: str, rows: int, reason: str) -> Defect:
+    """The defect that the longest batch, of a "training" or an "evaluation", does not fit."""
     remedy = "lower per_device_eval_batch_size"
     if what == "training":
         remedy = "see `qriemann plan --vram` for the cheapest change"
