@@ -155,11 +155,6 @@ def test_a_missing_package_is_named_with_its_pip_install(tmp_path, settings, mon
     assert "pip install trl" in capsys.readouterr().err
 
 
-def test_a_traceback_is_shown_with_debug_alone(tmp_path, settings):
-    with pytest.raises(ValueError, match="max_step"):
-        run_cli(tmp_path, {**settings, "max_step": 3}, "--debug")
-
-
 def test_the_recipe_script_ends_with_status_2_and_one_line(tmp_path, settings, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**settings, "dataset_name": "nobody/nothing"}))
