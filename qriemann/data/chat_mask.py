@@ -53,24 +53,20 @@ class AssistantTokenizer:
     """Token ids of a row, and for each token whether it belongs to an assistant's turn.
 
     The end token of a turn is trained, because the model stops with it. White space between it and the next turn is not.
+
+    Attributes:
+        writes_calls: whether the template writes tool calls.
+        writes_date: whether the template asks for today's date.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.special_ids = special_ids(tokenizer)
+        texts = " ".join(template_texts(tokenizer))
+        self.writes_calls, self.writes_date = "tool_calls" in texts, "strftime_now" in texts
         end = end_of_turn(tokenizer)
         self.end: str | None = None if end is None else tokenizer.convert_ids_to_tokens(end)
         self._ends = {end, tokenizer.eos_token_id}
-
-    @functools.cached_property
-    def writes_calls(self) -> bool:
-        """Whether the template writes tool calls."""
-        return any("tool_calls" in text for text in template_texts(self.tokenizer))
-
-    @functools.cached_property
-    def writes_date(self) -> bool:
-        """Whether the template asks for today's date."""
-        return any("strftime_now" in text for text in template_texts(self.tokenizer))
 
     @functools.cached_property
     def argument_text(self) -> bool:
