@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qriemann.training.check import check as check
     from qriemann.training.loi_callback import LocallyOptimalInit as LocallyOptimalInit
     from qriemann.training.prepare import prepare as prepare
+    from qriemann.training.rate_callback import MeasuredRate as MeasuredRate
     from qriemann.training.seam import FixedRankCallback as FixedRankCallback
     from qriemann.training.seam import for_trainer as for_trainer
     from qriemann.training.train import train as train
@@ -46,6 +47,7 @@ _HOME = {
     "FixedRankCallback": "training.seam",
     "InputError": "errors",
     "LocallyOptimalInit": "training.loi_callback",
+    "MeasuredRate": "training.rate_callback",
     "MissingExtraError": "errors",
     "RiemannLoRA": "optim.riemannlora",
     "Riemannion": "optim.riemannion",

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from qriemann import cli
 from qriemann.config import settings_from
+from qriemann.optim.methods import METHODS
 from qriemann.training.prepare import prepare
 from qriemann.training.train import TrainResult, train
 
@@ -25,19 +26,23 @@ CHATML = (
 )
 
 
-def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    template: str | None = CHATML, merges: Sequence[tuple[str, str]] = (("Ċ", "Ċ"),), *, words: bool = False
+) -> PreTrainedTokenizerFast:
+    """One token a byte and for each merge; with `words` no merge goes beyond a word, as in GPT-2's."""
+    # By default a merge of two newlines, so that a token can straddle the end of "assistant\n".
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "ĊĊ"])}
-    # One merge, of two newlines, so that a token can straddle the end of "assistant\n".
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, *map("".join, merges)])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<|im_end|>",
-        pad_token="<|pad|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
+    return with_turns(core, template)
+
+
+def with_turns(core: Tokenizer, template: str | None = CHATML, **special: str) -> PreTrainedTokenizerFast:
+    """The tokenizer with ChatML's special tokens and a template."""
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>", "additional_special_tokens": ["<|im_start|>"]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **{**names, **special})
     tokenizer.chat_template = template
     return tokenizer
 
@@ -68,13 +73,19 @@ def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) 
 
 def train_on(values: dict[str, Any], *, callbacks: Sequence[TrainerCallback] = (), **given: Any) -> TrainResult:
     """The whole way from settings to a result, as `qriemann train` goes it; `given` goes to `prepare`."""
-    return train(prepare(settings_from(values), **given), callbacks=callbacks)
+    return train(prepare(settings_from(with_rate(values)), **given), callbacks=callbacks)
+
+
+def with_rate(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the method's own learning rate, because random weights leave nothing to measure."""
+    method = METHODS.get(values.get("method", "riemannion"))
+    return {"learning_rate": method.defaults["lr"].value, **values} if method else values
 
 
 def run_cli(tmp_path: Path, settings: dict[str, Any], *arguments: str) -> int:
     """`qriemann train` on these settings, and its exit status."""
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(yaml.safe_dump(with_rate(settings)))
     return cli.main(["train", str(path), *arguments])
 
 

@@ -89,7 +89,7 @@ def gradient_svd(
         if progress is not None:
             progress(next(done), passes * len(batches))
 
-    with _tapped(layers, taps), _probing(model), torch.enable_grad():
+    with _tapped(layers, taps), probing(model), torch.enable_grad():
         _read(model, batches, loss_fn, seed, report)
         for _ in range(passes - 1):
             for tap in taps:
@@ -266,7 +266,7 @@ def _tapped(layers: Layers, taps: list[_GradientTap]) -> Iterator[None]:
 
 
 @contextmanager
-def _probing(model: nn.Module) -> Iterator[None]:
+def probing(model: nn.Module) -> Iterator[None]:
     """Within the block, dropout is off and gradients are None; both are restored after it."""
     modes = {module: module.training for module in model.modules()}
     gradients = {p: p.grad for p in model.parameters() if p.requires_grad}

@@ -42,6 +42,8 @@ def training_arguments(settings: Settings) -> SFTConfig:
     # YAML 1.1's words for false; transformers looks for a reporter of that name.
     if str(written.get("report_to")).lower() in ("off", "no", "false"):
         written["report_to"] = "none"
+    if settings.measures_rate:
+        written.pop("learning_rate", None)
     own = {key: getattr(settings, key) for key in ("output_dir", "use_cpu", "trust_remote_code")}
     try:
         args = SFTConfig(**{**_defaults(settings, written), **written, **own})
@@ -114,6 +116,8 @@ def describe_settings(settings: Settings, args: SFTConfig) -> dict[str, Any]:
     del own["trl"], own["written"]
     # transformers masks every key that ends in "_token", vocabulary entries included.
     public = {key: getattr(args, key) for key in PUBLIC_TOKEN_KEYS if hasattr(args, key)}
+    if settings.measures_rate:
+        own["learning_rate"] = "auto"
     merged = {key: value for key, value in {**args.to_dict(), **public, **own}.items() if key not in FIXED}
     # A credential may be part of any other value: a name, say.
     return json.loads(hide_credentials(json.dumps(redact(merged))))

@@ -162,6 +162,11 @@ class Settings:
             raise InputError(f"{key} is missing: name {what}")
         return value
 
+    @property
+    def measures_rate(self) -> bool:
+        """Whether the learning rate is found before the first step."""
+        return self.trl.get("learning_rate", "auto") == "auto"
+
 
 _OWN = {item.name: item for item in dataclasses.fields(Settings) if item.name not in ("trl", "written")}
 
@@ -177,6 +182,7 @@ def hints() -> dict[str, Any]:
         **fixed,
         **theirs,
         "activation_checkpointing": bool,
+        "learning_rate": float | Literal["auto"],
         **{key: own[key] for key in _OWN},
         "resume": bool | str | None,
     }

@@ -49,7 +49,8 @@ class Written:
 
     Attributes:
         into, dtype: what it holds.
-        weights: the largest relative difference of a tensor from base plus adapter, and that tensor's name.
+        weights: the largest relative difference of a tensor from base plus adapter, and that tensor's name, empty if
+            none was read back.
         max_kl: largest mean KL to the trained model that is accepted, nats a token.
     """
 
@@ -95,7 +96,7 @@ class Verdict:
             "accepted": self.accepted,
             "reasons": self.reasons,
             "max_kl": self.written.max_kl,
-            "weights": {"largest_relative_difference": difference, "tensor": tensor},
+            **({"weights": {"largest_relative_difference": difference, "tensor": tensor}} if tensor else {}),
             **(self.found or {}),
         }
 
@@ -125,6 +126,7 @@ def load_and_record(
     data: str | None,
     path: Path,
     console: Console,
+    max_tokens: int | None = None,
 ) -> tuple[Trained, Rows, Recording]:
     """The trained model, the rows of the proof and what the model says to them; on the CPU where the card is too small.
 
@@ -134,7 +136,7 @@ def load_and_record(
 
     def attempt(device: str | None) -> tuple[Trained, Rows, Recording]:
         trained = load_trained(saved, base, revision, console, quantize=quantize, device=device)
-        rows = trained.proof_rows(data, console)
+        rows = trained.proof_rows(data, console, max_tokens)
         console.print(f"Recording the trained model on {rows.source}, {rows.tokens} tokens ...", highlight=False)
         with explaining_memory("recording the trained model", "shorten the longest rows of --data"):
             return trained, rows, record(trained, rows, path)
@@ -270,17 +272,20 @@ def conclude(described: dict[str, Any], verdicts: list[Verdict]) -> dict[str, An
 def table(content: dict[str, Any]) -> Table:
     """The report's comparison for a terminal."""
     prompts = content["prompts"]
-    # The heavy frame would not fit into 80 columns.
+    # All figures are whole at 60 columns: a name is folded, and a loss stands above its difference.
     drawn = Table(
         title=f"against the trained model, {prompts['tokens']} tokens of {prompts['source']}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 0, 0, 1),
     )
     # Without the last column, the verdict: its reasons are sentences of their own.
     head, *lines = (row[:-1] for row in proof_rows(content))
-    for name in head:
-        drawn.add_column(name, justify="left" if name == "model" else "right", no_wrap=name == "model")
+    drawn.add_column(head[0], overflow="fold")
+    for name in head[1:]:
+        loss = "loss" in name
+        drawn.add_column(name.replace(" ", "\n"), justify="right", no_wrap=not loss, min_width=8 if loss else None)
     for line in lines:
         drawn.add_row(*line)
     return drawn

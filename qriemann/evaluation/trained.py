@@ -19,6 +19,7 @@ from qriemann.adapters.saved import SavedAdapter, saved_tokenizer
 from qriemann.base.load import compute_in, load_base
 from qriemann.checkpoints.fingerprints import other_base
 from qriemann.device import compute_device, compute_dtype, describe_device
+from qriemann.errors import InputError
 from qriemann.evaluation.rows import Rows, load_rows
 from qriemann.folder.contents import read_folder
 from qriemann.folder.records import recorded_base
@@ -105,6 +106,29 @@ class Trained:
         change = layer.get_delta_weight("default").float()
         return change.mT if was_conv1d(layer.get_base_layer()) else change
 
+    def check_mergeable(self) -> None:
+        """Raises InputError if the adapter changes what the base has no tensor for."""
+        for name, layer in self.adapter.layers.items():
+            if layer.bias is not None and f"{name}.bias" not in self.dequantized:
+                raise InputError(f"lora_bias must be of layers with a bias to be merged, got {name} without one")
+
+    def as_trained(self, name: str, stored: Tensor, *, by_peft: bool = False) -> Tensor:
+        """A tensor of a checkpoint with what training changed, float32 where a layer's adapter is in it.
+
+        Args:
+            name: that the model has for it.
+            by_peft: has PEFT compute the adapter's part, for the proof, instead of the files' factors.
+        """
+        module, _, kind = name.rpartition(".")
+        tensor, layer = self.adapter.replacement(name, stored), self.adapter.layers.get(module)
+        if layer is None:
+            return tensor
+        if kind == "bias":
+            return tensor if layer.bias is None else tensor.float() + layer.scaling * layer.bias.to(tensor.device)
+        if by_peft:
+            return tensor.float() + self.added(module).to(tensor.device)
+        return layer.add_to(tensor, transposed=self.is_conv1d(module))
+
     @contextmanager
     def untrained(self) -> Iterator[PeftModel]:
         """Within the block, the model without what was trained; PEFT's own switch leaves trained biases in place."""
@@ -119,10 +143,10 @@ class Trained:
             for name, bias in biases.items():
                 bias.copy_(trained[name])
 
-    def proof_rows(self, data: str | None, console: Console) -> Rows:
+    def proof_rows(self, data: str | None, console: Console, max_tokens: int | None = None) -> Rows:
         """The rows of a proof: few enough that their logits fit into half a gigabyte, whatever the vocabulary."""
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        budget = min(_MAX_TOKENS, _RECORDED_BYTES // (4 * vocabulary))
+        budget = min(max_tokens or _MAX_TOKENS, _RECORDED_BYTES // (4 * vocabulary))
         rows = load_rows(data, self.tokenizer, max_length=_MAX_LENGTH, max_tokens=budget)
         for notice in rows.notices:
             console.print(f"note: {notice}", highlight=False)

@@ -39,6 +39,7 @@ class ModelFolder:
         proof: `merge_report.json`.
         exports: the folders of GGUF files, this one or folders in it, with what their reports say.
         samples: answers before and after training, each with question, right, before, after.
+        example: the first of these questions as a conversation; empty if there is none.
         scores: (name, before, after) of what was measured on held-out rows.
     """
 
@@ -52,6 +53,7 @@ class ModelFolder:
     proof: dict[str, Any]
     exports: list[tuple[Path, dict[str, Any]]]
     samples: list[dict[str, str]]
+    example: list[dict[str, str]]
     scores: list[tuple[str, float, float]]
     curve: Path | None
 
@@ -114,6 +116,11 @@ def read_folder(folder: str | os.PathLike[str], *, run: str | os.PathLike[str] |
     proof = read_json(path / PROOF)
     trained_on = _mapping(run_json.get("model")).get("name_or_path")
     demo = read_json(records / _SAMPLES)
+    samples = [sample for sample in demo.get("samples", []) if isinstance(sample, dict)]
+    asked = {
+        "system": _mapping(demo.get("task")).get("system"),
+        "user": samples[0].get("question") if samples else None,
+    }
     return ModelFolder(
         path=path,
         kind="gguf" if is_export else "adapter" if adapter else "model" if model else "run",
@@ -124,7 +131,8 @@ def read_folder(folder: str | os.PathLike[str], *, run: str | os.PathLike[str] |
         rows=read_json(records / ROWS),
         proof=proof,
         exports=exports,
-        samples=[sample for sample in demo.get("samples", []) if isinstance(sample, dict)],
+        samples=samples,
+        example=[{"role": role, "content": str(text)} for role, text in asked.items() if text and samples],
         scores=_scores(_mapping(run_json.get("result")), demo),
         curve=records / CURVE if (records / CURVE).is_file() else None,
     )

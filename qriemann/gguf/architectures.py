@@ -16,10 +16,6 @@ from torch import Tensor
 
 from qriemann.errors import InputError
 
-_ROPE_FREQUENCIES = "rope_freqs.weight"
-# Of a type that has a window and does not tell layers apart.
-_ALL_SLIDE = ["sliding_attention"]
-
 
 def _granite(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_attention_scale(config.attention_multiplier)
@@ -92,31 +88,24 @@ ARCHITECTURES = {
 }
 
 
-def architecture_of(config: Any) -> Architecture:
-    """The row of a model's configuration.
-
-    Raises:
-        InputError: there is none.
-    """
-    found = ARCHITECTURES.get(config.model_type)
-    if found is None:
-        raise InputError(
-            f"the base must be one of {', '.join(sorted(ARCHITECTURES))} to become GGUF, got {config.model_type!r}; merge "
-            "it, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
-        )
-    return found
-
-
 class Layout:
     """Where and how a GGUF file holds the tensors of one model.
 
     Args:
         model: loaded, for its configuration and its rotary frequencies.
+
+    Raises:
+        InputError: the model's type has no row, or its rotary embeddings no form in llama.cpp.
     """
 
     def __init__(self, model: Any) -> None:
-        self.config = model.config
-        self.architecture = architecture_of(self.config)
+        self.config, kind = model.config, model.config.model_type
+        if kind not in ARCHITECTURES:
+            raise InputError(
+                f"the base must be one of {', '.join(sorted(ARCHITECTURES))} to become GGUF, got {kind!r}; merge it, and "
+                "convert the folder with llama.cpp's convert_hf_to_gguf.py"
+            )
+        self.architecture = ARCHITECTURES[kind]
         self.added = _rope_factors(model)
         self._names = gguf.get_tensor_name_map(self.architecture.id, self.config.num_hidden_layers)
 
@@ -135,17 +124,12 @@ class Layout:
         """A weight, a bias, or the factor B of an adapter's layer, as the file holds it."""
         if self.architecture.plus_one and name.endswith("norm.weight"):
             return tensor + 1
-        heads = self._heads(name)
-        if heads is None:
+        heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
+        layer = name.split(".")[-2]
+        if not self.architecture.permuted or layer not in heads:
             return tensor
-        return tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, -1).transpose(1, 2).reshape(tensor.shape)
-
-    def _heads(self, name: str) -> int | None:
-        """How many heads' rows are permuted in this tensor; None if none are."""
-        layer = name.rpartition(".")[0].rpartition(".")[2]
-        if not self.architecture.permuted or layer not in ("q_proj", "k_proj"):
-            return None
-        return self.config.num_attention_heads if layer == "q_proj" else self.config.num_key_value_heads
+        pairs = tensor.reshape(heads[layer], 2, tensor.shape[0] // heads[layer] // 2, -1)
+        return pairs.transpose(1, 2).reshape(tensor.shape)
 
     def describe(self, writer: gguf.GGUFWriter) -> None:
         """Writes the hyperparameters.
@@ -155,11 +139,9 @@ class Layout:
         """
         config = self.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rope = _rope(config)
-        context = config.max_position_embeddings
-        window = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None) or _ALL_SLIDE
-        if window and not self.architecture.windows and "sliding_attention" in kinds:
+        rope, context = _rope(config), config.max_position_embeddings
+        window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+        if window and not self.architecture.windows and (not kinds or "sliding_attention" in kinds):
             # Up to there attention without a window is the same.
             context = min(context, window)
         writer.add_context_length(context)
@@ -196,7 +178,7 @@ def _rope_factors(model: Any) -> dict[str, Tensor]:
         raise InputError(f"rotary embeddings must be of type default, linear or llama3 to become GGUF, got {kind!r}")
     actual = rotary.inv_freq.double().cpu()
     plain = _rope(config)["rope_theta"] ** -(torch.arange(len(actual), dtype=torch.float64) / len(actual))
-    return {_ROPE_FREQUENCIES: (plain / actual).float()}
+    return {"rope_freqs.weight": (plain / actual).float()}
 
 
 def _every(period: int, config: Any) -> list[str]:

@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ ENGINE = "xllamacpp"
 # Tokens of a position whose probabilities are compared one by one; the rest is one more. On the embedded model the rest has
 # 0.4 % of the mass on average.
 _TOP = 512
-_CONVERSATIONS, _ASKED, _ANSWER_TOKENS = 10, 10, 64
+_ASKED, _ANSWER_TOKENS = 10, 64
 # Whatever tokenizers are known to cut in different ways.
 _HARD = (
     "  two  spaces 2026 3.14159 x=1;\n\n\n\ttab\r\nDON'T we'll I'd he's  \n   end ",
@@ -74,24 +75,14 @@ def has_engine() -> bool:
 
 
 def run(
-    model: Path,
-    adapter: Path | None,
-    recording: Recording,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    talk: bool = True,
+    model: Path, adapter: Path | None, recording: Recording, tokenizer: PreTrainedTokenizerBase, *, talk: bool = True
 ) -> Seen:
-    """Loads the file in a fresh process of llama.cpp and compares it.
+    """Loads the file, with an adapter to it or None, in a fresh process of llama.cpp and compares it.
 
     Args:
-        model: of the whole model or the base.
-        adapter: GGUF adapter to apply to it.
-        recording: logits of the trained model on its rows.
-        tokenizer: of the training.
         talk: whether to compare the tokens of conversations too, and to ask for answers.
     """
-    conversations = _conversations(tokenizer) if talk else []
-    texts = list(_HARD) if talk else []
+    said = _said(tokenizer) if talk else []
     request = {
         "model": str(model.resolve()),
         "lora": "" if adapter is None else str(adapter.resolve()),
@@ -100,8 +91,7 @@ def run(
         "rows": recording.rows,
         "forced": _ids(tokenizer, "a")[0],
         "count": _TOP,
-        "conversations": [messages for messages, _ in conversations],
-        "texts": texts,
+        "said": [one for one, _ in said],
         # As far as what the rows' first answers begin after.
         "asked": [row["ids"][: row["positions"][0] + 1] for row in recording.rows[: _ASKED * talk] if row["positions"]],
         "tokens": _ANSWER_TOKENS,
@@ -110,34 +100,24 @@ def run(
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request), "utf-8")
         # -P: the script's own folder, which is inside this package, is not where the process looks for modules.
-        done = subprocess.run(
-            [sys.executable, "-P", engine.__file__, str(path)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        command = [sys.executable, "-P", engine.__file__, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode != 0:
             return Seen(None, _reason(done))
         with np.load(path.with_name("values.npz")) as values:
             figures = _figures(recording, values["tokens"], values["values"], values["targets"])
         result = json.loads(path.with_name("result.json").read_text("utf-8"))
-    ours = [ids for _, ids in conversations] + [_ids(tokenizer, text) for text in texts]
-    said = [messages[-1]["content"] for messages, _ in conversations] + texts
     retold = [
-        f"llama.cpp makes other tokens of {text[:40]!r}: {_first_difference(right, found)}"
-        for text, right, found in zip(said, ours, [*result["conversations"], *result["texts"]], strict=True)
+        f"llama.cpp makes other tokens of {(one if isinstance(one, str) else one[-1]['content'])[:40]!r}: "
+        f"{_first_difference(right, found)}"
+        for (one, right), found in zip(said, result["said"], strict=True)
         if right != found
     ]
     return Seen(figures, "", tuple(retold), len(result["endings"]), result["endings"].count("stop"))
 
 
 def far(seen: Seen, bound: float) -> list[str]:
-    """Why a file that rounds nothing is not the trained model; empty if it is.
-
-    Args:
-        bound: of the difference of a log-probability, nats.
-    """
+    """Why a file that rounds nothing is not the trained model, to `bound` nats a log-probability; empty if it is."""
     if seen.figures is None:
         return [seen.failure]
     found, reasons = seen.figures["largest_difference"], list(seen.retold[:2])
@@ -169,15 +149,13 @@ def _figures(recording: Recording, tokens: np.ndarray, values: np.ndarray, targe
     return {**summarize(divergences, agreements, losses, recorded_losses), "largest_difference": largest}
 
 
-def _conversations(tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[dict[str, str]], list[int]]]:
-    """Ten questions, and two conversations of more turns where the template takes them, each with its tokens."""
-    if not tokenizer.chat_template:
-        return []
+def _said(tokenizer: PreTrainedTokenizerBase) -> list[tuple[Any, list[int]]]:
+    """Hard texts, ten questions and two longer conversations where the template takes them, each with its tokens."""
     lines = resources.files("qriemann.evaluation").joinpath("prompts.jsonl").read_text("utf-8").splitlines()
-    rows = [json.loads(line) for line in lines[:_CONVERSATIONS]]
+    rows = [json.loads(line) for line in lines[:_ASKED]]
     asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     turns = [*asked[0], {"role": "assistant", "content": rows[0]["completion"]}, *asked[1]]
-    found = []
+    found: list[tuple[Any, list[int]]] = [(text, _ids(tokenizer, text)) for text in _HARD]
     for messages in (*asked, turns, [{"role": "system", "content": "Be brief."}, *turns]):
         # Many a template refuses a system prompt.
         with contextlib.suppress(InputError):

@@ -87,7 +87,7 @@ def in_slots(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
         return list(pool.map(function, items))
 
 
-def post(server: Any, path: str, content: dict[str, Any]) -> Any:
+def post(server: Any, path: str, **content: Any) -> Any:
     """The answer of llama.cpp's own HTTP interface."""
     headers = {"Content-Type": "application/json"}
     query = urllib.request.Request(server.listening_address + path, json.dumps(content).encode(), headers)
@@ -95,31 +95,27 @@ def post(server: Any, path: str, content: dict[str, Any]) -> Any:
         return json.loads(answer.read())
 
 
-def tokens_of(server: Any, text: str, *, bos: bool = False) -> list[int]:
-    return post(server, "/tokenize", {"content": text, "add_special": bos, "parse_special": True})["tokens"]
-
-
-def conversation(server: Any, messages: list[dict[str, str]]) -> list[int]:
-    """The token ids of a conversation as the file's own template writes it, up to where the assistant begins."""
-    return tokens_of(server, post(server, "/apply-template", {"messages": messages})["prompt"], bos=True)
-
-
-def ending(server: Any, prompt: list[int], tokens: int) -> str:
-    """Why the most likely answer ended: `stop` if the model ended its turn."""
-    found = server.handle_completions({"prompt": prompt, "n_predict": tokens, "temperature": 0})
-    return found["choices"][0]["finish_reason"]
+def tokens_of(server: Any, said: str | list[dict[str, str]]) -> list[int]:
+    """The token ids of a text, or of a conversation as the file's own template writes it up to the assistant's turn."""
+    text = said if isinstance(said, str) else post(server, "/apply-template", messages=said)["prompt"]
+    return post(server, "/tokenize", content=text, add_special=text is not said, parse_special=True)["tokens"]
 
 
 def main(path: str) -> None:
     """Does what the request says and writes the results beside it."""
     request = json.loads(Path(path).read_text("utf-8"))
     server = start(request)
+
+    def ending(prompt: list[int]) -> str:
+        # `stop` if the model ended its turn.
+        found = server.handle_completions({"prompt": prompt, "n_predict": request["tokens"], "temperature": 0})
+        return found["choices"][0]["finish_reason"]
+
     arrays = log_probabilities(server, request["rows"], request["forced"], request["count"])
     np.savez(Path(path).with_name("values.npz"), **arrays)  # type: ignore[arg-type]
     result = {
-        "conversations": [conversation(server, messages) for messages in request["conversations"]],
-        "texts": [tokens_of(server, text) for text in request["texts"]],
-        "endings": in_slots(lambda prompt: ending(server, prompt, request["tokens"]), request["asked"]),
+        "said": [tokens_of(server, said) for said in request["said"]],
+        "endings": in_slots(ending, request["asked"]),
     }
     Path(path).with_name("result.json").write_text(json.dumps(result), "utf-8")
     # It closes its port when nothing holds it any longer.

@@ -8,7 +8,6 @@ cost? That is the ladder.
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from qriemann.evaluation.proof import Recording, Verdict, Written
 from qriemann.gguf import compare
 from qriemann.gguf.architectures import Architecture
 from qriemann.gguf.compare import Seen
-from qriemann.gguf.files import Files
+from qriemann.gguf.write import Files
 
 # Largest difference of a log-probability in a file that rounds nothing, nats. On the embedded model llama.cpp differs from
 # transformers by 3e-4 in float32 and by 0.02 in float16; one layer's k with its rows not permuted, or alpha 5 % too large, by
@@ -30,21 +29,8 @@ _FAR = {"f32": 0.01, "gelu": 0.05, "f16": 0.1}
 # A smaller file is the model if it is within a tenth of what the training changed, or within what float16 rounds.
 _KL_SHARE, _KL_FLOOR = 0.1, 1e-3
 _PRECISION = {"f32": "float32", "f16": "float16"}
-
-
-@dataclass(frozen=True)
-class _Rung:
-    written: Written
-    seen: Seen
-    size: int
-
-    def verdict(self, reasons: list[str]) -> Verdict:
-        """With what was found against the exact file first."""
-        found: Any = self.seen.figures
-        if found is None:
-            return Verdict(self.written, None, [*reasons, self.seen.failure])
-        far = proof.far_from_trained(found, self.written.max_kl, "the trained model")
-        return Verdict(self.written, found, [*reasons, *far])
+# The weights are judged by what llama.cpp computes with them.
+_UNREAD = (0.0, "")
 
 
 def prove(
@@ -59,11 +45,7 @@ def prove(
     """The report's part on what llama.cpp found, and the verdict on each file; a file that is too far is renamed.
 
     Args:
-        files: as they were written.
-        architecture: of the model.
         own_base: the base's own GGUF file, to try an adapter on; None if it has none.
-        recording: logits of the trained model.
-        tokenizer: of the training.
         max_kl: as in `export_gguf`.
     """
     if max_kl is None:
@@ -71,55 +53,43 @@ def prove(
     precision = _PRECISION[files.exact_type]
     bound = _FAR["gelu" if architecture.gelu and files.exact_type == "f32" else files.exact_type]
 
-    def measure(model: Path, adapter: Path | None, *, talk: bool = False) -> Seen:
+    def measure(model: Path, adapter: Path | None = None, *, talk: bool = False) -> Seen:
         console.print(f"Running llama.cpp on {model.name} ...", highlight=False)
         return compare.run(model, adapter, recording, tokenizer, talk=talk)
 
     exact = measure(files.exact, files.adapter, talk=True)
     reasons = compare.far(exact, bound)
-    if not Written(files.exact, "", precision, files.worst, bound).weights_are_right:
-        reasons.insert(0, f"{files.worst[1]} is not what was trained: relative difference {files.worst[0]:.1e}")
-    rungs = []
+    rungs = [
+        (Written(path, path.name, kind, _UNREAD, max_kl), exact if path == files.exact else measure(path))
+        for kind, path in files.ladder.items()
+    ]
     if files.adapter is not None:
-        adapter, size = files.adapter, files.adapter.stat().st_size
-        named = Written(adapter, f"{adapter.name}, base in {precision}", "float32", files.worst, max_kl)
-        rungs.append(_Rung(named, exact, size))
+        rungs.append((Written(files.adapter, f"base in {precision}", "float32", _UNREAD, max_kl), exact))
         if own_base is not None:
-            named = Written(adapter, f"the same, on {own_base.name}", "float32", files.worst, float("inf"))
-            rungs.append(_Rung(named, measure(own_base, adapter), size))
-    for kind, path in files.ladder.items():
-        named = Written(path, path.name, kind, files.worst, max_kl)
-        rungs.append(_Rung(named, measure(path, None), path.stat().st_size))
-    verdicts = [rung.verdict(reasons) for rung in rungs]
-    for verdict in verdicts:
-        path = verdict.written.folder
-        if not reasons and not verdict.accepted and path in files.ladder.values():
-            path.rename(path.with_name(f"{path.name}.rejected"))
-    figures: Any = exact.figures or {}
-    return {
-        "proved": True,
-        "engine": f"llama.cpp in {compare.ENGINE} {importlib.metadata.version(compare.ENGINE)}",
-        "exact": {
-            "dtype": precision,
-            "reasons": reasons,
-            "bound": bound,
-            "asked": exact.asked,
-            "ended": exact.ended,
-            **figures,
-        },
-        "merged": [{**one.as_dict(), "bytes": rung.size} for one, rung in zip(verdicts, rungs, strict=True)],
-        "accepted": not reasons and any(verdict.accepted for verdict in verdicts),
-    }, verdicts
+            named = Written(files.adapter, f"base in {own_base.name}", "float32", _UNREAD, float("inf"))
+            rungs.append((named, measure(own_base, files.adapter)))
+    merged, verdicts = [], []
+    for written, seen in rungs:
+        far = [seen.failure]
+        if seen.figures is not None:
+            far = proof.far_from_trained(seen.figures, written.max_kl, "the trained model")
+        verdict = Verdict(written, seen.figures, [*reasons, *far])
+        verdicts.append(verdict)
+        merged.append({**verdict.as_dict(), "bytes": written.folder.stat().st_size})
+        if far and not reasons and files.adapter is None:
+            written.folder.rename(written.folder.with_name(f"{written.folder.name}.rejected"))
+    engine = f"llama.cpp in {compare.ENGINE} {importlib.metadata.version(compare.ENGINE)}"
+    found = {"dtype": precision, "reasons": reasons, "bound": bound, "asked": exact.asked, "ended": exact.ended}
+    found.update(exact.figures or {})
+    accepted = any(verdict.accepted for verdict in verdicts)
+    return {"proved": True, "engine": engine, "exact": found, "merged": merged, "accepted": accepted}, verdicts
 
 
 def unproved(files: Files) -> dict[str, Any]:
     """The same where there is no llama.cpp."""
     paths = [path for path in (files.adapter, *files.ladder.values()) if path is not None]
-    return {
-        "proved": False,
-        "merged": [{"into": path.name, "bytes": path.stat().st_size} for path in paths],
-        "accepted": True,
-    }
+    sizes = [{"into": path.name, "bytes": path.stat().st_size} for path in paths]
+    return {"proved": False, "merged": sizes, "accepted": True}
 
 
 def conclusions(content: dict[str, Any]) -> list[str]:

@@ -59,13 +59,8 @@ def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_tokenizer(core))
         writer.add_token_merges(merges)
-    types = [_type(tokens.get(index), index, tokenizer, sentencepiece) for index in range(size)]
     writer.add_token_list([tokens.get(index, f"[PAD{index}]") for index in range(size)])
-    writer.add_token_types(types)
-    _write_special(writer, tokenizer)
-
-
-def _write_special(writer: gguf.GGUFWriter, tokenizer: Any) -> None:
+    writer.add_token_types([_type(tokens.get(index), index, tokenizer, sentencepiece) for index in range(size)])
     for kind in ("bos", "eos", "unk", "pad"):
         if (index := getattr(tokenizer, f"{kind}_token_id")) is not None:
             getattr(writer, f"add_{kind}_token_id")(index)
@@ -82,10 +77,9 @@ def begins_with_bos(tokenizer: Any) -> bool:
     """Whether llama.cpp has to put the first token before a text; it takes one away that the template writes as well."""
     if tokenizer.bos_token_id is None or tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
         return False
-    if not tokenizer.chat_template:
-        return True
     turn = [{"role": "user", "content": "?"}]
-    return str(tokenizer.apply_chat_template(turn, tokenize=False)).startswith(tokenizer.bos_token)
+    template = tokenizer.chat_template
+    return not template or tokenizer.apply_chat_template(turn, tokenize=False).startswith(tokenizer.bos_token)
 
 
 def _type(token: str | None, index: int, tokenizer: Any, sentencepiece: bool) -> gguf.TokenType:
@@ -118,11 +112,11 @@ def _adds_a_space(core: dict[str, Any]) -> bool:
 
 
 def _pre_tokenizer(core: dict[str, Any]) -> str:
-    parts, how = _parts(core["pre_tokenizer"]), list[tuple[str, Any]]()
-    for part in parts:
-        pattern = part.get("pattern") or {}
-        values = {"Digits": "individual_digits", "ByteLevel": "use_regex"}
-        how.append((part["type"], pattern.get("Regex") if pattern else part.get(values.get(part["type"], ""))))
+    parts, values = _parts(core["pre_tokenizer"]), {"Digits": "individual_digits", "ByteLevel": "use_regex"}
+    how = [
+        (part["type"], (part.get("pattern") or {}).get("Regex") or part.get(values.get(part["type"], "")))
+        for part in parts
+    ]
     name = _PRE.get((tuple(how), bool(core["model"].get("ignore_merges"))))
     normalizers = {part["type"] for part in _parts(core["normalizer"])} - {"NFC"}
     if name is None or normalizers or any(part.get("add_prefix_space") for part in parts):

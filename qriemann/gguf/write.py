@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
-import torch
+import psutil
+from rich.console import Console
+from rich.filesize import decimal
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -22,24 +26,16 @@ from qriemann.gguf.vocabulary import write_vocabulary
 _TYPE = gguf.GGMLQuantizationType
 # Those that the package gguf writes itself, with llama.cpp's number for a file of the type.
 TYPES = {
-    "f32": (_TYPE.F32, gguf.LlamaFileType.ALL_F32),
-    "f16": (_TYPE.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "bf16": (_TYPE.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    "q8_0": (_TYPE.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-    "q5_1": (_TYPE.Q5_1, gguf.LlamaFileType.MOSTLY_Q5_1),
-    "q5_0": (_TYPE.Q5_0, gguf.LlamaFileType.MOSTLY_Q5_0),
-    "q4_1": (_TYPE.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
-    "q4_0": (_TYPE.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
+    name: (_TYPE[name.upper()], gguf.LlamaFileType[f"{'ALL' if name == 'f32' else 'MOSTLY'}_{name.upper()}"])
+    for name in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 }
-# Embeddings and head are never below this: as in llama.cpp's own quantization, they lose most by it.
-_OUTER = ("token_embd.weight", "output.weight")
 
 
 def write_model(
     path: Path,
     layout: Layout,
     tokenizer: PreTrainedTokenizerBase,
-    tensors: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int]],
     tensor_of: Callable[[str], Tensor],
     type_name: str,
     *,
@@ -48,57 +44,77 @@ def write_model(
     """Writes a whole model; one tensor at a time is in memory.
 
     Args:
-        path: of the new file.
-        layout: of the model.
-        tensors: by their names in transformers, for their shapes.
+        shapes: of all tensors, by their names in transformers.
         tensor_of: the tensor of such a name.
         type_name: a key of `TYPES`. Norms and biases stay in float32, embeddings and head in q8_0 at least, and rows that do
             not divide into blocks in float16.
-        name: of the model, for people.
 
     Raises:
         InputError: llama.cpp has no such model.
     """
-    wanted, file_type = TYPES[type_name]
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[layout.architecture.id])
-    try:
-        writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(name)
-        writer.add_file_type(file_type)
+    with _writing(path, layout, gguf.GGUFType.MODEL, TYPES[type_name][1], name) as writer:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         layout.describe(writer)
-        embeddings = next(tensor for key, tensor in tensors.items() if layout.name(key) == "token_embd.weight")
-        write_vocabulary(writer, tokenizer, embeddings.shape[0])
-        types = {key: _type_of(layout.name(key), tensor.shape, wanted) for key, tensor in tensors.items()}
-        for key, tensor in tensors.items():
-            _announce(writer, layout.name(key), tensor.shape, types[key])
-        for key, tensor in layout.added.items():
-            _announce(writer, key, tensor.shape, _TYPE.F32)
+        embeddings = next(shape for key, shape in shapes.items() if layout.name(key) == "token_embd.weight")
+        write_vocabulary(writer, tokenizer, embeddings[0])
+        kinds = {key: _kind(layout.name(key), shape, type_name) for key, shape in shapes.items()}
+        announced = {layout.name(key): (shape, kinds[key]) for key, shape in shapes.items()}
+        announced |= {key: (tensor.shape, _TYPE.F32) for key, tensor in layout.added.items()}
+        for key, (shape, kind) in announced.items():
+            # The dtype decides nothing where the type is named.
+            writer.add_tensor_info(key, tuple(shape), np.dtype(np.float32), _bytes(shape, kind), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for key, kind in types.items():
+        for key, kind in kinds.items():
             stored = layout.as_stored(key, tensor_of(key).float()).cpu().contiguous().numpy()
             writer.write_tensor_data(gguf.quantize(stored, kind))
         for tensor in layout.added.values():
             writer.write_tensor_data(tensor.numpy())
+
+
+def write_adapter(path: Path, layout: Layout, adapter: SavedAdapter, *, name: str) -> None:
+    """Writes the adapter for llama.cpp's `--lora`, in float32.
+
+    llama.cpp multiplies by alpha / r, or by 1 if alpha is 0. Here alpha is 1, and a layer's whole scaling is in its B.
+    """
+    with _writing(path, layout, gguf.GGUFType.ADAPTER, gguf.LlamaFileType.ALL_F32, name) as writer:
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 1.0)
+        for module, layer in adapter.layers.items():
+            target = layout.name(f"{module}.weight")
+            b = layout.as_stored(f"{module}.weight", layer.b * (layer.scaling * layer.b.shape[1]))
+            writer.add_tensor(f"{target}.lora_a", layer.a.contiguous().numpy())
+            writer.add_tensor(f"{target}.lora_b", b.contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+
+
+@contextmanager
+def _writing(path: Path, layout: Layout, what: str, file_type: int, name: str) -> Iterator[gguf.GGUFWriter]:
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[layout.architecture.id])
+    try:
+        writer.add_type(what)
+        writer.add_name(name)
+        writer.add_file_type(file_type)
+        yield writer
     finally:
         writer.close()
 
 
-def size_of(layout: Layout, tensors: Mapping[str, Any], type_name: str) -> int:
+def size_of(layout: Layout, shapes: Mapping[str, Sequence[int]], type_name: str) -> int:
     """Bytes of the tensors of such a file."""
-    return sum(
-        _bytes(tensor.shape, _type_of(layout.name(key), tensor.shape, TYPES[type_name][0]))
-        for key, tensor in tensors.items()
-    )
+    return sum(_bytes(shape, _kind(layout.name(key), shape, type_name)) for key, shape in shapes.items())
 
 
-def _type_of(name: str, shape: Sequence[int], wanted: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
-    if len(shape) < 2 or wanted is _TYPE.F32:
+def _kind(name: str, shape: Sequence[int], type_name: str) -> gguf.GGMLQuantizationType:
+    """As what a tensor is stored in a file of the type."""
+    wanted = TYPES[type_name][0]
+    if len(shape) < 2:
         return _TYPE.F32
-    block, size = gguf.GGML_QUANT_SIZES[wanted]
-    if name in _OUTER and size < block:
+    # As in llama.cpp's own quantization, they lose most by it.
+    if name in ("token_embd.weight", "output.weight") and type_name[0] == "q":
         wanted = _TYPE.Q8_0
     return wanted if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0 else _TYPE.F16
 
@@ -108,83 +124,82 @@ def _bytes(shape: Sequence[int], kind: gguf.GGMLQuantizationType) -> int:
     return math.prod(shape) // block * size
 
 
-def _announce(writer: gguf.GGUFWriter, name: str, shape: Sequence[int], kind: gguf.GGMLQuantizationType) -> None:
-    # The dtype decides nothing where the type is named.
-    writer.add_tensor_info(name, tuple(shape), np.dtype(np.float32), _bytes(shape, kind), raw_dtype=kind)
+@dataclass(frozen=True)
+class Files:
+    """What was written.
+
+    Attributes:
+        exact: the model or the base in `exact_type`: f32, or f16 where that does not fit into memory. For the proof alone.
+        adapter: the adapter to it; None if the model is merged.
+        ladder: the merged files by type.
+    """
+
+    exact: Path
+    exact_type: str
+    adapter: Path | None
+    ladder: dict[str, Path]
 
 
-def check_adapter(adapter: SavedAdapter, model: Any, *, merged: bool) -> None:
-    """Raises InputError if llama.cpp cannot take what was trained.
+def write_files(
+    trained: Trained,
+    layout: Layout,
+    folder: Path,
+    scratch: Path,
+    name: str,
+    types: Sequence[str] | None,
+    console: Console,
+) -> Files:
+    """Writes the files of one export.
 
     Args:
-        merged: it goes into the model's weights, so that whole tensors may have been trained as well.
+        folder: for what was asked for.
+        scratch: for what only the proof needs.
+        name: the files' names begin with it.
+        types: of the merged files; None for the adapter alone.
+
+    Raises:
+        InputError: llama.cpp has no such model or adapter, or the disk is too small.
     """
-    if adapter.replaced and not merged:
+    if types is None:
+        _check_adapter(trained)
+    trained.check_mergeable()
+    tensors, merged = trained.dequantized, types is not None
+    # A head that training has given values of its own.
+    twin = dict([trained.tied]) if merged and trained.untied and trained.tied else {}
+    shapes = {key: tensors[twin.get(key, key)].shape for key in [*tensors, *twin]}
+    exact_type = "f32" if size_of(layout, shapes, "f32") < psutil.virtual_memory().available else "f16"
+    places = {exact_type: scratch, **dict.fromkeys(types or (), folder)}
+    needed, free = sum(size_of(layout, shapes, kind) for kind in places), shutil.disk_usage(folder).free
+    if free < needed:
         raise InputError(
-            f"a GGUF adapter holds low-rank factors alone, got {next(iter(adapter.replaced))}, trained whole; export the "
-            "merged model, --to gguf"
+            f"{folder.parent} has {decimal(free)} free, and the files need {decimal(needed)}; name another output"
         )
-    head = model.get_output_embeddings()
-    if head.weight is model.get_input_embeddings().weight and any(
-        model.get_submodule(key) is head for key in adapter.layers
-    ):
+
+    def tensor_of(key: str) -> Tensor:
+        stored = tensors[twin.get(key, key)]
+        return trained.as_trained(key, stored) if merged else stored
+
+    paths = {kind: place / f"{name}-{kind.upper()}.gguf" for kind, place in places.items()}
+    for kind, path in paths.items():
+        console.print(f"Writing {kind}{' for the proof' if places[kind] == scratch else ''} ...", highlight=False)
+        write_model(path, layout, trained.tokenizer, shapes, tensor_of, kind, name=name)
+    file = None
+    if not merged:
+        file = folder / f"{name}-LoRA-F32.gguf"
+        write_adapter(file, layout, trained.adapter, name=name)
+    return Files(paths[exact_type], exact_type, file, {kind: paths[kind] for kind in types or ()})
+
+
+def _check_adapter(trained: Trained) -> None:
+    """Refuses an adapter that llama.cpp cannot apply to the base."""
+    adapter = trained.adapter
+    more = [f"{name}.bias" for name, layer in adapter.layers.items() if layer.bias is not None]
+    if more := [*adapter.replaced, *adapter.rows, *more]:
         raise InputError(
-            "the head is the embeddings in this base, and llama.cpp cannot adapt one alone; train without it"
+            f"a GGUF adapter holds low-rank factors alone, got {more[0]}; export the merged model, --to gguf"
         )
-
-
-def write_adapter(path: Path, layout: Layout, adapter: SavedAdapter, *, name: str) -> None:
-    """Writes the adapter for llama.cpp's `--lora`, in float32.
-
-    llama.cpp multiplies by alpha / r. Another scaling of a layer (rslora, `alpha_pattern`) goes into its B.
-    """
-    alpha = float(adapter.config.lora_alpha)
-    # Zero would mean a scaling of one.
-    alpha = alpha if alpha > 0 else 1.0
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[layout.architecture.id])
-    try:
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        writer.add_name(name)
-        writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-        for module, layer in adapter.layers.items():
-            target = layout.name(f"{module}.weight")
-            folded = layer.scaling * layer.b.shape[1] / alpha
-            b = layout.as_stored(f"{module}.weight", layer.b if abs(folded - 1) < 1e-9 else layer.b * folded)
-            writer.add_tensor(f"{target}.lora_a", layer.a.contiguous().numpy())
-            writer.add_tensor(f"{target}.lora_b", b.contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
-
-
-def merged_tensor(trained: Trained, name: str) -> Tensor:
-    """A tensor of the trained model with the adapter in it, in float32."""
-    tensor = trained.adapter.replaced.get(name, trained.dequantized[name]).float()
-    layer = trained.adapter.layers.get(name.removesuffix(".weight"))
-    if layer is None or not name.endswith(".weight"):
-        return tensor
-    return torch.addmm(tensor, layer.b.to(tensor.device), layer.a.to(tensor.device), alpha=layer.scaling)
-
-
-def read_back(path: Path) -> Callable[[str], Tensor | None]:
-    """What a file holds under a GGUF name: the tensor, or of an adapter what it adds to it; None if it is not there."""
-    reader = gguf.GGUFReader(path)
-    held = {tensor.name: tensor for tensor in reader.tensors}
-    alpha = reader.get_field(gguf.Keys.Adapter.LORA_ALPHA)
-
-    def array(name: str) -> Tensor | None:
-        if name not in held:
-            return None
-        return torch.from_numpy(gguf.dequantize(held[name].data, held[name].tensor_type).copy())
-
-    def read(name: str) -> Tensor | None:
-        if alpha is None:
-            return array(name)
-        a, b = array(f"{name}.lora_a"), array(f"{name}.lora_b")
-        return None if a is None or b is None else float(alpha.contents()) / len(a) * (b @ a)
-
-    return read
+    if trained.tied and trained.tied[0].removesuffix(".weight") in adapter.layers:
+        raise InputError(
+            "the head is the embeddings in this base, and llama.cpp cannot adapt one alone; export the merged model, "
+            "--to gguf"
+        )

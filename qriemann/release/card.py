@@ -7,6 +7,7 @@ The card that PEFT and the Trainer leave, mostly headings with nothing under the
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ def _export(found: ModelFolder, place: Path, report: dict[str, Any]) -> dict[str
     prefix = "" if place == found.path else f"{place.name}/"
     files = sorted(place.glob("*.gguf"), key=lambda path: path.stat().st_size)
     prompts = report.get("prompts") or {}
+    asked = report.get("asked") or []
     return {
         "file": prefix + files[0].name if files else "",
         "adapter": report.get("to") == "gguf-adapter",
@@ -135,6 +137,9 @@ def _export(found: ModelFolder, place: Path, report: dict[str, Any]) -> dict[str
         "modelfile": prefix + "Modelfile" if (place / "Modelfile").is_file() else "",
         "template": prefix + "chat_template.jinja" if (place / "chat_template.jinja").is_file() else "",
         "ladder": proof_rows(report),
+        "asked": asked or [{"role": "user", "content": "Hello"}],
+        "example": bool(asked),
+        "system": next((shlex.quote(turn["content"]) for turn in asked if turn["role"] == "system"), ""),
         "source": f"{prompts.get('tokens', '?')} tokens of {prompts.get('source', 'unknown rows')}",
         "conclusions": report.get("conclusions", []),
     }

@@ -7,9 +7,8 @@ import importlib.util
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from rich.console import Console
 
@@ -17,18 +16,12 @@ from qriemann.adapters.saved import read_adapter
 from qriemann.base.gguf import EMBEDDED_MODEL, resolve_gguf
 from qriemann.errors import InputError, MissingExtraError
 from qriemann.evaluation import proof
-from qriemann.evaluation.proof import Verdict
-from qriemann.evaluation.trained import load_trained
 from qriemann.folder.contents import GGUF_REPORT, read_folder
 from qriemann.folder.files import check_output
 from qriemann.folder.records import write_json
 from qriemann.release.atomic_folder import Released, move_into_place, written_or_nothing
 from qriemann.release.card import write_card
 from qriemann.upstream import quiet
-
-# They need the package gguf, an extra.
-if TYPE_CHECKING:
-    from qriemann.gguf.files import Files
 
 To = Literal["gguf", "gguf-adapter"]
 # Counted tokens that llama.cpp is asked for, one after the other.
@@ -72,38 +65,46 @@ def export_gguf(
         raise MissingExtraError("writing GGUF files needs the package gguf; pip install 'qriemann[gguf]'")
     from qriemann.gguf import compare, judge
     from qriemann.gguf.architectures import Layout
-    from qriemann.gguf.files import write_files
+    from qriemann.gguf.modelfile import end_tokens, make_modelfile
+    from qriemann.gguf.write import write_files
 
     types = _check_arguments(to, types, max_kl)
     console = console or Console(quiet=True)
     out = Path(out).expanduser()
     check_output(out)
-    saved = read_adapter(adapter)
+    saved = read_adapter(adapter, "export")
     with quiet(), written_or_nothing(out) as partial:
-        trained = load_trained(saved, base, revision, console, quantize=quantize)
-        layout, tokenizer = Layout(trained.model), trained.tokenizer
-        rows = trained.proof_rows(data, console)
-        rows = replace(rows, rows=_first(rows.rows, _TOKENS))
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
-            console.print(f"Recording the trained model on {rows.source}, {rows.tokens} tokens ...", highlight=False)
-            recording = proof.record(trained, rows, Path(scratch) / "recorded.safetensors")
-            wanted = types if to == "gguf" else None
-            files = write_files(trained, layout, partial, Path(scratch), out.name, wanted, console)
+            path = Path(scratch) / "recorded.safetensors"
+            trained, rows, recording = proof.load_and_record(
+                saved, base, revision, quantize, data, path, console, max_tokens=_TOKENS
+            )
+            layout, tokenizer = Layout(trained.model), trained.tokenizer
+            files = write_files(
+                trained, layout, partial, Path(scratch), out.name, types if to == "gguf" else None, console
+            )
             content = {**proof.describe(trained, rows, recording.untrained), "to": to}
-            content |= {"stops": files.stops, "embedded": trained.base == EMBEDDED_MODEL}
+            content |= {"stops": end_tokens(trained), "embedded": trained.base == EMBEDDED_MODEL}
+            content["asked"] = read_folder(saved.folder).example
             own_base = resolve_gguf(trained.base) if to == "gguf-adapter" else None
-            verdicts: list[Verdict] = []
             # llama.cpp is about to need the memory.
             del trained
             gc.collect()
-            if compare.has_engine():
-                architecture = layout.architecture
-                found, verdicts = judge.prove(files, architecture, own_base, recording, tokenizer, max_kl, console)
-                content |= found
-            else:
-                content |= judge.unproved(files)
+            proving = files, layout.architecture, own_base, recording, tokenizer, max_kl, console
+            found, verdicts = judge.prove(*proving) if compare.has_engine() else (judge.unproved(files), [])
+            content |= found
             content["conclusions"] = judge.conclusions(content)
-        _finish(partial, content, tokenizer, files)
+        kept = [path for path in files.ladder.values() if path.exists()]
+        if kept:
+            file = min(kept, key=lambda path: path.stat().st_size).name
+            (partial / "Modelfile").write_text(
+                make_modelfile(file, tokenizer, content["stops"], content["asked"]), "utf-8"
+            )
+        elif files.adapter is not None and tokenizer.chat_template:
+            # llama.cpp would take the template of the base's file.
+            (partial / "chat_template.jinja").write_text(tokenizer.chat_template, "utf-8")
+        write_json(partial / GGUF_REPORT, content)
+        write_card(read_folder(partial))
         folder = move_into_place(partial, out, accepted=content["accepted"])
         if folder.parent.resolve() == saved.folder.resolve():
             # push takes the files along with the adapter, whose card says how to run them.
@@ -121,44 +122,12 @@ def _check_arguments(to: str, types: Sequence[str], max_kl: float | None) -> lis
     if to not in ("gguf", "gguf-adapter"):
         raise InputError(f"to must be gguf or gguf-adapter, got {to!r}")
     names = [name.lower() for name in types]
-    for name in names:
-        if re.search(r"q\d_k|iq\d", name):
-            raise InputError(
-                f"type must be one of {', '.join(TYPES)}, got {name!r}: llama.cpp's own program makes it of an f16 file: "
-                f"llama-quantize NAME-F16.gguf NAME-{name.upper()}.gguf {name.upper()}"
-            )
-        if name not in TYPES:
-            raise InputError(f"type must be one of {', '.join(TYPES)}, got {name!r}")
-    if not names:
-        raise InputError(f"type must name one of {', '.join(TYPES)}, got none")
+    wrong = [name for name in names if name not in TYPES]
+    if wrong or not names:
+        kind, how = (wrong or [""])[0].upper(), ""
+        if re.search(r"^I?Q\d", kind):
+            how = f": llama.cpp's own program makes it of an f16 file: llama-quantize NAME-F16.gguf NAME-{kind}.gguf {kind}"
+        raise InputError(f"type must be one of {', '.join(TYPES)}, got {wrong[0] if wrong else 'none'}{how}")
     if max_kl is not None and not max_kl >= 0:
         raise InputError(f"max_kl must be a number of nats >= 0, got {max_kl}")
     return list(dict.fromkeys(names))
-
-
-def _first(rows: list[Any], tokens: int) -> list[Any]:
-    """The first rows that have so many counted tokens; the last is cut."""
-    kept: list[Any] = []
-    for row in rows:
-        left = tokens - sum(len(one["positions"]) for one in kept)
-        if left <= 0:
-            break
-        kept.append({**row, "positions": row["positions"][:left], "targets": row["targets"][:left]})
-    return kept
-
-
-def _finish(folder: Path, content: dict[str, Any], tokenizer: Any, files: Files) -> None:
-    """Report, Modelfile and card."""
-    from qriemann.gguf.modelfile import make_modelfile
-    from qriemann.gguf.vocabulary import begins_with_bos
-
-    kept = [path for path in files.ladder.values() if path.exists()]
-    if kept:
-        file = min(kept, key=lambda path: path.stat().st_size).name
-        bos = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
-        (folder / "Modelfile").write_text(make_modelfile(file, tokenizer, files.stops, bos=bos), "utf-8")
-    elif files.adapter is not None and tokenizer.chat_template:
-        # llama.cpp would take the template of the base's file.
-        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, "utf-8")
-    write_json(folder / GGUF_REPORT, content)
-    write_card(read_folder(folder))

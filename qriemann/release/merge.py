@@ -104,9 +104,7 @@ def merge(
                     "into must be original or nf4 for an adapter that was trained on an unquantized base, got "
                     f"nf4-dequantized for {saved.folder}; there are no 4-bit weights"
                 )
-            for name, layer in saved.layers.items():
-                if layer.bias is not None and f"{name}.bias" not in trained.dequantized:
-                    raise InputError(f"lora_bias must be of layers with a bias to be merged, got {name} without one")
+            trained.check_mergeable()
             # In 4 bit comes last: it replaces the weights of the loaded model.
             order = sorted(bases, key=lambda name: name == "nf4")
             written = {}
@@ -211,24 +209,6 @@ def _write(
     return name, worst
 
 
-def _as_trained(trained: Trained, name: str, stored: Tensor, *, by_peft: bool = False) -> Tensor:
-    """A tensor of a checkpoint with what training changed, float32 where a layer's adapter is in it.
-
-    Args:
-        name: that the model has for it.
-        by_peft: has PEFT compute the adapter's part, for the proof, instead of the files' factors.
-    """
-    module, _, kind = name.rpartition(".")
-    tensor, layer = trained.adapter.replacement(name, stored), trained.adapter.layers.get(module)
-    if layer is None:
-        return tensor
-    if kind == "bias":
-        return tensor if layer.bias is None else tensor.float() + layer.scaling * layer.bias.to(tensor.device)
-    if by_peft:
-        return tensor.float() + trained.added(module).to(tensor.device)
-    return layer.add_to(tensor, transposed=trained.is_conv1d(module))
-
-
 def _write_floats(
     trained: Trained,
     folder: Path,
@@ -244,7 +224,7 @@ def _write_floats(
 
     def merged(name: str, *, by_peft: bool = False) -> Tensor:
         stored = weights[name]
-        return rounded(_as_trained(trained, full_name[name], stored, by_peft=by_peft), stored)
+        return rounded(trained.as_trained(full_name[name], stored, by_peft=by_peft), stored)
 
     def shape(name: str) -> Tensor:
         stored = weights[name]
@@ -278,7 +258,7 @@ def _write_4bit(
 
     def tensor(name: str, *, by_peft: bool = False) -> Tensor:
         """As it was trained, before it is quantized, in the layout that the model has."""
-        found = _as_trained(trained, name, weights[name], by_peft=by_peft)
+        found = trained.as_trained(name, weights[name], by_peft=by_peft)
         return found.mT if name in in_4bit and was_conv1d(layer_of(name)) else found
 
     def layer_of(name: str) -> Any:

@@ -12,25 +12,23 @@ The optimizer has put the adapter on the manifold by then, at random bases; the 
 from __future__ import annotations
 
 import inspect
-import itertools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from qriemann.adapters.attach import Start
-from qriemann.adapters.loi import check_options, locally_optimal_, own_loss, preserved_rng
+from qriemann.adapters.loi import check_options, locally_optimal_, preserved_rng
 from qriemann.adapters.saved_rank import describe_saved_rank
 from qriemann.config.values import nearest
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import fixed_rank_parameters
 from qriemann.memory.auto_batch import rows_at_once
+from qriemann.training.sample import draw_batches, lean_loss
 from qriemann.training.seam import FixedRankCallback
 
 _NAME = "locally optimal initialization"
@@ -92,7 +90,13 @@ class LocallyOptimalInit(FixedRankCallback):
             )
         seed = args.seed if self._seed is None else self._seed
         with preserved_rng():
-            batches = self._draw(kwargs["train_dataloader"], rows_at_once(args, state), seed + args.process_index)
+            size = rows_at_once(args, state)
+            batches = draw_batches(kwargs["train_dataloader"], self._batches, size, seed + args.process_index)
+        if 0 < len(batches) < self._batches:
+            raise InputError(
+                f"batches must be at most what the training data has, got {self._batches} of {len(batches)} batches of "
+                f"{size}; lower batches"
+            )
         passes = 2 * (self._options["power_iterations"] + 1)
         console.print(f"{_NAME}: {passes} passes over {self._batches} batches")
         started = time.perf_counter()
@@ -110,7 +114,7 @@ class LocallyOptimalInit(FixedRankCallback):
             locally_optimal_(
                 model,
                 batches,
-                self._loss_fn or _lean_loss,
+                self._loss_fn or lean_loss,
                 start=self._start or ("offset" if offset else "zero"),
                 alpha=attached if self._alpha is None else self._alpha,
                 **self._options,
@@ -118,31 +122,6 @@ class LocallyOptimalInit(FixedRankCallback):
                 progress=show,
             )
         console.print(f"{_NAME}: done in {time.perf_counter() - started:.0f} s")
-
-    def _draw(self, loader: DataLoader, batch_size: int, seed: int) -> list[Any]:
-        """The batches to look at, from a loader of their own: iterating over the trainer's would move its samplers on."""
-        dataset: Any = loader.dataset
-        if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
-            raise InputError(
-                "the training data must be readable more than once, got an IterableDataset that is its own iterator; "
-                "the batches looked at would be missing from training"
-            )
-        own = DataLoader(
-            dataset,
-            # Without a size and without a sampler of batches, the dataset's items are batches.
-            None if loader.batch_size is None and loader.batch_sampler is None else batch_size,
-            # The sampler that shuffles refuses an empty dataset in words of its own.
-            shuffle=not isinstance(dataset, IterableDataset) and len(dataset) > 0,
-            generator=torch.Generator().manual_seed(seed),
-            collate_fn=loader.collate_fn,
-        )
-        drawn = list(itertools.islice(own, self._batches))
-        if 0 < len(drawn) < self._batches:
-            raise InputError(
-                f"batches must be at most what the training data has, got {self._batches} of {len(drawn)} batches of "
-                f"{batch_size}; lower batches"
-            )
-        return drawn
 
 
 def recipe_callbacks(
@@ -162,14 +141,3 @@ def recipe_callbacks(
                 f"init_kwargs must be among {', '.join(known)}, got {key!r}; did you mean {nearest(key, known)!r}?"
             )
     return [LocallyOptimalInit(**(options or {}), start=start, alpha=alpha)]  # type: ignore[arg-type]
-
-
-def _lean_loss(model: Any, batch: Any) -> Tensor:
-    """The loss that `model(**batch)` returns, as a training step computes it.
-
-    TRL gives a causal language model's forward a switch, by which the logits of the whole vocabulary are never there at once.
-    """
-    forward = getattr(getattr(model, "get_base_model", lambda: model)(), "forward", None)
-    if "fused_lm_head" in getattr(getattr(forward, "__code__", None), "co_varnames", ()) and "labels" in batch:
-        batch = {**batch, "fused_lm_head": True}
-    return own_loss(model, batch)

@@ -49,6 +49,7 @@ from qriemann.optim.methods import find_method
 from qriemann.training.display import PlainView, make_view
 from qriemann.training.loi_callback import recipe_callbacks
 from qriemann.training.publishing import push_target
+from qriemann.training.rate_callback import MeasuredRate
 from qriemann.training.rows_page import describe_rows
 from qriemann.training.seam import for_trainer
 from qriemann.upstream import attention_of, quiet, take_one_gpu
@@ -71,7 +72,7 @@ class Prepared:
         data: tokens and labels, held-out rows split off.
         account: of all rows, as they will be trained.
         optimizer: the value of TRL's `optimizer_cls_and_kwargs`.
-        initialization: the callbacks that choose the adapter's start, if the settings ask for any.
+        initialization: the callbacks that choose the adapter's start and measure the rate, if the settings ask for any.
         defects: what is wrong with the tokens; errors among them stop a training.
         rows: counts and a sample for the page and the report, from `describe_rows`.
         fingerprints: of settings, tokens and base, which a run that goes on from a checkpoint must share.
@@ -134,6 +135,7 @@ def prepare(
         initialization = recipe_callbacks(
             settings.init, settings.init_kwargs, start=settings.start, alpha=settings.alpha
         )
+        measured = [MeasuredRate(note=view.note)] if settings.measures_rate else []
         # Asking for the device is what joins the processes of a launcher.
         device = args.device
         take_one_gpu(args)
@@ -190,7 +192,7 @@ def prepare(
         data=data,
         account=account,
         optimizer=optimizer,
-        initialization=tuple(initialization),
+        initialization=(*initialization, *measured),
         defects=tuple(defects),
         rows=rows,
         fingerprints=prints,
@@ -273,7 +275,7 @@ def _tokenize(
 def _optimizer(settings: Settings, args: SFTConfig) -> tuple[type, dict[str, Any]]:
     written = settings.written
     options: dict[str, Any] = {
-        "lr": args.learning_rate if "learning_rate" in written else None,
+        "lr": args.learning_rate if "learning_rate" in written and not settings.measures_rate else None,
         "momentum": settings.momentum,
         "weight_decay": args.weight_decay if "weight_decay" in written else None,
         "start": settings.start if "start" in written else None,

@@ -170,4 +170,5 @@ class _Recorder:
             "skipped": self.guard.skipped_steps,
             "spikes": self.guard.spikes,
         }
-        return {**self.described, "steps": {**taken, "events": events}}
+        rate = {"learning_rate": self.trainer.args.learning_rate}
+        return {**self.described, **rate, "steps": {**taken, "events": events}}

@@ -1,6 +1,5 @@
 """One run on a bed: an adapter on its layers, a short training loop, the held-out figures, and the measured rate."""
 
-import copy
 import math
 import time
 from collections.abc import Sequence
@@ -9,14 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bed_models import Batch, Bed
+from bed_models import Bed
 
-from qriemann.errors import InputError
+from qriemann.optim.measured_rate import measure_rate
 from qriemann.optim.methods import METHODS, resolve_options
 
-#: Mean KL a trained token, in nats, that the first step makes at the measured rate.
-CHANGE = 0.3
-_MEASURED_BATCHES = 4
+_MEASURED_ROWS = 32
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -62,13 +59,19 @@ def train(bed: Bed, run: Training, training: Sequence[int], held_out: Sequence[i
         wall, cpu = time.perf_counter(), time.process_time()
         order = torch.Generator().manual_seed(run.seed)
         turns: list[int] = []
-        count = max(run.steps, _MEASURED_BATCHES)
+        measured_on = math.ceil(_MEASURED_ROWS / run.batch)
+        count = max(run.steps, measured_on)
         while len(turns) < count * run.batch:
             turns += torch.randperm(len(training), generator=order).tolist()
         batches = [[training[turn] for turn in turns[i * run.batch :][: run.batch]] for i in range(count)]
         measured = {}
         if run.lr == "auto":
-            rate, changes = measured_rate(bed, optimizer, [bed.batch(chosen) for chosen in batches[:_MEASURED_BATCHES]])
+            rate, changes = measure_rate(
+                optimizer,
+                [bed.batch(chosen) for chosen in batches[:measured_on]],
+                lambda batch: F.cross_entropy(bed.logits(batch), batch.targets),
+                lambda batch: bed.logits(batch).float().log_softmax(1),
+            )
             measured = {"changes": changes}
             _set_rate(optimizer, rate)
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -112,54 +115,6 @@ def evaluate(bed: Bed, rows: Sequence[int], *, size: int = 32) -> dict[str, floa
         wrong = batch.row[logits.argmax(1) != batch.targets]
         right += len(batch.states) - len(wrong.unique())
     return {"loss": total / tokens, "exact": right / len(rows)}
-
-
-def measured_rate(
-    bed: Bed, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], *, change: float = CHANGE
-) -> tuple[float, list[list[float]]]:
-    """The learning rate whose first step changes the model's answers by `change`, and the (rate, change) pairs tried.
-
-    The change is the mean KL, in nats a trained token, from the model before the step to the one after it, along the
-    gradient of `batches` and on them. It grows about as the square of the rate; the rate is found in at most four tries of
-    one forward pass, by the secant of the logarithms. Model and optimizer are left as they were.
-    """
-    optimizer.zero_grad()
-    before = []
-    for batch in batches:
-        logits = bed.logits(batch)
-        (F.cross_entropy(logits, batch.targets) / len(batches)).backward()
-        before.append(logits.detach().log_softmax(1))
-    saved = copy.deepcopy(optimizer.state_dict())
-
-    @torch.no_grad()
-    def changed(rate: float) -> float:
-        _set_rate(optimizer, rate)
-        optimizer.step()
-        total = sum(
-            F.kl_div(bed.logits(batch).log_softmax(1), old, reduction="sum", log_target=True).item()
-            for batch, old in zip(batches, before, strict=True)
-        )
-        optimizer.load_state_dict(copy.deepcopy(saved))
-        return total / sum(len(batch.targets) for batch in batches)
-
-    rate, slope, tried = optimizer.param_groups[0]["lr"], 2.0, []
-    for _ in range(4):
-        tried.append([rate, changed(rate)])
-        if len(tried) > 1:
-            (x, fx), (y, fy) = tried[-2:]
-            # Far beyond the wanted change the answers saturate, and two tries may agree.
-            slope = min(max(math.log(fy / fx) / math.log(y / x), 0.5), 4.0)
-        step = (change / tried[-1][1]) ** (1 / slope)
-        rate = rate * min(max(step, 1e-2), 1e2)
-        if abs(math.log(step)) < 0.05:
-            break
-    optimizer.zero_grad()
-    if max(made for _, made in tried) < change / 2:
-        largest = max(rate for rate, _ in tried)
-        raise InputError(
-            f"lr must be a number here, got auto: no rate up to {largest:.2g} changes the answers by {change} nats"
-        )
-    return float(f"{rate:.3g}"), tried
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -255,10 +255,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     if not (options.folder / "cpu").is_dir():
-        print(write_report(options.folder))
+        print(_write(options.folder))
         return 0
     folders = {"sums, 60 steps": options.folder / "cpu", "reversed lists of words, 30 steps": options.folder / "words"}
     for folder in sorted(path.parent for path in options.folder.glob(f"*/{RUNS}")):
-        print(write_report(folder))
+        print(_write(folder))
     draw_overview(folders, options.folder / OVERVIEW)
     return 0
+
+
+def _write(folder: Path) -> str:
+    """The report of a study, or of the beds, whose rows name one."""
+    if any("bed" in run for run in read_runs(folder)):
+        from bed_report import write_bed_report
+
+        return write_bed_report(folder)
+    return write_report(folder)

@@ -18,7 +18,7 @@ from qriemann.errors import InputError
 from qriemann.folder.files import sha256
 from qriemann.training.prepare import prepare
 from qriemann.training.train import train
-from tests.recipe_fixtures import run_cli, train_on
+from tests.recipe_fixtures import run_cli, train_on, with_rate
 
 
 @pytest.fixture
@@ -85,11 +85,11 @@ def test_a_checkpoint_is_verified_once_and_a_change_before_the_first_step_is_not
     train_on(again)
     assert {path.parent for path in read} == {tmp_path / "out" / "checkpoint-2"}
     assert len(read) == len(set(read)) > 0
-    prepared = prepare(settings_from(again))
+    prepared = prepare(settings_from(with_rate(again)))
     os.utime(tmp_path / "out" / "checkpoint-2" / "optimizer.pt", (1, 1))
     with pytest.raises(InputError, match="changed while the run was being prepared"):
         train(prepared)
-    prepared = prepare(settings_from(again))
+    prepared = prepare(settings_from(with_rate(again)))
     shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-3")
     with pytest.raises(InputError, match="changed while the run was being prepared"):
         train(prepared)

@@ -18,9 +18,10 @@ from qriemann.evaluation import reload
 from qriemann.evaluation.proof import Recording
 from qriemann.gguf import compare
 from qriemann.gguf.architectures import Layout
-from qriemann.gguf.write import write_adapter, write_model
-from tests.gguf.models import byte_tokenizer, random_model, save_base
+from qriemann.gguf.write import write_adapter
+from tests.gguf.models import byte_tokenizer, random_model, write_whole
 from tests.models import fill_lora
+from tests.release.conftest import save_adapter, save_chat_base
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,10 +49,7 @@ class Case:
 
     def write_base(self, **changes: Any) -> Path:
         """The base as a file; `tokenizer` may be another."""
-        tensors = {key: parameter.detach() for key, parameter in self.model.named_parameters()}
-        path, tokenizer = self.folder / "base.gguf", changes.get("tokenizer", self.tokenizer)
-        write_model(path, Layout(self.model), tokenizer, tensors, tensors.__getitem__, "f32", name="tiny")
-        return path
+        return write_whole(self.model, self.folder / "base.gguf", changes.get("tokenizer", self.tokenizer))
 
     def write_adapter(self, change: Callable[[str, Any], Any] = lambda name, layer: layer) -> Path:
         """The adapter as a file, each layer changed; one that becomes None is left out."""
@@ -89,14 +87,12 @@ def make_case(tmp_path: Path) -> Callable[..., Case]:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("gguf") / "base")
+    return save_chat_base(tmp_path_factory.mktemp("gguf") / "base", tokenizer=byte_tokenizer())
 
 
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     """A random adapter of that base."""
-    from tests.release.conftest import save_adapter
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
         return save_adapter(base, tmp_path_factory.mktemp("gguf") / "adapter")

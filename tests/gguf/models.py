@@ -7,30 +7,19 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.recipe_fixtures import CHATML
+from qriemann.gguf.architectures import Layout
+from qriemann.gguf.write import write_model
+from tests.recipe_fixtures import make_tokenizer
 
 VOCABULARY = 272
 
 
-def byte_tokenizer(pre_tokenizer: Any = None, **options: Any) -> PreTrainedTokenizerFast:
-    """One token a byte and a few merges, cut as GPT-2 does, with a ChatML template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Cut as GPT-2 does, with a ChatML template."""
     merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("Ċ", "Ċ"), ("Ġ", "Ġ"), ("1", "2"), ("12", "3"), ("'", "s")]
-    words = {symbol: index for index, symbol in enumerate([*alphabet, *("".join(merge) for merge in merges)])}
-    core = Tokenizer(models.BPE(vocab=words, merges=merges, **options))
-    core.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<|im_end|>",
-        pad_token="<|pad|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    tokenizer.chat_template = CHATML
-    return tokenizer
+    return make_tokenizer(merges=merges, words=True)
 
 
 _SMALL = {
@@ -93,8 +82,9 @@ def random_model(name: str, seed: int = 0, rows: int = VOCABULARY, **changes: An
     return model.eval()
 
 
-def save_base(folder: Path, name: str = "llama", seed: int = 0) -> Path:
-    """A folder of such a model and the tokenizer."""
-    random_model(name, seed).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+def write_whole(model: PreTrainedModel, path: Path, tokenizer: Any = None, kind: str = "f32") -> Path:
+    """The model as a GGUF file of the type."""
+    tensors = {key: parameter.detach() for key, parameter in model.named_parameters()}
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    write_model(path, Layout(model), tokenizer or byte_tokenizer(), shapes, tensors.__getitem__, kind, name="tiny")
+    return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from qriemann.gguf.architectures import Layout
 from qriemann.release.export_gguf import export_gguf
 from qriemann.release.push import push
 from qriemann.release.report import write_report
+from tests.gguf.models import byte_tokenizer
+from tests.release.conftest import save_adapter, save_chat_base
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,38 @@ def test_the_card_of_the_run_says_how_to_run_the_files(exported: Path):
     assert "ollama create tuned -f tiny/Modelfile" in card
     assert "--lora lora/lora-LoRA-F32.gguf --jinja --chat-template-file lora/chat_template.jinja" in card
     assert "| tiny-F16.gguf |" in card
+    # The runs above have no example of a question; tests/gguf/test_embedded.py runs these lines.
+    assert "ask as the rows of the training do" in card
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        compile(code, "card", "exec")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True`",
+    "ignore:Setting `save_embedding",
+    "ignore:`lora_bias=True`",
+    "ignore:Adapter 'default'. .* invalid shape",
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"], "lora_bias": True, "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [9, 3, 70]},
+    ],
+    ids=["biases and a head", "LoRA on a tied head", "tokens"],
+)
+def test_whatever_can_be_merged_is_in_the_merged_file(options, tmp_path: Path):
+    """On a base whose head is its embeddings."""
+    base = tmp_path / "base"
+    save_chat_base(base, tokenizer=byte_tokenizer(), tie_word_embeddings=True, attention_bias=True)
+    adapter = save_adapter(base, tmp_path / "adapter", **options)
+    result = export_gguf(adapter, tmp_path / "tiny", types=["f32"])
+    assert result.accepted
+    assert result.report["exact"]["largest_difference"] < 1e-4
+    with pytest.raises(InputError, match="export the merged model, --to gguf"):
+        export_gguf(adapter, tmp_path / "lora", to="gguf-adapter")
 
 
 def test_push_takes_the_files_along(exported: Path):
@@ -108,8 +143,8 @@ def test_the_report_draws_the_ladder(exported: Path):
     ("arguments", "message"),
     [
         ({"types": ["q4_k_m"]}, "llama-quantize NAME-F16.gguf NAME-Q4_K_M.gguf Q4_K_M"),
-        ({"types": ["int4"]}, "type must be one of f32, .*, got 'int4'"),
-        ({"types": []}, "type must name one of"),
+        ({"types": ["int4"]}, "type must be one of f32, .*, got int4"),
+        ({"types": []}, "type must be one of f32, .*, got none"),
         ({"to": "onnx"}, "to must be gguf or gguf-adapter, got 'onnx'"),
         ({"max_kl": -1.0}, "max_kl must be a number of nats >= 0, got -1.0"),
     ],

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from qriemann.gguf.modelfile import derive_turns, make_modelfile
+import jinja2
+import pytest
+from tokenizers import processors
+
+from qriemann.gguf.modelfile import go_template, make_modelfile
 from tests.gguf.models import byte_tokenizer
-from tests.recipe_fixtures import CHATML
+from tests.recipe_fixtures import CHATML, with_turns
 
 LLAMA3 = (
     "{{ '<|begin|>' }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|stop|>\n\n' + m['content'] | trim + '<|eot|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|stop|>\n\n' }}{% endif %}"
 )
-# Puts what the system says before the first question, and refuses a conversation of another order.
+# Puts what the system says into the first question.
 FOLDED = (
     "{% if messages[0]['role'] == 'system' %}{% set said = messages[0]['content'] + '\n\n' %}"
     "{% set messages = messages[1:] %}{% endif %}"
@@ -21,40 +25,48 @@ FOLDED = (
 )
 
 
-def test_a_template_of_turns_has_a_go_form_that_says_its_default_system_prompt():
-    """As Ollama's own for ChatML, but for what the Jinja template says where nobody speaks as the system."""
-    assert make_modelfile("tiny-Q8_0.gguf", byte_tokenizer(), ["<|im_end|>", "<|pad|>"]) == (
-        "FROM ./tiny-Q8_0.gguf\n"
-        'TEMPLATE """{{ range .Messages }}'
-        '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n'
-        '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n<|im_start|>assistant\n'
-        '{{ else }}{{ .Content }}<|im_end|>\n{{ end }}{{ end }}"""\n'
-        'SYSTEM """Be brief."""\n'
-        'PARAMETER stop "<|im_end|>"\n'
-        'PARAMETER stop "<|pad|>"\n'
+def as_jinja(template: str) -> jinja2.Template:
+    """The Go template in Jinja, statement by statement."""
+    for pattern, form in (
+        (r"\{\{ range \$i, \$_ := \.Messages \}\}", "{% for m in messages %}"),
+        (r"\{\{ (else )?if (eq|ne) \.Role (\"\w+\") \}\}", r"{% \1if m.role \2 \3 %}"),
+        (r"\{\{ (else )?if eq \$i (\d) \}\}", r"{% \1if loop.index0 eq \2 %}"),
+        (r"\{\{ \.Content \}\}", "{{ m.content }}"),
+        (r"\{\{ else \}\}", "{% else %}"),
+        (r"\{\{ end \}\}(?=\{\{ m\.content)", "{% endif %}"),
+        (r"\{\{ end \}\}", "{% endfor %}"),
+        ("else if", "elif"),
+    ):
+        template = re.sub(pattern, form, template)
+    return jinja2.Environment(keep_trailing_newline=True).from_string(
+        template.replace(" eq ", " == ").replace(" ne ", " != ")
     )
 
 
-def test_what_ollama_puts_first_itself_is_left_out():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = LLAMA3
-    turns = derive_turns(tokenizer, "<|begin|>")
-    assert turns.default_system == ""
-    assert turns.before_system == "<|start|>system<|stop|>\n\n"
-    assert turns.after_user == "<|eot|><|start|>assistant<|stop|>\n\n"
-    messages = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-    ]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert "<|begin|>" + turns.write(messages) == rendered
+@pytest.mark.parametrize(("template", "bos"), [(CHATML, ""), (LLAMA3, "<|begin|>"), (FOLDED, "")])
+def test_the_go_template_writes_what_the_jinja_template_writes(template, bos):
+    """With the default system prompt where there is one, and without the first token, which Ollama puts there itself."""
+    tokenizer = with_turns(byte_tokenizer().backend_tokenizer, template, **({"bos_token": bos} if bos else {}))
+    if bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
+    go = as_jinja(go_template(tokenizer))
+    talk = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    for messages in (talk[:1], talk, [*talk[:2], *talk], [{"role": "system", "content": "s"}, *talk]):
+        right = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert bos + go.render(messages=messages) == right
+
+
+def test_a_modelfile_names_the_file_the_template_and_the_stops():
+    text = make_modelfile("tiny-Q8_0.gguf", byte_tokenizer(), ["<|im_end|>", "<|pad|>"])
+    assert text.startswith('FROM ./tiny-Q8_0.gguf\nTEMPLATE """{{ range $i, $_ := .Messages }}')
+    assert text.endswith('assistant\n"""\nPARAMETER stop "<|im_end|>"\nPARAMETER stop "<|pad|>"\n')
 
 
 @pytest.mark.parametrize(
     "template",
     [
-        FOLDED,
         CHATML.replace("+ message['content'] +", "+ (message['content'] | upper) +"),
         "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0]['content'] }}",
         CHATML.replace("<|im_end|>", "{{ '{{' }}"),
@@ -63,7 +75,6 @@ def test_what_ollama_puts_first_itself_is_left_out():
 def test_a_template_without_a_go_form_is_left_to_ollama(template):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    assert derive_turns(tokenizer) is None
     text = make_modelfile("tiny-Q8_0.gguf", tokenizer, ["<|im_end|>"])
     assert "TEMPLATE" not in text
     assert text.endswith('PARAMETER stop "<|im_end|>"\n')

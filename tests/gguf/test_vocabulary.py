@@ -13,7 +13,7 @@ from qriemann.errors import InputError
 from qriemann.gguf.vocabulary import _REST, _WORDS, begins_with_bos, write_vocabulary
 from tests.gguf.models import byte_tokenizer
 from tests.models import word_tokenizer
-from tests.recipe_fixtures import CHATML
+from tests.recipe_fixtures import CHATML, with_turns
 
 TEXTS = [
     "  two  spaces 2026 and 3.14159; x = 12345\n\n\n\ttab DON'T we'll I'd he's the the the end ",
@@ -46,14 +46,7 @@ def learned(pre_tokenizer: Any, **options: Any) -> PreTrainedTokenizerFast:
     core.pre_tokenizer, core.decoder = pre_tokenizer, decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
-    return in_chatml(core)
-
-
-def in_chatml(core: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
-    names = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>", "additional_special_tokens": ["<|im_start|>"]}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **{**names, **special})
-    tokenizer.chat_template = CHATML
-    return tokenizer
+    return with_turns(core)
 
 
 def sentencepiece(*, space: bool) -> PreTrainedTokenizerFast:
@@ -64,7 +57,7 @@ def sentencepiece(*, space: bool) -> PreTrainedTokenizerFast:
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
     core.train_from_iterator([" ".join(TEXTS[::2])] * 3, trainer)
-    return in_chatml(core, bos_token="<s>", unk_token="<unk>")
+    return with_turns(core, bos_token="<s>", unk_token="<unk>")
 
 
 def assert_same_tokens(make_case: Any, tokenizer: Any) -> gguf.GGUFReader:
@@ -93,7 +86,7 @@ def test_a_text_becomes_the_same_pieces_of_sentencepiece(space, make_case):
 
 def test_a_first_token_that_tokenizer_and_template_both_write_is_there_once(make_case):
     """As Llama 3's."""
-    tokenizer = in_chatml(byte_tokenizer().backend_tokenizer, bos_token="<|begin|>")
+    tokenizer = with_turns(byte_tokenizer().backend_tokenizer, bos_token="<|begin|>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
     )

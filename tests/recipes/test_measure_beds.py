@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib
 import json
@@ -14,13 +15,15 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from qriemann import InputError, Riemannion
+from qriemann import InputError
 from qriemann.optim.methods import METHODS
 from tests.recipe_fixtures import make_tokenizer
 
 MEASURE = Path(__file__).parents[2] / "recipes" / "measure"
 sys.path.insert(0, str(MEASURE))
-beds, models, training = (importlib.import_module(name) for name in ("beds", "bed_models", "bed_train"))
+beds, models, training, report = (
+    importlib.import_module(name) for name in ("beds", "bed_models", "bed_train", "report")
+)
 
 
 @pytest.fixture
@@ -95,33 +98,6 @@ def test_no_steps_measure_the_rate_alone(model, rows):
     trained = training.train(bed, training.Training("riemannion", "auto", steps=2, rank=4), range(8, 24), range(8))
     assert measured["loss"] == pytest.approx(training.evaluate(bed, range(8))["loss"], rel=1e-5)
     assert measured["rate"] == trained["rate"]
-
-
-@pytest.mark.parametrize("start", ["offset", "zero"])
-def test_the_measured_rate_makes_the_wanted_change_in_one_step(model, rows, start):
-    from peft import LoraConfig, get_peft_model
-
-    bed = make_bed(model, rows, 2)
-    adapted = get_peft_model(bed.tail, LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "down_proj"]))
-    optimizer = Riemannion(adapted, lr=1e-3, start=start, seed=0)
-    batches = [bed.batch(range(8)), bed.batch(range(8, 16))]
-    with torch.no_grad():
-        before = [bed.logits(batch) for batch in batches]
-    rate, tried = training.measured_rate(bed, optimizer, batches, change=0.1)
-    with torch.no_grad():
-        assert all(torch.equal(bed.logits(batch), old) for batch, old in zip(batches, before, strict=True))
-    assert optimizer.param_groups[0]["lr"] == 1e-3
-    assert len(tried) <= 4
-
-    tokens = sum(len(batch.targets) for batch in batches)
-    (sum(F.cross_entropy(bed.logits(batch), batch.targets) for batch in batches) / 2).backward()
-    optimizer.param_groups[0]["lr"] = rate
-    optimizer.step()
-    with torch.no_grad():
-        old = torch.cat(before).softmax(1)
-        new = torch.cat([bed.logits(batch) for batch in batches]).softmax(1)
-    change = (old * (old / new).log()).sum().item() / tokens
-    assert change == pytest.approx(0.1, rel=0.1)
 
 
 def test_the_tasks_are_what_they_say_and_no_question_comes_twice():
@@ -224,3 +200,17 @@ def test_the_default_rate_is_near_the_best_over_a_thousand_steps():
     assert losses[default] <= 1.1 * min(losses.values()), losses
     # It would be no test if every rate did well; this one was the default for so many steps once.
     assert loss(0.2 / 1000) > 1.1 * losses[default]
+
+
+def test_the_report_places_the_measured_rate_in_its_grid(tmp_path):
+    place = {"bed": "tail", "task": "sums", "layers": 6, "rank": 8, "batch": 8, "scale": 1.0, "seed": 0, "exact": 0.5}
+    arm = {"arm": "riemannion-zero", "method": "riemannion", "options": {"start": "zero"}}
+    rows = [{**place, **arm, "steps": 300, "rate": rate, "loss": loss} for rate, loss in ((1e-2, 1.0), (1e-3, 4.0))]
+    rows.append({**place, **arm, "steps": 0, "rate": 10**-2.5, "loss": 9.0})
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps({"key": i, **row}) + "\n" for i, row in enumerate(rows)))
+    assert report.main(argparse.Namespace(folder=tmp_path)) == 0
+    (line,) = (tmp_path / "report.md").read_text().splitlines()[2:]
+    # Half-way in the logarithm of the rate, the loss is the geometric mean.
+    assert "0.001 4.000, **0.01 1.000** | 50% | 0.0032 | 2.000 | +100% |" in line
+    assert "6 layers adapted, rank 8, 300 steps" in line
+    assert (tmp_path / "rates.png").stat().st_size > 1000

@@ -30,10 +30,16 @@ PROMPTS = [f"say {n}" for n in range(20)]
 
 
 def save_chat_base(
-    folder: Path, seed: int = 0, *, dtype: torch.dtype = torch.float32, shard: str = "100KB", **changes: Any
+    folder: Path,
+    seed: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "100KB",
+    tokenizer: Any = None,
+    **changes: Any,
 ) -> Path:
     """A Llama of two layers (64 x 64, 32 x 64, 96 x 64, 64 x 96) over bytes, and its tokenizer with a chat template."""
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -53,9 +59,10 @@ def save_chat_base(
     return folder
 
 
-def write_rows(path: Path, rows: Iterable[tuple[str, str]]) -> Path:
+def write_rows(path: Path, rows: Iterable[tuple[str, str]], system: str = "") -> Path:
     """A file of prompts, as conversations, and right answers."""
-    lines = [{"prompt": [{"role": "user", "content": prompt}], "answer": answer} for prompt, answer in rows]
+    before = [{"role": "system", "content": system}] if system else []
+    lines = [{"prompt": [*before, {"role": "user", "content": prompt}], "answer": answer} for prompt, answer in rows]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -67,8 +74,11 @@ def save_adapter(base: Path, folder: Path, *, seed: int = 1, **options: Any) -> 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**{**settings, **options}))
     fill_lora(model, seed, scale=0.05)
     for name, parameter in model.named_parameters():
-        if "modules_to_save.default" in name or (options.get("bias") and name.endswith(".bias")):
-            parameter.data = parameter.data + 0.1
+        if any(
+            part in name for part in ("modules_to_save.default", "trainable_tokens_delta", "lora_B.default.bias")
+        ) or (options.get("bias") and name.endswith(".bias")):
+            # Not the sum alone: a head that has the same added everywhere gives the same probabilities.
+            parameter.data = 1.5 * parameter.data + 0.1
     model.save_pretrained(folder)
     return folder
 

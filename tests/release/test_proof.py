@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -9,10 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 
 import qriemann
 from qriemann.cli import main
+from qriemann.evaluation import proof
+from qriemann.folder.contents import proof_rows
 from tests.release.conftest import Merged
+from tests.release.folders import PROOF
 
 
 def test_the_report_compares_every_base_with_the_untrained_one_and_prefers_the_nearest(merged: Merged):
@@ -29,6 +34,20 @@ def test_the_report_compares_every_base_with_the_untrained_one_and_prefers_the_n
         assert f"{untrained:.1e}" in text
         assert ("original is farther from the trained model" in text) == (kl["original"] > untrained)
         assert "prefer nf4-dequantized" in text
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_every_figure_is_whole_in_a_narrow_terminal(width: int):
+    console = Console(file=io.StringIO(), width=width)
+    entry = {**PROOF["merged"][0], "into": "a-name-that-is-long-F16.gguf", "bytes": 16_083_000_000}
+    content = {**PROOF, "merged": [entry]}
+    console.print(proof.table(content))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, shown.splitlines())) <= width
+    assert "…" not in shown
+    for row in proof_rows(content):
+        for cell in row[1:-1]:
+            assert all(word in shown for word in cell.split())
 
 
 def test_the_divergence_and_the_loss_are_the_textbook_ones(base: Path, adapter: Path, rows: Path, merged: Merged):

@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer, SFTTrainer
 
 import qriemann
 from qriemann import InputError, LocallyOptimalInit
-from qriemann.training.loi_callback import _lean_loss
+from qriemann.training.sample import lean_loss
 from tests.dense import best_approximation, tangent_projection
 from tests.models import (
     dense_gradients,
@@ -123,7 +123,7 @@ def test_the_loss_of_the_probe_is_the_models_own_without_the_logits_of_the_vocab
     batch = next(iter(trainer.get_train_dataloader()))
     largest: dict[str, int] = {}
     losses = {}
-    for name, compute in (("lean", _lean_loss), ("whole", lambda model, batch: model(**batch).loss)):
+    for name, compute in (("lean", lean_loss), ("whole", lambda model, batch: model(**batch).loss)):
         sizes = []
         weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
 

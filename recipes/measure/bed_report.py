@@ -1,0 +1,166 @@
+"""The tables and the picture of the beds: every grid of learning rates, and where the measured rate falls in it."""
+
+import itertools
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from report import TABLE, Run, read_runs
+
+PICTURE = "rates.png"
+_TASKS = {"sums": "sums", "words": "lists of words", "sort-shift": "sort and shift", "running-sum": "running sums"}
+
+
+class Cell(NamedTuple):
+    """What a grid of rates has in common."""
+
+    bed: str
+    task: str
+    width: int
+    depth: int
+    layers: int
+    rank: int
+    batch: int
+    steps: int
+    arm: str
+
+    @property
+    def shape(self) -> str:
+        """The model and the run in a few words."""
+        model = "SmolLM2-135M" if self.bed == "tail" else f"toy of width {self.width}, {self.depth} layers"
+        adapted = "layer" if self.layers == 1 else "layers"
+        batch = "" if self.batch == 8 else f", batches of {self.batch}"
+        return f"{model}: {self.layers} {adapted} adapted, rank {self.rank}{batch}, {self.steps:,} steps"
+
+
+class Grid(NamedTuple):
+    """The held-out losses of one cell.
+
+    Attributes:
+        losses: mean over the seeds that every rate has, by rate, ascending.
+        exact: the share of right answers at the best rate.
+        seeds: how many there are.
+        measured: the rate of the first seed's measurement; None where there is none.
+    """
+
+    losses: dict[float, float]
+    exact: float
+    seeds: int
+    measured: float | None
+
+    @property
+    def best(self) -> float:
+        """The rate with the lowest loss."""
+        return min(self.losses, key=self.losses.__getitem__)
+
+    def at(self, rate: float) -> float | None:
+        """The loss at a rate, along straight lines in log-log; None outside the grid."""
+        points = [(math.log(x), math.log(y)) for x, y in self.losses.items() if math.isfinite(y) and y > 0]
+        x = math.log(rate)
+        for (low, left), (high, right) in itertools.pairwise(points):
+            if low <= x <= high:
+                return math.exp(left + (right - left) * (x - low) / (high - low))
+        return None
+
+
+def grids(runs: Sequence[Run]) -> dict[Cell, Grid]:
+    """The grids of all cells whose rows are there, the embedded model's first."""
+    rates = {_place(run): run["rate"] for run in runs if not run["steps"]}
+    found: dict[Cell, dict[float, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
+    for run in runs:
+        if run["steps"] and not run["task"].endswith(".jsonl"):
+            found[_cell(run)][run["rate"]][run["seed"]] = run
+    grids = {}
+    for cell in sorted(found, key=lambda cell: (cell.bed, -cell.layers, cell)):
+        by_rate = found[cell]
+        seeds = set.intersection(*(set(by_seed) for by_seed in by_rate.values()))
+        losses = {
+            rate: statistics.mean(by_seed[seed]["loss"] for seed in seeds) for rate, by_seed in sorted(by_rate.items())
+        }
+        any_run = next(iter(next(iter(by_rate.values())).values()))
+        best = min(losses, key=losses.__getitem__)
+        exact = statistics.mean(by_rate[best][seed]["exact"] for seed in seeds)
+        grids[cell] = Grid(losses, exact, len(seeds), rates.get(_place(any_run)))
+    return grids
+
+
+def write_bed_report(folder: Path) -> str:
+    """Writes report.md and rates.png into the folder and returns the report's text."""
+    found = grids(read_runs(folder))
+    columns = (
+        "task",
+        "run",
+        "arm",
+        "held-out loss by learning rate",
+        "right",
+        "measured rate",
+        "loss there",
+        "behind the best",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for cell, grid in found.items():
+        losses = ", ".join(
+            f"**{rate:g} {_figure(loss)}**" if rate == grid.best else f"{rate:g} {_figure(loss)}"
+            for rate, loss in grid.losses.items()
+        )
+        there = grid.measured and grid.at(grid.measured)
+        lines.append(
+            f"| {_TASKS.get(cell.task, cell.task)} | {cell.shape} | {cell.arm} | {losses} | {grid.exact:.0%} | "
+            f"{'' if grid.measured is None else f'{grid.measured:.2g}'} | {_figure(there) if there else ''} | "
+            f"{f'{there / grid.losses[grid.best] - 1:+.0%}' if there else ''} |"
+        )
+    text = "\n".join(lines) + "\n"
+    (folder / TABLE).write_text(text, encoding="utf-8")
+    _draw(found, folder / PICTURE)
+    return text
+
+
+def _draw(found: dict[Cell, Grid], path: Path) -> None:
+    """Loss beyond the best against the rate as a multiple of the measured one: a curve for each grid."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (arm, title) in zip(panels, (("riemannion-zero", "Riemannion"), ("adamw", "AdamW")), strict=True):
+        chosen = {
+            cell: grid for cell, grid in found.items() if cell.arm == arm and grid.measured and len(grid.losses) > 2
+        }
+        for cell, grid in chosen.items():
+            excess = [loss - grid.losses[grid.best] for loss in grid.losses.values()]
+            real = cell.bed == "tail"
+            axes.plot(
+                [rate / grid.measured for rate in grid.losses],
+                [100 * value / grid.losses[grid.best] for value in excess],
+                marker="o",
+                markersize=4 if real else 2.5,
+                linewidth=1.6 if real else 0.8,
+                color="C1" if real else "0.6",
+            )
+        axes.axvline(1, color="C0", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(-3, 100)
+        axes.set_title(f"{title}: {len(chosen)} grids", fontsize=9)
+        axes.set_xlabel("learning rate / measured rate", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(visible=True, alpha=0.3)
+    panels[0].set_ylabel("held-out loss above the grid's best, %", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _cell(run: Run) -> Cell:
+    saved = run["rank"] * (2 if run["options"].get("start") == "offset" else 1)
+    sizes = {key: run.get(key) or 0 for key in ("width", "depth")}
+    return Cell(rank=saved, **sizes, **{key: run[key] for key in ("bed", "task", "layers", "batch", "steps", "arm")})
+
+
+def _place(run: Run) -> tuple[Any, ...]:
+    """What the measured rate depends on."""
+    keys = ("bed", "task", "width", "depth", "layers", "rank", "batch", "method", "scale", "dtype")
+    return (*(run.get(key) for key in keys), *sorted((key, str(value)) for key, value in run["options"].items()))
+
+
+def _figure(loss: float) -> str:
+    return f"{loss:.3f}" if loss >= 0.1 else f"{loss:.2g}"
