@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 import qriemann
 from qriemann.checkpoints.step_guard import StepGuard
-from tests.models import WORDS, tiny_llama, trainer_settings, word_tokenizer
+from tests.models import WORDS, counting_rows, tiny_llama, trainer_settings, word_tokenizer
 
 
 def uneven_rows(rows: int = 22) -> Dataset:
@@ -54,6 +54,31 @@ def protected_trainer(
         callbacks=[qriemann.LocallyOptimalInit(2)] if loi else callbacks,
     )
     return trainer, qriemann.protect(trainer, **(protection or {}))
+
+
+def sft_trainer(
+    model: Any,
+    folder: Path,
+    start: str | None = None,
+    *,
+    lora: dict[str, Any] | None = None,
+    method: dict[str, Any] | None = None,
+    optimizer: Any = None,
+    callbacks: list[Any] | None = None,
+    **settings: Any,
+) -> SFTTrainer:
+    """A stock trainer with the two arguments of the README, four steps of four counting rows."""
+    options = {"lr": 0.05, "start": start, **(method or {})}
+    return SFTTrainer(
+        model=model,
+        processing_class=word_tokenizer(),
+        args=SFTConfig(**trainer_settings(folder, **settings)),
+        train_dataset=counting_rows(),
+        eval_dataset=counting_rows(6),
+        peft_config=LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **(lora or {})}),
+        optimizer_cls_and_kwargs=optimizer or qriemann.for_trainer("riemannion", **options),
+        callbacks=callbacks,
+    )
 
 
 def outcome(trainer: SFTTrainer) -> dict[str, Tensor]:

@@ -6,9 +6,11 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from peft import PeftModel
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
@@ -24,19 +26,9 @@ from qriemann.upstream import quiet
 
 # C0 and C1 control characters but newline and tab: a model's output must not drive the terminal.
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-# Type, smallest and largest value of each setting.
-_RANGES: dict[str, tuple[type, float, float]] = {
-    "temperature": (float, 0, 10),
-    "top_p": (float, 0.001, 1),
-    "top_k": (int, 0, 2**31),
-    "repetition_penalty": (float, 0.01, 10),
-    "max_new_tokens": (int, 1, 2**31),
-    "seed": (int, 0, 2**63 - 1),
-}
 
 
-@dataclass
-class Settings:
+class Settings(BaseModel, validate_assignment=True):
     """How answers are generated.
 
     Attributes:
@@ -45,12 +37,12 @@ class Settings:
         seed: of the sampling; None draws another each time.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 512
-    seed: int | None = None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegativeInt = 0
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    max_new_tokens: PositiveInt = 512
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     def change(self, name: str, value: str) -> None:
         """Sets one of them from what a person wrote.
@@ -58,17 +50,13 @@ class Settings:
         Raises:
             InputError: an unknown name, or a value out of range.
         """
-        if name not in _RANGES:
-            raise InputError(f"a setting must be one of {', '.join(_RANGES)}, got {name!r}")
-        convert, low, high = _RANGES[name]
+        names = type(self).model_fields
+        if name not in names:
+            raise InputError(f"a setting must be one of {', '.join(names)}, got {name!r}")
         try:
-            number = None if (name, value.lower()) == ("seed", "none") else convert(value)
-            if number is not None and not low <= number <= high:
-                raise ValueError
-        except ValueError:
-            kind = "a whole number" if convert is int else "a number"
-            raise InputError(f"{name} must be {kind} from {low} to {high}, got {value!r}") from None
-        setattr(self, name, number)
+            setattr(self, name, None if (name, value.lower()) == ("seed", "none") else value)
+        except ValidationError as error:
+            raise InputError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
 
 
 @dataclass
@@ -102,12 +90,8 @@ class Session:
     def ask(self, question: str, on_text: Callable[[str], None]) -> tuple[str, int]:
         """Answers a question and remembers both; Ctrl-C ends the answer, and what was said so far is remembered.
 
-        Args:
-            question: of the user.
-            on_text: takes each piece of the answer as it comes.
-
         Returns:
-            The answer and how many old messages were dropped to make room.
+            The answer, whose pieces `on_text` gets as they come, and how many old messages were dropped to make room.
 
         Raises:
             InputError: the question alone does not fit into the context.
@@ -139,11 +123,10 @@ class Session:
 
     def _that_fit(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], int]:
         """The messages without the oldest turns, if they would not leave room for an answer, and how many went."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        dropped = 0
+        limit, dropped = self._limit(), 0
         # A quarter of the context for the answer, if the settings ask for more than that.
         room = min(self.settings.max_new_tokens, (limit or 0) // 4)
-        while limit and self._tokens(messages).shape[1] + room > limit:
+        while limit and len(prompt_tokens(self.tokenizer, messages)) + room > limit:
             first = 1 if messages[0]["role"] == "system" else 0
             if len(messages) - first <= 1:
                 raise InputError(f"the question is longer than the context of {limit} tokens; shorten it")
@@ -152,24 +135,23 @@ class Session:
             messages, dropped = messages[:first] + messages[first + cut :], dropped + cut
         return messages, dropped
 
-    def _tokens(self, messages: list[dict[str, str]]) -> torch.Tensor:
-        return torch.tensor([prompt_tokens(self.tokenizer, messages)], dtype=torch.long)
+    def _limit(self) -> int | None:
+        return getattr(self.model.config, "max_position_embeddings", None)
 
     def _generate(self, messages: list[dict[str, str]], on_text: Callable[[str], None]) -> None:
-        ids = self._tokens(messages).to(self.model.device)
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        chosen, stored = self.settings, self.model.generation_config
+        ids = torch.tensor([prompt_tokens(self.tokenizer, messages)], device=self.model.device)
+        chosen, stored, limit = self.settings, self.model.generation_config, self._limit()
         # An answer ends with the model's end tokens and with the one that the tokenizer was trained with.
         ends = [] if stored is None or stored.eos_token_id is None else stored.eos_token_id
         ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
-        sampling = {"temperature": chosen.temperature, "top_p": chosen.top_p, "top_k": chosen.top_k}
+        sampling = chosen.model_dump(include={"temperature", "top_p", "top_k"}) if chosen.temperature > 0 else {}
         config = GenerationConfig(
             eos_token_id=sorted(ends),
             pad_token_id=self.tokenizer.pad_token_id,
             max_new_tokens=min(chosen.max_new_tokens, limit - ids.shape[1]) if limit else chosen.max_new_tokens,
             repetition_penalty=chosen.repetition_penalty,
             do_sample=chosen.temperature > 0,
-            **(sampling if chosen.temperature > 0 else {}),
+            **sampling,
         )
         if chosen.seed is not None:
             torch.manual_seed(chosen.seed)
@@ -217,45 +199,36 @@ def load_session(
     Raises:
         InputError: neither is in the folder, or the base cannot be had.
     """
+    found = read_folder(adapter_folder(folder))
+    label = found.path.resolve().name
+    if found.kind == "run":
+        raise InputError(f"{found.path} holds a run that has saved no adapter yet; finish the run")
     # Bars would stand between the answers of a pipe.
     with quiet():
-        session = _load(folder, base, quantize, device)
+        if found.kind != "model":
+            saved, console = read_adapter(folder, "chat"), Console(quiet=True)
+            on = load_trained(saved, base, None, console, quantize=quantize, dtype=None, device=device)
+            session = Session(on.peft, on.tokenizer, label, on.base, notes=on.notes)
+        elif base is not None:
+            raise InputError(f"{found.path} is a whole model, which needs no base; leave --base {base} out")
+        else:
+            session = Session(
+                *load_base(found.path, quantize="nf4" if quantize == "nf4" else None, device=device), label
+            )
     session.notes.append(f"computing on {describe_device(session.model.device, session.model.dtype)}")
     if session.tokenizer.chat_template is None:
         session.notes.append("the tokenizer has no chat template: what you write is continued as plain text")
     stored = session.model.generation_config
     if stored is not None and stored.do_sample:
         session.settings = Settings(
-            float(stored.temperature or 1.0), float(stored.top_p or 1.0), int(stored.top_k or 0)
+            temperature=stored.temperature or 1.0, top_p=stored.top_p or 1.0, top_k=stored.top_k or 0
         )
     session.reset(system)
     return session
 
 
-def _load(folder: str | os.PathLike[str], base: str | None, quantize: str | None, device: str | None) -> Session:
-    found = read_folder(adapter_folder(folder))
-    label = found.path.resolve().name
-    if found.kind == "run":
-        raise InputError(f"{found.path} holds a run that has saved no adapter yet; finish the run")
-    if found.kind == "model":
-        if base is not None:
-            raise InputError(f"{found.path} is a whole model, which needs no base; leave --base {base} out")
-        model, tokenizer = load_base(found.path, quantize="nf4" if quantize == "nf4" else None, device=device)
-        return Session(model, tokenizer, label)
-    trained = load_trained(
-        read_adapter(folder, "chat"),
-        base,
-        None,
-        Console(quiet=True),
-        quantize=quantize,
-        dtype=None,
-        device=device,
-    )
-    return Session(trained.peft, trained.tokenizer, label, trained.base, notes=trained.notes)
-
-
 class _Pieces(BaseStreamer):
-    """Hands on an answer as it grows, without anything that a terminal would obey.
+    """Streams an answer as it grows, without control characters.
 
     transformers' own TextStreamer waits for the end of a word, and drops the space before a line's first token.
     """

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
 
 from rich.console import Console
 from rich.panel import Panel
@@ -74,7 +73,7 @@ class _Pipe:
                 if text:
                     name, _, value = text.partition(" ")
                     session.settings.change(name, value.strip())
-                self.tell("  ".join(f"{name} {value}" for name, value in asdict(session.settings).items()))
+                self.tell("  ".join(f"{name} {value}" for name, value in session.settings))
             case "/system":
                 if text:
                     session.reset(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import os
@@ -11,11 +10,12 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from qriemann.cli.parser import add_command
+from qriemann.cli.parser import Commands
 from qriemann.upstream import quiet
 
+COMMANDS = Commands()
 # A download of a model of 8 billion parameters, with room to merge it at half precision.
 _ROOM_GB = 32
 
@@ -33,11 +33,8 @@ class Finding(NamedTuple):
     remedy: str | None = None
 
 
-def add_commands(commands: Any) -> None:
-    add_command(commands, "doctor", _doctor, "say what of this machine qriemann can use, and what to mend (1 if any)")
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
+@COMMANDS.add("doctor", "say what of this machine qriemann can use, and what to mend (1 if any)")
+def _doctor() -> int:
     wrong = 0
     with quiet():
         for finding in findings():
@@ -51,7 +48,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def findings() -> Iterator[Finding]:
     """Every finding, as soon as it is known: importing torch takes seconds."""
-    yield _python()
+    new_enough = sys.version_info >= (3, 11)
+    system = f"{platform.python_version()} on {platform.platform()}"
+    yield Finding("Python", system, None if new_enough else "install Python 3.11 or newer")
     yield from _versions()
     try:
         importlib.import_module("torch")
@@ -62,13 +61,6 @@ def findings() -> Iterator[Finding]:
     yield _bitsandbytes()
     yield _triton()
     yield from _folders()
-
-
-def _python() -> Finding:
-    needs = "3.11"
-    found = f"{platform.python_version()} on {platform.platform()}"
-    new_enough = sys.version_info[:2] >= tuple(map(int, needs.split(".")))
-    return Finding("Python", found, None if new_enough else f"install Python {needs} or newer")
 
 
 def _versions() -> Iterator[Finding]:
@@ -117,22 +109,10 @@ def _torch_and_cards() -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(device)
         remedy = None if free > total / 2 else "end what else uses it; nvidia-smi lists the processes"
         yield Finding(f"card {index}", f"{describe_device(device, dtype)}; compute capability {major}.{minor}", remedy)
-        supported = torch.cuda.get_arch_list()
-        if (f"sm_{major}{minor}" not in supported) and not _runs_on(major, minor, supported):
-            yield Finding(
-                "torch", f"has no code for sm_{major}{minor}, only {' '.join(supported)}", "install another torch"
-            )
-
-
-def _runs_on(major: int, minor: int, supported: list[str]) -> bool:
-    """Whether code for an older card of the same generation, or PTX of any older one, is there."""
-    numbers = [(one.partition("_")[0], one.partition("_")[2].rstrip("af")) for one in supported]
-    return any(
-        (kind == "compute" and int(number) <= 10 * major + minor)
-        or (kind == "sm" and int(number[:-1]) == major and int(number[-1]) <= minor)
-        for kind, number in numbers
-        if number.isdigit()
-    )
+        try:
+            torch.ones(1, device=device).add(1).item()
+        except RuntimeError as error:
+            yield Finding("torch", _line(error), f"install a build of torch for compute capability {major}.{minor}")
 
 
 def _bitsandbytes() -> Finding:
@@ -153,8 +133,7 @@ def _bitsandbytes() -> Finding:
         )
     version = importlib.metadata.version("bitsandbytes")
     if not error < 0.2:
-        found = f"{version} rounds to 4 bit with an error of {error:.2g}"
-        return Finding("bitsandbytes", found, "pip install -U bitsandbytes")
+        return Finding("bitsandbytes", f"{version}, 4-bit weights are {error:.2g} off", "pip install -U bitsandbytes")
     return Finding("bitsandbytes", f"{version}, 4-bit weights work on {device.type}")
 
 
@@ -164,8 +143,7 @@ def _triton() -> Finding:
     except importlib.metadata.PackageNotFoundError:
         return Finding("triton", "not installed; only the fused kernels need it")
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
-    found = f"{version}, C compiler {compiler or 'none, which the fused kernels need'}"
-    return Finding("triton", found)
+    return Finding("triton", f"{version}, C compiler {compiler or 'none, which the fused kernels need'}")
 
 
 def _folders() -> Iterator[Finding]:

@@ -1,6 +1,5 @@
 """The command line's entry: it finds the command, runs it, and turns what happens into an exit status."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -25,23 +24,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     parser = _parser()
-    # `train`, `plan` and `check` hand `--key value` pairs on to the configuration; other commands refuse unknown arguments.
     known, pairs = parser.parse_known_args(words)
-    if pairs and not known.takes_pairs:
-        parser.error(f"{known.command} takes no argument {pairs[0]!r}")
-    known.pairs = pairs
-    return known.run(known) or 0
+    given = vars(known)
+    name, run = given.pop("command"), given.pop("run")
+    if given.pop("takes_pairs"):
+        given["pairs"] = pairs
+    elif pairs:
+        parser.error(f"{name} takes no argument {pairs[0]!r}")
+    return run(**given) or 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="qriemann",
         description="Fine-tunes chat models in 4 bit with an adapter on the manifold of fixed-rank matrices.",
         epilog="--debug after any command shows the traceback of an error.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    training.add_commands(commands)
-    release.add_commands(commands)
-    doctor.add_commands(commands)
+    parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    for module in (training, release, doctor):
+        module.COMMANDS.add_parsers(parsers)
     return parser

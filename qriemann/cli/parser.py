@@ -1,10 +1,12 @@
-"""What every command's parser is made of."""
+"""How a command is declared: name, line in `--help` and arguments stand above the function that takes the arguments."""
 
 import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from qriemann.errors import InputError
+
+Argument = tuple[tuple[str, ...], dict[str, Any]]
 
 
 class Parser(argparse.ArgumentParser):
@@ -14,10 +16,30 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
-def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], text: str, *, takes_pairs: bool = False
-) -> argparse.ArgumentParser:
-    """A subparser whose arguments go to `run`; with `takes_pairs`, `--key value` pairs that it does not know come along."""
-    parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-    parser.set_defaults(run=run, takes_pairs=takes_pairs)
-    return parser
+class Commands:
+    """The commands of one module, in the order of `qriemann --help`."""
+
+    def __init__(self) -> None:
+        self._declared: list[tuple[str, str, tuple[Argument, ...], dict[str, Any]]] = []
+
+    def add(self, name: str, text: str, *arguments: Argument, takes_pairs: bool = False) -> Callable[[Any], Any]:
+        """Declares the decorated function as a command; `takes_pairs` hands unknown `--key value` words on as `pairs`."""
+
+        def declare(run: Callable[..., int | None]) -> Callable[..., int | None]:
+            self._declared.append((name, text, arguments, {"run": run, "takes_pairs": takes_pairs}))
+            return run
+
+        return declare
+
+    def add_parsers(self, parsers: Any) -> None:
+        """Gives each command a parser of its own."""
+        for name, text, arguments, defaults in self._declared:
+            parser = parsers.add_parser(name, help=text, description=text, allow_abbrev=False)
+            parser.set_defaults(**defaults)
+            for names, options in arguments:
+                parser.add_argument(*names, **options)
+
+
+def arg(*names: str, **options: Any) -> Argument:
+    """One argument, as `add_argument` of argparse takes it."""
+    return names, options

@@ -1,7 +1,7 @@
 """The settings of a run as one frozen value.
 
 `load_settings` reads a YAML file and the command line into a `Settings`, `settings_from` takes Python values. Neither imports
-torch, so whatever the file alone shows to be wrong is said at once. arguments.py turns settings into TRL's `SFTConfig`.
+torch, so a mistake in the file is reported at once. arguments.py turns settings into TRL's `SFTConfig`.
 """
 
 from qriemann.config.settings import Settings, describe_keys, load_settings, settings_from

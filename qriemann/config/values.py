@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qriemann.folder.private import REDACTED, hide_credentials
@@ -19,20 +20,50 @@ PUBLIC_TOKEN_KEYS = {"eos_token", "pad_token", "bos_token"}
 _SHOWN = 80
 _SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_?key|credentials?)$", re.IGNORECASE)
 _LAX = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
+# pydantic's name of an error, and the rule as a sentence has it.
 _RULES = {
-    "int": "an integer",
-    "float": "a finite number",
-    "finite": "a finite number",
     "bool": "true or false",
-    "string": "a string",
-    "list": "a list",
-    "tuple": "a list",
     "dict": "a mapping",
-    "greater_than_equal": "at least {ge:g}",
+    "float": "a finite number",
     "greater_than": "above {gt:g}",
-    "less_than_equal": "at most {le:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "int": "an integer",
     "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "list": "a list",
+    "literal_error": "one of {expected}",
+    "string": "a string",
+    "tuple": "a list",
 }
+_WORD, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
+
+
+class Loader(yaml.SafeLoader):
+    """The file's own scalars stay words, which `coerce` reads by their key's type, as it reads the command line's words.
+
+    Inside a value no type says what a word is. There YAML 1.1 decides, as in TRL, except that 1e-4 is a number. A repeated
+    key is an error.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = set()
+        of_file = not node.flow_style and not node.start_mark.column
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if str(key.value) in names:
+                raise yaml.MarkedYAMLError(problem=f"{shown(key.value)} a second time", problem_mark=key.start_mark)
+            names.add(str(key.value))
+            if of_file and isinstance(value, yaml.ScalarNode) and value.tag != _NULL:
+                value.tag = _WORD
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"(?:[-+]?(?:\.\d+|\d+\.\d*)(?:[eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.(?i:inf)|\.(?i:nan))$", re.ASCII
+    ),
+    list("-+.0123456789"),
+)
 
 
 def coerce(hint: Any, value: Any) -> Any:
@@ -41,30 +72,34 @@ def coerce(hint: Any, value: Any) -> Any:
     Raises:
         ValueError: whose message is the rule ("an integer", "one of a, b"), to be put into a sentence by the caller.
     """
-    kinds = [get_origin(member) or member for member in members(hint)]
-    if isinstance(value, str) and dict in kinds and value.lstrip().startswith("{"):
-        # yaml_file.py imports this file.
-        from qriemann.config.yaml_file import read_value
-
-        value = read_value(value, (dict,))
-    if isinstance(value, str) and {list, tuple} & {*kinds} and str not in kinds:
-        value = [value]
+    types_ = kinds(hint)
+    if isinstance(value, str):
+        if value.lower() in ("none", "null") and accepts_none(hint) and str not in types_:
+            return None
+        is_mapping = dict in types_ and value.lstrip().startswith("{")
+        if {bool, int, float, Any} & types_ or {Literal, str} <= types_ or is_mapping:
+            read = _as_yaml(value)
+            # "no" and its like are words where the key takes words.
+            is_word = isinstance(read, bool) and str in types_ and value.lower() not in ("true", "false")
+            value = value if is_word else read
+        if isinstance(value, str) and {list, tuple} & types_ and str not in types_:
+            value = [value]
+    # Python counts with truth values; nobody who writes `max_steps: true` does.
+    refused = isinstance(value, bool) and not {bool, Literal, Any} & types_
     try:
-        # Python counts with truth values; nobody who writes `max_steps: true` does.
-        if isinstance(value, bool) and not {bool, Literal, Any} & {*kinds}:
-            return TypeAdapter(hint, config=_LAX).validate_python(object())
-        return TypeAdapter(hint, config=_LAX).validate_python(value)
+        return TypeAdapter(hint, config=_LAX).validate_python(object() if refused else value)
     except ValidationError as error:
-        raise ValueError(_rule(error, hint)) from None
+        rules = dict.fromkeys(map(_rule, error.errors(include_url=False, include_input=False)))
+        raise ValueError(" or ".join(rules)) from None
 
 
-def members(hint: Any) -> list[Any]:
-    """The types of a union, None left out; a plain type alone. Annotations are looked through."""
+def kinds(hint: Any) -> set[Any]:
+    """The types of a union without their arguments, None left out; of a plain type itself. Annotations are looked through."""
     if get_origin(hint) is Annotated:
-        return members(get_args(hint)[0])
+        return kinds(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
-        return [member for part in get_args(hint) for member in members(part) if part is not type(None)]
-    return [hint]
+        return {kind for part in get_args(hint) for kind in kinds(part)} - {type(None)}
+    return {get_origin(hint) or hint}
 
 
 def accepts_none(hint: Any) -> bool:
@@ -102,14 +137,18 @@ def shown(value: Any, key: str = "") -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _rule(error: ValidationError, hint: Any) -> str:
-    rules: dict[str, None] = {}
-    for item in error.errors(include_url=False, include_input=False):
-        kind = item["type"]
-        if kind == "literal_error":
-            choices = [str(choice) for member in members(hint) for choice in get_args(member)]
-            rules[f"one of {', '.join(choices)}"] = None
-            continue
-        template = _RULES.get(kind) or _RULES.get(kind.partition("_")[0], "")
-        rules[template.format(**item.get("ctx", {})) or item["msg"]] = None
-    return " or ".join(rules)
+def _as_yaml(text: str) -> Any:
+    """The truth value, number or mapping that the file would read; otherwise the text itself."""
+    try:
+        value = yaml.load(text, Loader)
+    # Its conversions raise whatever they like: KeyError for `!!bool foo`, ValueError for a number of 5,000 digits.
+    except Exception:
+        return text
+    return value if isinstance(value, bool | int | float | dict) else text
+
+
+def _rule(error: Any) -> str:
+    kind, given = error["type"], dict(error.get("ctx", {}))
+    given["expected"] = str(given.get("expected", "")).replace("'", "").replace(" or ", ", ")
+    template = _RULES.get(kind) or _RULES.get(kind.partition("_")[0]) or error["msg"]
+    return "a finite number" if kind == "finite_number" else template.format(**given)

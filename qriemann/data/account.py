@@ -1,13 +1,15 @@
-"""What the tokens of all rows say of them: which are cut, end untrained, are there twice, or are in both splits.
+"""What the tokens of all rows say of them: which are masked, cut, end untrained, are there twice, or are in both splits.
 
-`find_defects` judges this account, and the page of `check --html` shows it, so both give the same counts.
+`tokenize_rows` leaves rows out by it, `find_defects` judges it, and the page of `check --html` shows it: all give the same
+counts.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +17,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qriemann.base.chat_template import end_of_turn
-from qriemann.data.tokenized import IGNORED, TokenizedData
+from qriemann.data.chat_mask import IGNORED
 
-#: What may hold of a row, and how people call it.
+if TYPE_CHECKING:
+    from qriemann.data.tokenized import TokenizedData
+
+#: Findings about a row, and the words for them.
 FINDINGS = {
     "masked": "every token is masked",
     "beyond": "every token before max_length is masked",
@@ -32,17 +37,19 @@ FINDINGS = {
 
 @dataclass(frozen=True)
 class RowAccount:
-    """Some of the rows; every array has an entry for each.
+    """The rows of one dataset; every array has one entry per row.
 
     Attributes:
         lengths: in tokens.
+        trained: tokens that a loss counts.
         largest: the largest token.
         prints: hashes of the tokens.
-        first: the first row with the same tokens.
-        found: for names in `FINDINGS`, whether it holds.
+        first: index of the first row with the same tokens.
+        found: for each name in `FINDINGS`, which rows it holds for.
     """
 
     lengths: np.ndarray
+    trained: np.ndarray
     largest: np.ndarray
     prints: np.ndarray
     first: np.ndarray
@@ -52,17 +59,17 @@ class RowAccount:
         return len(self.lengths)
 
     def count(self, name: str) -> int:
-        """Rows of which it holds."""
+        """The number of rows that a finding holds for."""
         return int(self.found[name].sum()) if name in self.found else 0
 
 
 @dataclass(frozen=True)
 class Account:
-    """All rows.
+    """The account of all rows of a run.
 
     Attributes:
         train, held_out: the rows that are trained and held out; None without held-out rows.
-        left_out: those that have nothing to train; of each source that was read.
+        left_out: rows with nothing to train, one entry per source.
         ends: the tokens that end a turn or a text.
         embedding_rows: of the model.
     """
@@ -87,26 +94,34 @@ def take_account(
 
     Cost: one pass over the tokens, and 8 bytes of hash a row.
     """
-    ends, embedding_rows = end_tokens(tokenizer, model), model.get_input_embeddings().weight.shape[0]
+    ends, size = end_tokens(tokenizer, model), model.get_input_embeddings().weight.shape[0]
 
-    def read(dataset: Dataset) -> RowAccount:
-        parts = [
-            _read(table, ends, tokenizer.bos_token_id, embedding_rows, max_length)
-            for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000)
-        ]
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
-        none = np.zeros(0, np.int64)
-        lengths, largest, prints = (arrays.pop(name, none) for name in ("lengths", "largest", "prints"))
-        _, places, inverse = np.unique(prints, return_index=True, return_inverse=True)
-        first = places[inverse]
-        return RowAccount(lengths, largest, prints, first, {**arrays, "copy": first < np.arange(len(first))})
+    def count(dataset: Dataset) -> RowAccount:
+        return count_rows(dataset, max_length, ends, tokenizer.bos_token_id, size)
 
-    train = read(data.train)
-    held_out = None if data.held_out is None else read(data.held_out)
+    train, held_out = count(data.train), None if data.held_out is None else count(data.held_out)
     if held_out is not None:
         train.found["elsewhere"] = np.isin(train.prints, held_out.prints)
         held_out.found["elsewhere"] = np.isin(held_out.prints, train.prints)
-    return Account(train, held_out, [read(dataset) for dataset in data.left_out], ends, embedding_rows)
+    return Account(train, held_out, [*map(count, data.left_out)], ends, size)
+
+
+def count_rows(
+    dataset: Dataset,
+    max_length: int | None,
+    ends: Collection[int] = (),
+    bos: int | None = None,
+    embedding_rows: int | None = None,
+) -> RowAccount:
+    """The account of one dataset's `input_ids` and `labels`; what needs an argument that is missing holds of no row."""
+    tables = dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000)
+    parts = [_read(table, [*ends], bos, embedding_rows or np.inf, max_length or np.inf) for table in tables]
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+    none = np.zeros(0, np.int64)
+    lengths, trained, largest, prints = (arrays.pop(name, none) for name in ("lengths", "trained", "largest", "prints"))
+    _, places, inverse = np.unique(prints, return_index=True, return_inverse=True)
+    first = places[inverse]
+    return RowAccount(lengths, trained, largest, prints, first, {**arrays, "copy": first < np.arange(len(first))})
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
@@ -128,7 +143,7 @@ def choose_rows(rows: RowAccount, limit: int) -> list[int]:
 
 
 def _read(
-    table: pa.Table, ends: list[int], bos: int | None, embedding_rows: int, max_length: int | None
+    table: pa.Table, ends: list[int], bos: int | None, embedding_rows: float, max_length: float
 ) -> dict[str, np.ndarray]:
     columns = [table.combine_chunks().column(name).chunk(0) for name in ("input_ids", "labels")]
     lengths = columns[0].value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
@@ -136,28 +151,24 @@ def _read(
     starts, rows = np.cumsum(lengths) - lengths, np.repeat(np.arange(len(lengths)), lengths)
     places = np.arange(len(ids)) - starts[rows]
 
-    def any_of(tokens: np.ndarray) -> np.ndarray:
-        return np.bincount(rows[tokens], minlength=len(lengths)) > 0
+    def count_of(tokens: np.ndarray) -> np.ndarray:
+        return np.bincount(rows[tokens], minlength=len(lengths))
 
     # A first token is never predicted: nothing comes before it.
     trained = (labels != IGNORED) & (places > 0)
-    kept = trained if max_length is None else trained & (places < max_length)
-    begins = ids == (-1 if bos is None else bos)
+    kept, begins = trained & (places < max_length), ids == (-1 if bos is None else bos)
     largest = np.full(len(lengths), -1)
     np.maximum.at(largest, rows, ids)
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in np.split(ids, starts[1:])]
     return {
         "lengths": lengths,
+        "trained": count_of(trained),
         "largest": largest,
-        "prints": _prints(ids, starts),
-        "masked": ~any_of(trained),
-        "beyond": any_of(trained) & ~any_of(kept),
-        "cut": lengths > (max_length or np.inf),
-        "endless": ~any_of(kept & np.isin(labels, ends)) & bool(ends),
-        "doubled-bos": any_of((places == 1) & begins & np.roll(begins, 1)),
+        "prints": np.frombuffer(b"".join(digests), np.int64),
+        "masked": count_of(trained) == 0,
+        "beyond": (count_of(trained) > 0) & (count_of(kept) == 0),
+        "cut": lengths > max_length,
+        "endless": (count_of(kept & np.isin(labels, ends)) == 0) & bool(ends),
+        "doubled-bos": count_of((places == 1) & begins & np.roll(begins, 1)) > 0,
         "outside": largest >= embedding_rows,
     }
-
-
-def _prints(ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in np.split(ids, starts[1:])]
-    return np.frombuffer(b"".join(digests), np.int64)

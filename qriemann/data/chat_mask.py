@@ -15,7 +15,7 @@ import functools
 import json
 import re
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -26,12 +26,12 @@ from qriemann.upstream import today_is
 Message = dict[str, Any]
 
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-#: The day that templates see: with the day of the run, the rows of a run that goes on tomorrow would be others.
+#: The date that templates see. With the real date, a run that is resumed tomorrow would have other rows.
 TODAY = datetime.date(2025, 1, 1)
 
 
 class RowError(ValueError):
-    """One row cannot be trained on: what it has that it should not, and the remedy. The caller adds the row's number."""
+    """A row that cannot be trained on: the problem and its remedy. The caller adds the row's number."""
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(problem, remedy)
@@ -43,32 +43,30 @@ class RewrittenHistoryError(RowError):
     """The template writes earlier answers differently once later turns follow."""
 
 
-#: Token ids of a row, whether each is trained, and whether a token straddles the start of a turn.
-Example = tuple[list[int], list[bool], bool]
+#: Token ids of a row, and whether each is trained.
+Example = tuple[list[int], list[bool]]
+#: A label that no loss counts.
+IGNORED = -100
 
 
 class AssistantTokenizer:
     """Token ids of a row, and for each token whether it belongs to an assistant's turn.
 
     The end token of a turn is trained, because the model stops with it. White space between it and the next turn is not.
+
+    Attributes:
+        writes_calls: whether the template writes tool calls.
+        writes_date: whether the template asks for today's date.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.special_ids = special_ids(tokenizer)
+        texts = " ".join(template_texts(tokenizer))
+        self.writes_calls, self.writes_date = "tool_calls" in texts, "strftime_now" in texts
         end = end_of_turn(tokenizer)
         self.end: str | None = None if end is None else tokenizer.convert_ids_to_tokens(end)
         self._ends = {end, tokenizer.eos_token_id}
-
-    @functools.cached_property
-    def writes_calls(self) -> bool:
-        """Whether the template knows of tool calls."""
-        return any("tool_calls" in text for text in template_texts(self.tokenizer))
-
-    @functools.cached_property
-    def writes_date(self) -> bool:
-        """Whether the template asks for the date of today."""
-        return any("strftime_now" in text for text in template_texts(self.tokenizer))
 
     @functools.cached_property
     def argument_text(self) -> bool:
@@ -82,18 +80,18 @@ class AssistantTokenizer:
         return not takes({"a": 1}) and takes('{"a": 1}')
 
     def conversations(
-        self, messages: Sequence[Message], *, context: Collection[int] = (), **options: Any
+        self, messages: Sequence[Message], options: dict[str, Any], context: Collection[int]
     ) -> list[Example]:
         """The rows that train every turn of a conversation: one, or one for each turn if the template rewrites history.
 
         Args, Raises: as `conversation`.
         """
         try:
-            return [self.conversation(messages, context=context, **options)]
+            return [self.conversation(messages, options, context)]
         except RewrittenHistoryError:
             answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
             return [
-                self.conversation(messages[: i + 1], context=[j for j in answers if j < i], **options)
+                self.conversation(messages[: i + 1], options, [j for j in answers if j < i])
                 for i in answers
                 if i not in context
             ]
@@ -101,83 +99,54 @@ class AssistantTokenizer:
     def conversation(
         self,
         messages: Sequence[Message],
-        *,
+        options: dict[str, Any] | None = None,
         context: Collection[int] = (),
-        tools: list[Any] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
+        *,
+        whole: bool = False,
     ) -> Example:
-        """Token ids, assistant mask and whether a token straddles the start of a turn.
+        """Token ids and assistant mask; a token that straddles the start of a turn is trained.
 
         Args:
             messages: mappings with role and content.
+            options: what else the chat template takes, such as tools.
             context: indices of answers that are not trained, such as those of a prompt.
-            tools, template_kwargs: passed on to the chat template.
+            whole: train every token, the template's own included, but for the answers in `context`.
 
         Raises:
             RowError: the template cannot render the conversation or rewrites its history.
         """
-        options = {"tools": tools, **(template_kwargs or {})}
+        options = options or {}
         text = self._render(messages, options)
         ids = self._encode(text)
-        template = self.tokenizer.get_chat_template(tools=tools)
-        if _GENERATION_MARKER.search(template):
-            return ids, self._marked(messages, text, ids, context, options), False
-        mask = [False] * len(ids)
-        straddles = False
+        if not whole and _GENERATION_MARKER.search(self.tokenizer.get_chat_template(tools=options.get("tools"))):
+            return ids, self._marked(messages, text, ids, context, options)
+        mask = [whole] * len(ids)
         for index, message in enumerate(messages):
-            if message["role"] != "assistant" or index in context:
-                continue
-            start, stop, inside = self._span(messages, index, text, ids, options)
-            straddles = straddles or inside
-            mask[start:stop] = [True] * (stop - start)
-        return ids, mask, straddles
+            if message["role"] == "assistant" and (index in context) == whole:
+                self._set(mask, not whole, messages, index, text, ids, options)
+        return ids, mask
 
-    def whole_conversation(
-        self,
-        messages: Sequence[Message],
-        *,
-        context: Collection[int] = (),
-        tools: list[Any] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
-    ) -> Example:
-        """The same with every token trained, the template's own included, but for the answers in `context`."""
-        options = {"tools": tools, **(template_kwargs or {})}
-        text = self._render(messages, options)
-        ids = self._encode(text)
-        return ids, self._without(context, [True] * len(ids), messages, text, ids, options), False
-
-    def unwritten(
-        self,
-        messages: Sequence[Message],
-        *,
-        split: bool = False,
-        tools: list[Any] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
-    ) -> set[str]:
+    def unwritten(self, messages: Sequence[Message], options: dict[str, Any], *, split: bool = False) -> set[str]:
         """The keys of turns, and "tools", that change nothing in what the template writes.
 
         Args:
-            messages, tools, template_kwargs: as they were rendered.
+            messages, options: as they were rendered.
             split: whether each answer became a row of its own.
 
         Cost: one rendering for each of those keys; none where turns have role and content alone.
         """
-        names = _names(messages) - {"role", "content"} | ({"tools"} if tools else set())
+        names = _names(messages) - {"role", "content"} | ({"tools"} if options.get("tools") else set())
         if split:
             parts = [messages[: i + 1] for i, turn in enumerate(messages) if turn["role"] == "assistant"]
             return names.intersection(
-                *(
-                    self.unwritten(part, tools=tools, template_kwargs=template_kwargs)
-                    | (names - {"tools"} - _names(part))
-                    for part in parts
-                )
+                *(self.unwritten(part, options) | (names - {"tools"} - _names(part)) for part in parts)
             )
         removed: set[str] = set()
-        written = self._text(messages, {"tools": tools, **(template_kwargs or {})}) if names else None
+        written = self._text(messages, options) if names else None
         for name in sorted(names):
             left = [{key: turn[key] for key in turn if key not in removed | {name}} for turn in messages]
-            offered = None if "tools" in removed | {name} else tools
-            if self._text(left, {"tools": offered, **(template_kwargs or {})}) == written:
+            offered = options | {"tools": None} if "tools" in removed | {name} else options
+            if self._text(left, offered) == written:
                 removed.add(name)
         return removed
 
@@ -189,8 +158,7 @@ class AssistantTokenizer:
         found = {}
         for index in (i for i, turn in enumerate(messages[:turns]) if turn["role"] == "assistant"):
             with suppress(RowError):
-                start, stop, _ = self._span(messages[:turns], index, text, ids, options)
-                found[index] = range(start, stop)
+                found[index] = range(*self._span(messages[:turns], index, text, ids, options))
         return found
 
     def completion(self, prompt: str, completion: str) -> Example:
@@ -200,30 +168,25 @@ class AssistantTokenizer:
         # A tokenizer that appends its own end token does so to the prompt alone as well.
         if prompt_ids and prompt_ids[-1] == self.tokenizer.eos_token_id:
             prompt_ids = prompt_ids[:-1]
-        start = _common_prefix_length(prompt_ids, ids)
-        return ids, [index >= start for index in range(len(ids))], start < len(prompt_ids)
+        start = common_prefix_length(prompt_ids, ids)
+        return ids, [index >= start for index in range(len(ids))]
 
     def text(self, text: str) -> Example:
         """The same for a text without roles: every token is trained, the appended end token included."""
         ids = self._with_end(self.tokenizer(text)["input_ids"])
-        return ids, [True] * len(ids), False
+        return ids, [True] * len(ids)
 
     def _with_end(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
-    def _render(self, messages: Sequence[Message], options: dict[str, Any], *, prompt: bool = False) -> str:
+    def _render(self, messages: Sequence[Message], options: dict[str, Any], **more: Any) -> Any:
         try:
-            with self._day():
-                return self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=prompt, **options
-                )
+            with today_is(TODAY) if self.writes_date else nullcontext():
+                return self.tokenizer.apply_chat_template(list(messages), **{"tokenize": False, **options, **more})
         except Exception as error:
             reason, remedy = explain(error)
             raise RowError(f"a conversation that the chat template refuses (it says: {reason})", remedy) from error
-
-    def _day(self) -> AbstractContextManager[None]:
-        return today_is(TODAY) if self.writes_date else nullcontext()
 
     def _text(self, messages: Sequence[Message], options: dict[str, Any]) -> str | None:
         """The conversation as the template writes it; None where it refuses."""
@@ -237,9 +200,12 @@ class AssistantTokenizer:
 
     def _span(
         self, messages: Sequence[Message], index: int, text: str, ids: list[int], options: dict[str, Any]
-    ) -> tuple[int, int, bool]:
-        """Where the tokens of an answer start and stop, and whether the first of them straddles its start."""
-        prompt, turn = self._turn_texts(messages, index, options)
+    ) -> tuple[int, int]:
+        """Where the tokens of an answer start and stop."""
+        if index == 0:
+            raise RowError("a conversation that opens with the assistant", "put a user turn first or drop that turn")
+        prompt = self._render(messages[:index], options, add_generation_prompt=True)
+        turn = self._up_to_end(self._render(messages[: index + 1], options), len(prompt), messages[index])
         if not text.startswith(turn):
             raise RewrittenHistoryError(
                 f"turns that the chat template changes once others follow (it rewrites those up to turn {index + 1})",
@@ -256,52 +222,23 @@ class AssistantTokenizer:
                 "put the text of a system turn into the first user turn, or name another template with "
                 "chat_template_path",
             )
-        prompt_ids = self._encode(prompt)
-        start = _common_prefix_length(prompt_ids, ids)
-        stop = len(ids) if turn == text else _common_prefix_length(self._encode(turn), ids)
-        return start, self._trim_after_end_token(ids, start, stop), start < len(prompt_ids)
-
-    def _without(
-        self,
-        context: Collection[int],
-        mask: list[bool],
-        messages: Sequence[Message],
-        text: str,
-        ids: list[int],
-        options: dict[str, Any],
-    ) -> list[bool]:
-        """The mask without the answers in `context`."""
-        for index in context:
-            start, stop, _ = self._span(messages, index, text, ids, options)
-            mask[start:stop] = [False] * (stop - start)
-        return mask
-
-    def _turn_texts(self, messages: Sequence[Message], index: int, options: dict[str, Any]) -> tuple[str, str]:
-        if index == 0:
-            raise RowError("a conversation that opens with the assistant", "put a user turn first or drop that turn")
-        prompt = self._render(messages[:index], options, prompt=True)
-        turn = self._render(messages[: index + 1], options)
-        said = messages[index]
-        quoted = json.dumps(said, ensure_ascii=False, default=str) if len(said) > 2 else str(said.get("content"))
-        return prompt, turn[: self._end_of(turn, len(prompt), quoted)]
-
-    def _end_of(self, turn: str, start: int, content: str) -> int | None:
-        """Where the turn's end token stops, after those that the turn quotes; None if the turn ends otherwise."""
-        if self.end is None:
-            return None
-        stop = start
-        for _ in range(content.count(self.end) + 1):
-            found = turn.find(self.end, stop)
-            if found < 0:
-                return None
-            stop = found + len(self.end)
-        return stop
-
-    def _trim_after_end_token(self, ids: list[int], start: int, stop: int) -> int:
+        start = common_prefix_length(self._encode(prompt), ids)
+        stop = len(ids) if turn == text else common_prefix_length(self._encode(turn), ids)
+        # White space after the end token belongs to no turn.
         last = next((i for i in range(stop - 1, start - 1, -1) if ids[i] in self.special_ids), None)
-        if last is None or self.tokenizer.decode(ids[last + 1 : stop]).strip():
-            return stop
-        return last + 1
+        return start, stop if last is None or self.tokenizer.decode(ids[last + 1 : stop]).strip() else last + 1
+
+    def _set(self, mask: list[bool], trained: bool, messages: Sequence[Message], index: int, *rendered: Any) -> None:
+        start, stop = self._span(messages, index, *rendered)
+        mask[start:stop] = [trained] * (stop - start)
+
+    def _up_to_end(self, turn: str, start: int, said: Message) -> str:
+        """The text through the end token of its last turn, which begins at `start` and may quote that token."""
+        if self.end is None:
+            return turn
+        quoted = json.dumps(said, ensure_ascii=False, default=str) if len(said) > 2 else str(said.get("content"))
+        stops = [match.end() for match in re.finditer(re.escape(self.end), turn[start:])][quoted.count(self.end) :]
+        return turn[: start + stops[0]] if stops else turn
 
     def _marked(
         self,
@@ -312,10 +249,7 @@ class AssistantTokenizer:
         options: dict[str, Any],
     ) -> list[bool]:
         """The mask of a template with generation markers, with the end tokens that the markers leave out."""
-        with self._day():
-            rendered = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
-            )
+        rendered = self._render(messages, options, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         mask = [bool(bit) for bit in rendered["assistant_masks"]]
         if rendered["input_ids"] != ids or len(mask) != len(ids):
             raise RowError("tokens that the template's generation markers do not line up with", "use a fast tokenizer")
@@ -332,18 +266,19 @@ class AssistantTokenizer:
         answers = (i for i, turn in enumerate(messages) if turn["role"] == "assistant" and i not in context)
         first = next(answers, len(messages))
         if any(index < first for index in context):
-            prompt_ids = self._encode(self._render(messages[:first], options, prompt=True))
-            start = _common_prefix_length(prompt_ids, ids)
+            prompt_ids = self._encode(self._render(messages[:first], options, add_generation_prompt=True))
+            start = common_prefix_length(prompt_ids, ids)
             mask[:start] = [False] * start
-        return self._without([i for i in context if i > first], mask, messages, text, ids, options)
+        for index in (i for i in context if i > first):
+            self._set(mask, False, messages, index, text, ids, options)
+        return mask
 
 
 def _names(messages: Sequence[Message]) -> set[str]:
     return {name for turn in messages for name in turn}
 
 
-def _common_prefix_length(ids: Sequence[int], others: Sequence[int]) -> int:
-    for index, (left, right) in enumerate(zip(ids, others, strict=False)):
-        if left != right:
-            return index
-    return min(len(ids), len(others))
+def common_prefix_length(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((index for index, (left, right) in pairs if left != right), min(len(ids), len(others)))

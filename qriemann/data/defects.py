@@ -6,21 +6,16 @@ talking, and packed samples that see each other teach it to attend to unrelated 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from datasets import Dataset
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from qriemann.data.account import Account
-from qriemann.data.tokenized import IGNORED
 from qriemann.errors import InputError
 
 # Below this share of rows, an end token that is rarely trained is worth a line.
 _MOST_ROWS = 0.5
-# A preview leaves out the middle of longer runs of tokens.
-_SHOWN_TOKENS = 400
 
 
 @dataclass(frozen=True)
@@ -61,95 +56,45 @@ def refuse(defects: Iterable[Defect], allow: Collection[str], note: Callable[[st
 
 
 def find_defects(account: Account, tokenizer: PreTrainedTokenizerBase) -> list[Defect]:
-    """The defects of the rows as they will be trained, errors first.
-
-    Args:
-        account: of the rows.
-        tokenizer: with which they were made.
-    """
-    ends, rows, count = account.ends, account.embedding_rows, len(account.train)
-    ended, doubled = count - account.train.count("endless"), account.train.count("doubled-bos")
-    largest = int(account.train.largest.max())
+    """The defects of the rows as they will be trained, errors first."""
+    train, held_out, ends = account.train, account.held_out, account.ends
+    count, largest = len(train), int(train.largest.max())
+    ended, doubled = count - train.count("endless"), train.count("doubled-bos")
+    common = 0 if held_out is None else held_out.count("elsewhere")
     names = " or ".join(repr(tokenizer.convert_ids_to_tokens(end)) for end in ends)
-    found = []
-    if ends and not ended:
-        found.append(
-            Defect(
-                "end-token-untrained",
-                f"none of {count} rows trains the end of a turn ({names}), so the model would never learn to stop",
-                "use a chat template that ends the assistant's turn with it, or raise max_length if rows are cut",
-                error=True,
-            )
-        )
-    elif ends and ended < _MOST_ROWS * count:
-        found.append(
-            Defect(
-                "end-token-rare",
-                f"the end of a turn ({names}) is trained in only {ended} of {count} rows",
-                "raise max_length if rows are cut, or end them with it",
-            )
-        )
-    if largest >= rows:
-        found.append(
-            Defect(
-                "token-outside-embedding",
-                f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is outside the embedding's {rows} rows",
-                "use the tokenizer that belongs to the model, or resize its embedding",
-                error=True,
-            )
-        )
-    if doubled:
-        found.append(
-            Defect(
-                "doubled-bos",
-                f"{tokenizer.bos_token!r} is doubled at the start of {doubled} of {count} rows",
-                "remove it from the texts, or from the chat template",
-            )
-        )
-    if tokenizer.pad_token_id in ends:
-        found.append(
-            Defect(
-                "pad-is-end",
-                f"{tokenizer.pad_token!r} is both the pad token and an end token, which other tools then mask",
-                "set pad_token to another token; the labels of this run are not affected",
-            )
-        )
-    if account.held_out is not None and (common := account.held_out.count("elsewhere")):
-        found.append(
-            Defect(
-                "rows-in-both-splits",
-                f"{common} of {len(account.held_out)} held-out rows are also training rows, so the held-out loss is "
-                "meaningless",
-                "remove the duplicates",
-            )
-        )
-    return sorted(found, key=lambda defect: not defect.error)
-
-
-def preview(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
-    """The first two rows, decoded, with the trained tokens in colour, bold and brackets.
-
-    Args:
-        dataset: `input_ids` and `labels`.
-        tokenizer: with which they were made.
-    """
-    rows = dataset.select(range(min(2, len(dataset))))
-    return [_coloured(row["input_ids"], row["labels"], tokenizer) for row in rows]
-
-
-def _coloured(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Text:
-    # A first token is never predicted: nothing comes before it.
-    trained = [index > 0 and label != IGNORED for index, label in enumerate(labels)]
-    text, start = Text(), 0
-    for stop in range(1, len(ids) + 1):
-        if stop < len(ids) and trained[stop] == trained[start]:
-            continue
-        run = ids[start:stop]
-        shown = tokenizer.decode(run)
-        if len(run) > _SHOWN_TOKENS:
-            left_out = f" [... {len(run) - _SHOWN_TOKENS} tokens ...] "
-            half = _SHOWN_TOKENS // 2
-            shown = tokenizer.decode(run[:half]) + left_out + tokenizer.decode(run[-half:])
-        text.append(f"[{shown}]" if trained[start] else shown, style="bold green" if trained[start] else "dim")
-        start = stop
-    return text
+    candidates = {
+        Defect(
+            "end-token-untrained",
+            f"none of {count} rows trains the end of a turn ({names}), so the model would never learn to stop",
+            "use a chat template that ends the assistant's turn with it, or raise max_length if rows are cut",
+            error=True,
+        ): bool(ends) and not ended,
+        Defect(
+            "token-outside-embedding",
+            f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is outside the embedding's "
+            f"{account.embedding_rows} rows",
+            "use the tokenizer that belongs to the model, or resize its embedding",
+            error=True,
+        ): largest >= account.embedding_rows,
+        Defect(
+            "end-token-rare",
+            f"the end of a turn ({names}) is trained in only {ended} of {count} rows",
+            "raise max_length if rows are cut, or end them with it",
+        ): bool(ends) and 0 < ended < _MOST_ROWS * count,
+        Defect(
+            "doubled-bos",
+            f"{tokenizer.bos_token!r} is doubled at the start of {doubled} of {count} rows",
+            "remove it from the texts, or from the chat template",
+        ): doubled > 0,
+        Defect(
+            "pad-is-end",
+            f"{tokenizer.pad_token!r} is both the pad token and an end token, which other tools then mask",
+            "set pad_token to another token; the labels of this run are not affected",
+        ): tokenizer.pad_token_id in ends,
+        Defect(
+            "rows-in-both-splits",
+            f"{common} of {len(held_out or ())} held-out rows are also training rows, so the held-out loss is meaningless",
+            "remove the duplicates",
+        ): common > 0,
+    }
+    return [defect for defect, holds in candidates.items() if holds]

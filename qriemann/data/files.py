@@ -26,22 +26,21 @@ TEXT = "row as JSON"
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 _SHOWN_ERRORS = 3
-# A row behind the last: a quotation mark that nobody closes swallows it.
+# A row after the last one: a quotation mark that is never closed swallows it.
 _LAST = "\x03end of the file"
 
 
-def read_files(paths: Iterable[Path], renamed: Iterable[str] = ()) -> tuple[Dataset, list[str]]:
+def read_files(paths: Iterable[Path]) -> tuple[Dataset, list[str]]:
     """The rows of local files, one after the other, and the names of their columns.
 
     Args:
         paths: each ends in one of `ENDINGS`.
-        renamed: columns that a row is known to have.
 
     Raises:
         InputError: a file is empty or broken, or holds something other than rows.
     """
     columns: dict[str, None] = {}
-    parts = [_read(path, columns, frozenset(renamed)) for path in paths]
+    parts = [_read(path, columns) for path in paths]
     if len(parts) == 1:
         return parts[0], [*columns]
     try:
@@ -58,16 +57,14 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def _read(path: Path, columns: dict[str, None], renamed: frozenset[str]) -> Dataset:
+def _read(path: Path, columns: dict[str, None]) -> Dataset:
     try:
-        if path.stat().st_size == 0:
-            raise InputError(f"{path} is empty; check the dataset")
         if path.suffix.lower() == ".parquet":
             rows = Dataset(parquet.ParquetFile(path).read())
             columns.update(dict.fromkeys(rows.column_names))
             return rows
         read = {".jsonl": _json_lines, ".csv": _csv}.get(path.suffix.lower(), _json)
-        texts = read(path, columns, renamed)
+        texts = read(path, columns)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except (pa.ArrowException, NotImplementedError) as error:
@@ -75,7 +72,7 @@ def _read(path: Path, columns: dict[str, None], renamed: frozenset[str]) -> Data
     return Dataset(pa.table({TEXT: pa.array(texts, pa.large_string())}))
 
 
-def _json_lines(path: Path, columns: dict[str, None], renamed: frozenset[str]) -> list[str]:
+def _json_lines(path: Path, columns: dict[str, None]) -> list[str]:
     texts: list[str] = []
     problems: list[str] = []
     # As bytes, lines end at a line feed and nowhere else: JSON text may hold U+2028 and its like.
@@ -93,12 +90,10 @@ def _json_lines(path: Path, columns: dict[str, None], renamed: frozenset[str]) -
         more = f" and {len(problems) - _SHOWN_ERRORS} more" if len(problems) > _SHOWN_ERRORS else ""
         shown = ", ".join(problems[:_SHOWN_ERRORS])
         raise InputError(f"every line of {path} must be one JSON object, got {shown}{more}; correct them")
-    if not texts:
-        raise InputError(f"{path} holds only blank lines; check the dataset")
     return texts
 
 
-def _json(path: Path, columns: dict[str, None], renamed: frozenset[str]) -> list[str]:
+def _json(path: Path, columns: dict[str, None]) -> list[str]:
     """A list of objects, one list inside an object, a single object, or JSON lines."""
     text = ""
     try:
@@ -107,14 +102,12 @@ def _json(path: Path, columns: dict[str, None], renamed: frozenset[str]) -> list
         _refuse_half_characters(text, content)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and _is_object(text.lstrip().partition("\n")[0]):
-            return _json_lines(path, columns, renamed)
+            return _json_lines(path, columns)
         where = f"line {error.lineno}, " if isinstance(error, json.JSONDecodeError) else ""
         raise InputError(f"{path} is not valid JSON: {where}{_reason(error)}; correct it") from error
-    rows = _rows_of(content, renamed) if isinstance(content, dict) else content
+    rows = _rows_of(content) if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise InputError(f"{path} must be a list of JSON objects, got {type(rows).__name__}; write [{{...}}, {{...}}]")
-    if not rows:
-        raise InputError(f"{path} holds an empty list; check the dataset")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise InputError(f"{path} must be a list of JSON objects, got a {type(row).__name__} as row {number}")
@@ -122,16 +115,16 @@ def _json(path: Path, columns: dict[str, None], renamed: frozenset[str]) -> list
     return [json.dumps(row) for row in rows]
 
 
-def _rows_of(content: dict[str, Any], renamed: frozenset[str]) -> list[Any]:
+def _rows_of(content: dict[str, Any]) -> list[Any]:
     """The one list of rows inside an object, such as {"version": 1, "data": [...]}; otherwise the object is one row."""
     lists = [value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    is_row = renamed & {*content} or any(find_format([*content], text) for text in ("text", "prompt"))
+    is_row = any(find_format([*content], text) for text in ("text", "prompt"))
     if is_row or len(lists) != 1 or {"role", "from"} & {*lists[0][0]}:
         return [content]
     return lists[0]
 
 
-def _csv(path: Path, columns: dict[str, None], renamed: frozenset[str]) -> list[str]:
+def _csv(path: Path, columns: dict[str, None]) -> list[str]:
     # The longest cell; the default is 131,072 characters.
     csv.field_size_limit(2**31 - 1)
     texts: list[str] = []
@@ -158,8 +151,6 @@ def _csv(path: Path, columns: dict[str, None], renamed: frozenset[str]) -> list[
         raise InputError(f"{path} is not valid CSV: a quotation mark is never closed; correct it")
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"{path} has {len(twice)} columns twice ({', '.join(sorted(twice))}); rename them")
-    if not texts:
-        raise InputError(f"{path} holds no rows; check the dataset")
     columns.update(dict.fromkeys(names))
     return texts
 

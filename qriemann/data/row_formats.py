@@ -5,6 +5,7 @@ To add a format, write a function that turns a row into examples and add an entr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -52,18 +53,16 @@ class RowEncoder:
             )
         talk = row.talk = read_conversation(row, self._tokens, parts)
         talk.sources[len(talk.sources) - len(last) :] = last
-        messages, tools = talk.messages, read_tools(row)
-        template_kwargs = parse_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
+        messages, template_kwargs = talk.messages, parse_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
         if not isinstance(template_kwargs, dict | None):
             raise RowError("chat_template_kwargs that are no mapping", "correct them")
-        options: dict[str, Any] = {"tools": tools, "template_kwargs": template_kwargs}
-        talk.options = {"tools": tools, **(template_kwargs or {})}
+        talk.options = {"tools": read_tools(row), **(template_kwargs or {})}
         if self._loss_on == "all":
-            examples = [self._tokens.whole_conversation(messages, context=talk.marked, **options)]
+            examples = [self._tokens.conversation(messages, talk.options, talk.marked, whole=True)]
         else:
             context = talk.marked | {i for i in range(talk.first_trained) if messages[i]["role"] == "assistant"}
-            examples = self._tokens.conversations(messages, context=context, **options)
-        unwritten = self._tokens.unwritten(messages, split=len(examples) > 1, **options)
+            examples = self._tokens.conversations(messages, talk.options, context)
+        unwritten = self._tokens.unwritten(messages, talk.options, split=len(examples) > 1)
         row.dropped |= {talk.labels.get(name, name) for name in unwritten}
         for turn in messages:
             if turn["role"] == "assistant" and not turn["content"].strip() and not (ANSWERS & {*turn}) - unwritten:
@@ -85,11 +84,11 @@ class RowEncoder:
         completion, place = str(turns[-1][1]["content"]), len(turns) - 1
         if not completion.strip():
             raise RowError("an empty completion", "fill it or remove the row")
-        ids, mask, straddles = self._tokens.completion(prompt, completion)
+        ids, mask = self._tokens.completion(prompt, completion)
         start = len(ids) - sum(mask)
         spans = {place - 1: range(start), place: range(start, len(ids))}
         row.talk = Conversation([turn for _, turn in turns], [column for column, _ in turns], spans=spans)
-        return [(ids, [True] * len(ids), False) if self._loss_on == "all" else (ids, mask, straddles)]
+        return [(ids, [True] * len(ids) if self._loss_on == "all" else mask)]
 
     def text(self, row: Row, text: str) -> list[Example]:
         """A text without roles."""
@@ -119,12 +118,8 @@ class RowFormat:
     convert: Callable[[RowEncoder, Row], list[Example]] | None
 
 
-def _from_messages(encoder: RowEncoder, row: Row) -> list[Example]:
-    return encoder.conversation(row, [("messages", row.get("messages"))])
-
-
-def _from_conversations(encoder: RowEncoder, row: Row) -> list[Example]:
-    return encoder.conversation(row, [("conversations", row.get("conversations"))])
+def _from_turns(column: str, encoder: RowEncoder, row: Row) -> list[Example]:
+    return encoder.conversation(row, [(column, row.get(column))])
 
 
 def _from_prompt_and_completion(encoder: RowEncoder, row: Row) -> list[Example]:
@@ -169,9 +164,14 @@ def _turn(role: str, content: str) -> Message:
 #: In order of precedence. Alpaca comes before text: its copies on the Hub also hold the rendered prompt in a text column.
 FORMATS = (
     RowFormat("input_ids", ("input_ids", "labels"), "input_ids and labels", None),
-    RowFormat("messages", ("messages",), "messages (role, content)", _from_messages),
+    RowFormat("messages", ("messages",), "messages (role, content)", partial(_from_turns, "messages")),
     RowFormat("prompt-completion", ("prompt", "completion"), "prompt and completion", _from_prompt_and_completion),
-    RowFormat("conversations", ("conversations",), "conversations (from, value)", _from_conversations),
+    RowFormat(
+        "conversations",
+        ("conversations",),
+        "conversations (from, value)",
+        partial(_from_turns, "conversations"),
+    ),
     RowFormat("alpaca", ("instruction", "output"), "instruction and output (Alpaca)", _from_alpaca),
     RowFormat("text", ("",), "text", _from_text),
 )

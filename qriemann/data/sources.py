@@ -16,7 +16,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetDict, Features, List, load_dataset, load_dataset_builder, load_from_disk
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError
 
 from qriemann.data.files import ENDINGS, TEXT, first_line, read_files
 from qriemann.data.turns import Row
@@ -46,7 +46,7 @@ class Source:
 
     @classmethod
     def of(cls, rows: Iterable[Mapping[str, Any]], name: str) -> "Source":
-        """Rows that are in memory, each with the keys that it has."""
+        """Rows in memory; each keeps the keys that it has."""
         kept = list(rows)
         keys = dict.fromkeys(key for row in kept for key in row)
         return cls(Dataset.from_dict({TEXT: [json.dumps(row, default=str) for row in kept]}), name, tuple(keys))
@@ -125,10 +125,10 @@ def load_sources(
     Raises:
         InputError: the dataset does not exist, cannot be reached or read, or lacks the split, or the split is empty.
     """
-    splits = _load(name, config, columns or {})
+    splits = _load(name, config)
     train = _pick(splits, train_split, name, "dataset_train_split", columns)
     if eval_name is not None:
-        held_out_splits = _load(eval_name, config, columns or {})
+        held_out_splits = _load(eval_name, config)
         # A file is one split called train, although these rows are held out.
         fallback = test_split or next((split for split in _HELD_OUT_SPLITS if split in held_out_splits), "train")
         return train, _pick(held_out_splits, fallback, eval_name, "dataset_test_split", columns)
@@ -160,21 +160,21 @@ def _pick(splits: Mapping[str, Source], split: str, name: str, key: str, columns
     return Source(rows, named)
 
 
-def _load(name: str, config: str | None, columns: Mapping[str, str]) -> dict[str, Source]:
+def _load(name: str, config: str | None) -> dict[str, Source]:
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() not in ENDINGS:
             raise InputError(f"a dataset file must end in {', '.join(ENDINGS)}, got {path}; convert it to one of them")
-        return {"train": _from_files([path], columns)}
+        return {"train": _from_files([path])}
     if path.is_dir():
-        return _read_folder(path, config, columns)
+        return _read_folder(path, config)
     if path.suffix.lower() in ENDINGS or name.startswith((".", "/", "~")):
         raise InputError(f"dataset_name: {name}: no such file or folder")
     return _as_sources(_load_from_hub(name, config))
 
 
-def _from_files(paths: Iterable[Path], columns: Mapping[str, str]) -> Source:
-    rows, keys = read_files(paths, columns)
+def _from_files(paths: Iterable[Path]) -> Source:
+    rows, keys = read_files(paths)
     return Source(rows, "", tuple(keys))
 
 
@@ -183,7 +183,7 @@ def _as_sources(loaded: Dataset | DatasetDict) -> dict[str, Source]:
     return {name: Source(rows, "") for name, rows in splits.items()}
 
 
-def _read_folder(path: Path, name: str | None, columns: Mapping[str, str]) -> dict[str, Source]:
+def _read_folder(path: Path, name: str | None) -> dict[str, Source]:
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             _refuse_outside(path, _saved_files(path))
@@ -194,7 +194,7 @@ def _read_folder(path: Path, name: str | None, columns: Mapping[str, str]) -> di
         files = {split: [Path(file) for file in found] for split, found in (config.data_files or {}).items()}
         _refuse_outside(path.resolve(), (file for names in files.values() for file in names))
         if _is_plain(config) and all(file.suffix.lower() in ENDINGS for names in files.values() for file in names):
-            return {split: _from_files(names, columns) for split, names in files.items()}
+            return {split: _from_files(names) for split, names in files.items()}
         _check_cache()
         with literal_folders():
             return _as_sources(load_dataset(str(path), name))
@@ -244,16 +244,12 @@ def _load_from_hub(name: str, config: str | None) -> DatasetDict:
             f"dataset_name: {name}: no such local file, and no such dataset on the Hub; check the name, or log in with "
             "`hf auth login` if it is private"
         ) from error
-    except DatasetGenerationError as error:
-        raise InputError(
-            f"dataset_name: the rows of {name} cannot be read: {first_line(error.__cause__ or error)}; download the "
-            "dataset and name its file"
-        ) from error
     # A DNS failure, an HTTP error or a refused loading script: all of them are about the name or the connection.
     except Exception as error:
         remedy = "set dataset_config" if "config" in str(error).lower() else "check the name and the connection"
         raise InputError(
-            f"dataset_name: {name} cannot be reached or read: {first_line(error)}; {remedy}, or name a local file"
+            f"dataset_name: {name} cannot be reached or read: {first_line(error.__cause__ or error)}; {remedy}, or download "
+            "it and name the file"
         ) from error
 
 

@@ -8,7 +8,7 @@ row, because it would silently contribute nothing.
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,22 +16,21 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.data.chat_mask import TODAY, Example, RowError
+from qriemann.data.account import count_rows
+from qriemann.data.chat_mask import IGNORED, TODAY, Example, RowError
 from qriemann.data.files import first_line
-from qriemann.data.problems import raise_first_problem, rows_in_words, unused_notices, without_rejected
 from qriemann.data.row_formats import FORMATS, RowEncoder, RowFormat, find_format
 from qriemann.data.sources import Batch, Source
-from qriemann.data.turns import Row
+from qriemann.data.turns import MARKS, Row
 from qriemann.errors import InputError
 
-IGNORED = -100
+_SHOWN_ROWS, _SHOWN_COLUMNS = 3, 12
 # What a row becomes: tokens, and beside them what went wrong, which column rejects the row, and what people should know.
 _MADE = Features(
     {
         "input_ids": List(Value("int32")),
         "labels": List(Value("int32")),
         "row": Value("int64"),
-        "straddles": Value("bool"),
         "problem": Value("string"),
         "rejected": Value("string"),
         "unused": List(Value("string")),
@@ -114,7 +113,7 @@ def tokenize_rows(
     kept = None if held_out is None else _without_numbers(tokenize(held_out))
     for name in read_elsewhere:
         del unused[name]
-    notices += unused_notices(unused, len(train.rows) + (0 if held_out is None else len(held_out.rows)))
+    notices += _unused_notices(unused, len(train.rows) + (0 if held_out is None else len(held_out.rows)))
     if encoder.writes_date and row_format not in ("text", "input_ids"):
         notices.append(f"the chat template writes today's date: rows have {TODAY:%d %B %Y} instead, on any day")
     data = TokenizedData(_without_numbers(tokens), kept, row_format, notices, dict(unused), tokens["row"][:], left_out)
@@ -172,21 +171,6 @@ def fingerprint(*datasets: Dataset | None) -> str:
     return digest.hexdigest()
 
 
-def trained_token_count(dataset: Dataset) -> int:
-    """Number of tokens with a label."""
-    return sum(int((np.asarray(labels) != IGNORED).sum()) for labels in _label_rows(dataset))
-
-
-def token_lengths(dataset: Dataset) -> list[int]:
-    """Number of tokens of each row."""
-    return [len(labels) for labels in _label_rows(dataset)]
-
-
-def _label_rows(dataset: Dataset) -> Iterator[np.ndarray]:
-    for batch in dataset.select_columns(["labels"]).with_format("numpy").iter(batch_size=1000):
-        yield from batch["labels"]
-
-
 def _tokenize(
     source: Source,
     encoder: RowEncoder,
@@ -216,18 +200,12 @@ def _tokenize(
         keep_in_memory=True,
         desc=f"Tokenizing {source.name}",
     )
-    raise_first_problem(source, examples)
-    examples = without_rejected(source, examples, allow, notices)
+    _raise_first_problem(source, examples)
+    examples = _without_rejected(source, examples, allow, notices)
     for names in examples["unused"]:
         unused.update(names)
     for line, count in Counter(line for lines in examples["told"] for line in lines).items():
         notices.append(f"in {count} of {len(source.rows)} rows of {source.name}, {line}")
-    straddling = sum(examples["straddles"])
-    if straddling:
-        notices.append(
-            f"in {straddling} of {len(examples)} rows of {source.name} a turn starts inside a token of the prompt; that "
-            "token is trained"
-        )
     parts = Counter(examples["row"])
     split = sum(count > 1 for count in parts.values())
     if split:
@@ -259,42 +237,34 @@ def _without_numbers(examples: Dataset) -> Dataset:
 def _drop_untrained(
     source: Source, examples: Dataset, max_length: int | None, notices: list[str], allow_untrained: bool
 ) -> tuple[Dataset, Dataset]:
-    """The examples with a trained token, and those without.
+    """The examples with a trained token that is kept, and those without.
 
     Raises InputError if a row never had one, and notes if only truncation removed it.
     """
-    bare, cut, truncated = [], [], 0
-    numbers = examples["row"]
-    for index, labels in enumerate(_label_rows(examples)):
-        # The first label is never predicted: nothing comes before it.
-        (trained,) = np.nonzero(labels[1:] != IGNORED)
-        if trained.size == 0:
-            bare.append(index)
-        elif max_length is not None and trained[0] + 1 >= max_length:
-            cut.append(index)
-        truncated += max_length is not None and len(labels) > max_length
-    if bare and (not allow_untrained or len(bare) == len(examples)):
+    found, numbers, count = count_rows(examples, max_length).found, examples["row"], len(examples)
+    bare, beyond = (np.flatnonzero(found[name]).tolist() for name in ("masked", "beyond"))
+    of_rows = f"of {count} rows of {source.name}"
+    if bare and (not allow_untrained or len(bare) == count):
         raise InputError(
-            f"every token is masked in {len(bare)} of {len(examples)} rows of {source.name} "
-            f"({rows_in_words(numbers[i] for i in bare)}), so they train nothing; remove them, set loss_on: all, or --allow "
-            "no-trained-token to leave them out"
+            f"every token is masked in {len(bare)} {of_rows} ({_rows_in_words(numbers[i] for i in bare)}), so they train "
+            "nothing; remove them, set loss_on: all, or --allow no-trained-token to leave them out"
         )
-    if len(cut) == len(examples):
+    if len(beyond) == count:
         raise InputError(
-            f"every token within max_length {max_length} is masked in all {len(cut)} rows of {source.name}; raise max_length"
+            f"every token within max_length {max_length} is masked in all {count} rows of {source.name}; raise max_length"
         )
-    if truncated:
-        notices.append(f"{truncated} of {len(examples)} rows of {source.name} are cut at max_length {max_length}")
+    if found["cut"].any():
+        notices.append(f"{found['cut'].sum()} {of_rows} are cut at max_length {max_length}")
     if bare:
-        notices.append(f"{len(bare)} of {len(examples)} rows of {source.name} have no trained token and are left out")
-    if cut:
+        notices.append(f"{len(bare)} {of_rows} have no trained token and are left out")
+    if beyond:
         notices.append(
-            f"{len(cut)} of {len(examples)} rows of {source.name} have no trained token within max_length {max_length} and "
-            f"are left out: {rows_in_words(numbers[i] for i in cut)}"
+            f"{len(beyond)} {of_rows} have no trained token within max_length {max_length} and are left out: "
+            f"{_rows_in_words(numbers[i] for i in beyond)}"
         )
-    dropped = {*cut, *bare}
-    kept = [index for index in range(len(examples)) if index not in dropped]
-    return examples.select(kept) if dropped else examples, examples.select(sorted(dropped))
+    left_out = found["masked"] | found["beyond"]
+    kept = examples.select(np.flatnonzero(~left_out)) if left_out.any() else examples
+    return kept, examples.select(np.flatnonzero(left_out))
 
 
 def _examples(
@@ -303,7 +273,7 @@ def _examples(
     made: Batch = {name: [] for name in _MADE}
     rated = row_format.name != "text"
     for row, number in zip(read(batch), numbers, strict=True):
-        examples: list[Example] = [([0], [True], False)]
+        examples: list[Example] = [([0], [True])]
         problem, rejected = None, row.rejected(rated=rated)
         try:
             if rejected is None:
@@ -312,11 +282,64 @@ def _examples(
         except RowError as error:
             problem = json.dumps(error.args)
         unused, told = row.unused if rejected is None else [], sorted(row.told)
-        for ids, mask, straddles in examples:
+        for ids, mask in examples:
             labels = [token if trained else IGNORED for token, trained in zip(ids, mask, strict=True)]
-            values = (ids, labels, number, straddles, problem, rejected, unused, told)
+            values = (ids, labels, number, problem, rejected, unused, told)
             for name, value in zip(_MADE, values, strict=True):
                 made[name].append(value)
             # Once for each row, whatever it became.
             unused, told = [], []
     return made
+
+
+def _without_rejected(source: Source, examples: Dataset, allow: Collection[str], notices: list[str]) -> Dataset:
+    """The examples that their own columns do not reject; the others raise InputError, or are noted if `allow` drops them."""
+    found = [(number, cell) for number, cell in zip(examples["row"], examples["rejected"], strict=True) if cell]
+    if not found:
+        return examples
+    numbers, cells = [number for number, _ in found], dict.fromkeys(cell for _, cell in found)
+    shown, them = ", ".join([*cells][:_SHOWN_ROWS]), "it" if len(found) == 1 else "them"
+    said = f"{len(found)} of {len(source.rows)} rows of {source.name} say that they are not to be learnt ({shown}; "
+    said += f"{_rows_in_words(numbers)})"
+    if "rejected-rows" not in allow or len(found) == len(source.rows):
+        raise InputError(
+            f"{said}; remove {them}, --allow rejected-rows to leave {them} out, or rename the column with dataset_columns "
+            "if it means something else"
+        )
+    notices.append(f"{said} and are left out")
+    return examples.select([index for index, cell in enumerate(examples["rejected"]) if not cell])
+
+
+def _unused_notices(unused: Counter[str], rows: int) -> list[str]:
+    """A line for columns and marks that are not used, and one for what of the turns the chat template does not write."""
+    of_turns = [name for name in unused if name == "tools" or ("[]." in name and name.split("[].")[1] not in MARKS)]
+    columns = [name for name in unused if name not in of_turns]
+    remedy = "; name a template that does with chat_template_path if the model is to learn it"
+    lines = (("not used: ", columns, ""), ("the chat template does not write ", of_turns, remedy))
+    notices = []
+    for beginning, names, end in lines:
+        shown = [f"{name} ({unused[name]} of {rows} rows)" for name in names]
+        more = f" and {len(shown) - _SHOWN_COLUMNS} more" if len(shown) > _SHOWN_COLUMNS else ""
+        notices += [beginning + ", ".join(shown[:_SHOWN_COLUMNS]) + more + end] if shown else []
+    return notices
+
+
+def _raise_first_problem(source: Source, examples: Dataset) -> None:
+    """Raises InputError if a row has a problem, and names all rows that have the same one as the first."""
+    found = zip(examples["row"], examples["problem"], strict=True)
+    problems = [(number, text) for number, text in found if text]
+    if not problems:
+        return
+    first = problems[0][1]
+    problem, remedy = json.loads(first)
+    same = [number for number, text in problems if text == first]
+    verb = "has" if len(same) == 1 else "have"
+    raise InputError(f"{_rows_in_words(same)} of {source.name} {verb} {problem}; {remedy}")
+
+
+def _rows_in_words(indices: Iterable[int]) -> str:
+    """ "row 3" or "rows 3, 4, 9 and 20 more", counted from 1 as an editor counts lines."""
+    numbers = [index + 1 for index in indices]
+    shown = ", ".join(map(str, numbers[:_SHOWN_ROWS]))
+    more = f" and {len(numbers) - _SHOWN_ROWS} more" if len(numbers) > _SHOWN_ROWS else ""
+    return f"row{'s' if len(numbers) > 1 else ''} {shown}{more}"

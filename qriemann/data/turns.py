@@ -23,22 +23,22 @@ _ROLES = {
 #: A turn that is not to be learnt says so with 0 or false: OpenAI and Mistral, Axolotl, ms-swift.
 MARKS = ("weight", "train", "training", "trainable", "loss")
 _ROW_MARKS = ("weight", "train")
-# What rates the answer of a row: TRL's KTO, LLaMA-Factory's.
+# Columns that rate the answer of a row: TRL's KTO, LLaMA-Factory's.
 _RATINGS = ("label", "kto_tag")
 _OFF, _ON = ("0", "0.0", "false", "no"), ("1", "1.0", "true", "yes")
 _SYSTEM = ("system", "system_prompt")
-#: Keys that may be all that a turn says.
+#: Keys that may hold all that a turn says.
 ANSWERS = frozenset({"tool_calls", "reasoning_content", "reasoning", "thinking"})
 
 
 class Row(dict[str, Any]):
-    """The cells of a row, which remembers those that were asked for.
+    """The cells of a row; it remembers which of them were read.
 
     Attributes:
         used: columns that were read with `get`.
         dropped: turn keys, as `messages[].name`, and `tools` that the chat template does not write.
-        told: what people should know about the row, in words.
-        talk: its turns, once they were read.
+        told: notices about the row.
+        talk: its turns, once they have been read.
     """
 
     def __init__(self, cells: dict[str, Any]) -> None:

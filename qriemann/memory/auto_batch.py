@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
-from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -112,11 +111,6 @@ class AutoBatch(TrainerCallback):
         self._report(fit)
 
     def _choose(self, dataloader: DataLoader) -> BatchFit:
-        if not isinstance(dataloader.dataset, Dataset):
-            raise InputError(
-                f"auto_batch needs a datasets.Dataset to find its longest rows, got {type(dataloader.dataset).__name__}; "
-                "leave auto_batch out"
-            )
         longest = longest_rows(dataloader.dataset, self._rows_per_step)
         lengths = [len(row["input_ids"]) for row in longest]
         if process_count() > 1 and "attention_mask" not in dataloader.collate_fn(longest[:1]):

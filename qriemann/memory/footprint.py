@@ -86,8 +86,6 @@ def read_run(settings: Settings, *, dense_copies: bool = True) -> tuple[Footprin
     args = training_arguments(settings)
     if args.max_length is None:
         raise InputError("plan needs the number of tokens a row: add max_length, for example --max_length 2048")
-    if not settings.model_name_or_path:
-        raise InputError("plan needs a model: add the key model_name_or_path")
     on_gpu = not settings.use_cpu
     dtype = run_dtype(settings, torch.device("cuda" if on_gpu else "cpu"))
     method = find_method(settings.method)
@@ -110,7 +108,7 @@ def read_run(settings: Settings, *, dense_copies: bool = True) -> tuple[Footprin
         activation_offloading=args.activation_offloading,
         dense_copies=dense_copies,
     )
-    name = settings.model_name_or_path
+    name = settings.named("model_name_or_path")
     shape = read_config(name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code)
     footprint = Footprint(name, shape, adapter_config(settings, offset=workload.start == "offset"))
     if workload.offload_embeddings:
@@ -274,7 +272,7 @@ def _shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 
 def _put_on_manifold(model: nn.Module, *, offset: bool) -> None:
-    """Makes of the adapter what `attach` does, without content."""
+    """Puts the adapter on the manifold as `attach` does, without content."""
     for name, module in model.named_modules():
         if not hasattr(module, "lora_variant"):
             continue

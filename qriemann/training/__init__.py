@@ -1,5 +1,5 @@
 """One run, from settings to a saved adapter: `prepare` reads and checks everything, `train` and `check` take what it returns.
 
-commands.py has the three commands, seam.py the two arguments of a stock TRL trainer (`for_trainer`, `FixedRankCallback`),
-loi_callback.py the start from the gradient; display.py draws what monitor.py measures.
+seam.py has the two arguments of a stock TRL trainer (`for_trainer`, `FixedRankCallback`), loi_callback.py the start from the
+gradient; display.py draws what monitor.py measures.
 """

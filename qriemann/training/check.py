@@ -10,22 +10,22 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
 
-from qriemann.data.defects import Defect, preview, refuse
-from qriemann.data.tokenized import token_lengths, trained_token_count
+from qriemann.data.account import Account
+from qriemann.data.defects import Defect, refuse
 from qriemann.memory.dry_run import (
     Measured,
-    evaluation_too_large,
     make_ready,
     measure_evaluation_batch,
     measure_step,
     measure_training_batch,
     mixed_samples,
+    too_large,
 )
 from qriemann.memory.plan import GIB, Plan, plan
+from qriemann.training.display import summary_table
 from qriemann.training.prepare import Prepared
-from qriemann.training.rows_page import write_page
+from qriemann.training.rows_page import preview, write_page
 from qriemann.training.trainer import build_trainer
 from qriemann.upstream import quiet
 
@@ -36,18 +36,12 @@ class Check:
 
     Attributes:
         defects: of the rows and of the measured batches.
-        rows, held_out_rows, tokens, trained_tokens, longest: of the data, before it is cut or packed.
         training, evaluation: the longest batch of each; None without held-out rows, or where it did not fit.
         step_seconds: of one optimizer step.
         planned_gib: the peak that `plan` computes.
     """
 
     defects: tuple[Defect, ...]
-    rows: int
-    held_out_rows: int
-    tokens: int
-    trained_tokens: int
-    longest: int
     training: Measured
     evaluation: Measured | None
     step_seconds: float
@@ -79,83 +73,60 @@ def check(
     planned = plan(prepared.settings, dense_copies=prepared.dense is not None and prepared.dense.held)
     with quiet(bars=console.is_terminal):
         result = _measure(prepared, planned, vram_gib)
-    for number, text in enumerate(preview(prepared.data.train, prepared.tokenizer), 1):
-        console.print(Panel(text, title=f"row {number}, trained tokens in brackets", title_align="left"))
-    console.print(describe(result))
-    allow = prepared.settings.allow
-    refuse(result.defects, allow, lambda line: console.print(line, markup=False, highlight=False))
+    for title, text in preview(prepared.rows):
+        console.print(Panel(text, title=title, title_align="left"))
+    console.print(summary_table(_figures(prepared.account, result), title="check"))
+    refuse(result.defects, prepared.settings.allow, lambda line: console.print(line, markup=False, highlight=False))
     return result
 
 
-def describe(result: Check) -> Table:
-    """The figures as a table."""
-    table = Table(title="check", title_justify="left", show_header=False)
-    table.add_column(style="dim")
-    table.add_column(justify="right")
-    table.add_row("rows, held out", f"{result.rows}, {result.held_out_rows}")
-    share = result.trained_tokens / result.tokens
-    table.add_row("tokens, trained", f"{result.tokens}, {result.trained_tokens} ({share:.0%})")
-    table.add_row("longest row", f"{result.longest} tokens")
+def _figures(account: Account, result: Check) -> list[tuple[str, str]]:
+    train, tokens, trained = account.train, account.train.lengths.sum(), account.train.trained.sum()
+    rows = [
+        ("rows, held out", f"{len(train)}, {len(account.held_out or ())}"),
+        ("tokens, trained", f"{tokens}, {trained} ({trained / tokens:.0%})"),
+        ("longest row", f"{train.lengths.max()} tokens"),
+    ]
     for name, batch in (("training", result.training), ("evaluation", result.evaluation)):
         if batch is not None:
-            size = f"{batch.rows} x {batch.tokens} tokens"
             card = f" ({batch.card_gib:.2f} GiB of the card)" if batch.card_gib else ""
-            table.add_row(
-                f"longest {name} batch, {size}", f"{batch.seconds:.1f} s, peak {batch.peak_gib:.2f} GiB{card}"
-            )
-    table.add_row("optimizer step", f"{result.step_seconds:.2f} s")
-    table.add_row("planned peak, all rows at max_length", f"{result.planned_gib:.2f} GiB")
-    return table
+            taken = f"{batch.seconds:.1f} s, peak {batch.peak_gib:.2f} GiB{card}"
+            rows.append((f"longest {name} batch, {batch.rows} x {batch.tokens} tokens", taken))
+    return [
+        *rows,
+        ("optimizer step", f"{result.step_seconds:.2f} s"),
+        ("planned peak, all rows at max_length", f"{result.planned_gib:.2f} GiB"),
+    ]
 
 
 def _measure(prepared: Prepared, planned: Plan, vram_gib: float | None) -> Check:
-    data = prepared.data
     with tempfile.TemporaryDirectory() as folder:
         args = copy.copy(prepared.args)
         args.output_dir = folder
         trainer = build_trainer(prepared, args=args)
         make_ready(trainer)
-        defects = [*prepared.defects, *mixed_samples(trainer, data)]
+        defects = [*prepared.defects, *mixed_samples(trainer, prepared.data)]
         on_cpu = args.device.type == "cpu"
         training = measure_training_batch(trainer, counted=on_cpu, keep_gradients=True)
         step_seconds = measure_step(trainer)
         evaluation = None
-        if data.held_out is not None:
-            evaluation, too_large = measure_evaluation_batch(trainer, counted=on_cpu)
-            defects += too_large
-    lengths = token_lengths(data.train)
-    return Check(
-        defects=(*defects, *_too_large(training, evaluation, planned, vram_gib)),
-        rows=len(data.train),
-        held_out_rows=0 if data.held_out is None else len(data.held_out),
-        tokens=sum(lengths),
-        trained_tokens=trained_token_count(data.train),
-        longest=max(lengths),
-        training=training,
-        evaluation=evaluation,
-        step_seconds=step_seconds,
-        planned_gib=planned.peak / GIB,
-    )
+        if prepared.data.held_out is not None:
+            evaluation, unfit = measure_evaluation_batch(trainer, counted=on_cpu)
+            defects += unfit
+    defects += _beyond(training, evaluation, planned, vram_gib)
+    return Check(tuple(defects), training, evaluation, step_seconds, planned.peak / GIB)
 
 
-def _too_large(training: Measured, evaluation: Measured | None, planned: Plan, vram_gib: float | None) -> list[Defect]:
+def _beyond(training: Measured, evaluation: Measured | None, planned: Plan, vram_gib: float | None) -> list[Defect]:
     """The batches that need more than the card that was asked about has."""
     if vram_gib is None:
         return []
     # On a CPU only what the batch adds was counted; the rest is the plan's, Python and its libraries aside.
     held = sum(size for _, size in planned.stored[:-1])
-    found = []
+    found: list[Defect] = []
     for name, batch in (("training", training), ("evaluation", evaluation)):
-        if batch is None:
-            continue
-        needed = batch.card_gib if batch.counted is None else (held + batch.counted) / GIB
-        if needed <= vram_gib:
-            continue
-        reason = f"{needed:.2f} GiB needed, {vram_gib:g} GiB available"
-        if name == "evaluation":
-            found.append(evaluation_too_large(batch.rows, reason))
-            continue
-        problem = f"the longest batch, {batch.rows} rows of up to {batch.tokens} tokens, does not fit ({reason})"
-        remedy = "see `qriemann plan --vram` for the cheapest change"
-        found.append(Defect("training-too-large", problem, remedy, error=True))
+        if batch is not None:
+            needed = batch.card_gib if batch.counted is None else (held + batch.counted) / GIB
+            reason = f"{needed:.2f} GiB needed, {vram_gib:g} GiB available"
+            found += [too_large(name, batch.rows, reason)] if needed > vram_gib else []
     return found

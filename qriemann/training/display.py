@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a live picture on a terminal, one line per event anywhere else.
+"""The display of a run: a live picture on a terminal, one line per event anywhere else.
 
 Imports rich and nothing heavier, so that a view can say what is loading before torch is imported. The views only draw;
 `monitor.py` measures.
@@ -7,6 +7,7 @@ Imports rich and nothing heavier, so that a view can say what is loading before 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -20,9 +21,8 @@ from rich.text import Text
 
 Record = Mapping[str, Any]
 
-_BLOCKS = "▁▂▃▄▅▆▇█"
-# Bits of the eight dots of a braille character, by column and row.
-_BRAILLE = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+# An eighth of a character's height more each.
+_BLOCKS = " ▁▂▃▄▅▆▇█"
 
 # (key of the record, its name, its format), in the order in which they are shown.
 _COLUMNS = (
@@ -151,11 +151,12 @@ class LiveView(PlainView):
         losses, held_out = self._curves.values()
         if losses:
             lines = draw_curve(losses, width=width, height=6)
-            labels = ["loss", f"{max(losses):.3f}", *[""] * (len(lines) - 3), f"{min(losses):.3f}"]
+            labels = ["loss", f"{max(losses):.3f}", "", "", "", f"{min(losses):.3f}"]
             drawing.add_row(Text("\n".join(labels), style="dim"), Text("\n".join(lines), style="cyan"))
         if held_out:
-            line = f"{draw_sparkline(held_out[-width:])}  {held_out[0]:.3f} to {held_out[-1]:.3f}"
+            (line,) = draw_curve(held_out, width=width, height=1)
             drawing.add_row(Text("held out", style="dim"), Text(line, style="green"))
+            drawing.add_row("", Text(f"{held_out[0]:.3f} to {held_out[-1]:.3f}", style="green"))
         numbers = Table.grid(padding=(0, 3))
         names = [name for _, name, _ in _COLUMNS if name in self._latest]
         numbers.add_row(*(Text(name, style="dim") for name in names))
@@ -173,12 +174,14 @@ class _CountAndTimeLeft(ProgressColumn):
 
 
 def make_view(choice: str = "auto", console: Console | None = None) -> PlainView:
-    """The view for this terminal.
+    """The view for this terminal; of a launcher's processes, all but the first print nothing.
 
     Args:
         choice: "live", "plain", "none", or "auto" for live on a terminal that can draw it.
         console: where to draw; standard output by default.
     """
+    if os.environ.get("RANK", "0") != "0":
+        return SilentView(Console(quiet=True))
     console = console or Console()
     if choice == "none":
         return SilentView(console)
@@ -186,13 +189,8 @@ def make_view(choice: str = "auto", console: Console | None = None) -> PlainView
     return LiveView(console) if choice == "live" or (choice == "auto" and can_draw) else PlainView(console)
 
 
-def no_view() -> PlainView:
-    """The view of every process but the first: it prints nothing, not even notes."""
-    return SilentView(Console(quiet=True))
-
-
 def summary_table(rows: Sequence[tuple[str, str]], *, title: str) -> Table:
-    """A table of two columns for the end of a run."""
+    """A table of two columns."""
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -202,34 +200,22 @@ def summary_table(rows: Sequence[tuple[str, str]], *, title: str) -> Table:
 
 
 def draw_curve(values: Sequence[float], *, width: int, height: int) -> list[str]:
-    """The values as a line of braille dots, the latest at the right edge of what is drawn.
+    """The values as columns of blocks, the latest on the right.
 
     Args:
-        values: in order; more than 2 `width` of them are averaged in runs.
-        width, height: in characters, of 2 x 4 dots each.
+        values: in order; more than `width` of them are averaged in runs.
+        width, height: in characters.
 
     Returns:
-        `height` lines of at most `width` characters, the largest value at the top.
+        `height` lines of at most `width` characters; the largest value fills its column, the smallest has one eighth.
     """
-    count = min(len(values), 2 * width)
+    count = min(len(values), width)
     edges = [round(index * len(values) / count) for index in range(count + 1)]
     columns = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(columns), max(columns)
-    scale = (4 * height - 1) / (high - low) if high > low else 0.0
-    rows = [4 * height - 1 - round((value - low) * scale) for value in columns]
-    cells = [[0] * ((count + 1) // 2) for _ in range(height)]
-    for x, (previous, y) in enumerate(pairwise([rows[0], *rows])):
-        # Dots down or up to the previous value join the line.
-        for dot in range(min(y, previous), max(y, previous) + 1):
-            cells[dot // 4][x // 2] |= _BRAILLE[x % 2][dot % 4]
-    return ["".join(chr(0x2800 + cell) for cell in line) for line in cells]
-
-
-def draw_sparkline(values: Sequence[float]) -> str:
-    """One block character per value, the lowest and highest value at the lowest and highest block."""
-    low, high = min(values), max(values)
-    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BLOCKS[round((value - low) * scale)] for value in values)
+    scale = (8 * height - 1) / (high - low) if high > low else 0.0
+    eighths = [1 + round((value - low) * scale) for value in columns]
+    return ["".join(_BLOCKS[min(max(size - 8 * below, 0), 8)] for size in eighths) for below in reversed(range(height))]
 
 
 def _shown(record: Record) -> dict[str, str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -26,7 +26,7 @@ from qriemann.adapters.loi import check_options, locally_optimal_, preserved_rng
 from qriemann.adapters.saved_rank import describe_saved_rank
 from qriemann.config.values import nearest
 from qriemann.errors import InputError
-from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters
+from qriemann.geometry.parameter import fixed_rank_parameters
 from qriemann.memory.auto_batch import rows_at_once
 from qriemann.training.sample import draw_batches, lean_loss
 from qriemann.training.seam import FixedRankCallback
@@ -66,13 +66,7 @@ class LocallyOptimalInit(FixedRankCallback):
     ) -> None:
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise InputError(f"batches must be an integer >= 1, got {batches!r}")
-        check_options(
-            "offset" if start is None else start,
-            1.0 if alpha is None else alpha,
-            oversampling,
-            power_iterations,
-            0 if seed is None else seed,
-        )
+        check_options(start or "offset", 1.0 if alpha is None else alpha, oversampling, power_iterations, seed or 0)
         self._batches, self._seed, self._loss_fn = batches, seed, loss_fn
         self._start, self._alpha = start, alpha
         self._options: dict[str, Any] = {"oversampling": oversampling, "power_iterations": power_iterations}
@@ -94,8 +88,6 @@ class LocallyOptimalInit(FixedRankCallback):
                 f"{_NAME} must have an adapter on the fixed-rank manifold, got plain factors; give the trainer "
                 "optimizer_cls_and_kwargs=qriemann.for_trainer('riemannion'), or leave the initialization out"
             )
-        if self._loss_fn is None and (changed := _changed_loss(args)):
-            console.print(f"{_NAME}: the gradient is that of the model's own loss, without {changed}")
         seed = args.seed if self._seed is None else self._seed
         with preserved_rng():
             size = rows_at_once(args, state)
@@ -108,6 +100,9 @@ class LocallyOptimalInit(FixedRankCallback):
         passes = 2 * (self._options["power_iterations"] + 1)
         console.print(f"{_NAME}: {passes} passes over {self._batches} batches")
         started = time.perf_counter()
+        offset = any(point.offset is not None for point in points)
+        # At an offset start S = alpha I; a zero start has no scale.
+        attached = next((point.s[0, 0].item() for point in points if point.offset is not None), 1.0)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task(_NAME, total=None)
 
@@ -120,30 +115,13 @@ class LocallyOptimalInit(FixedRankCallback):
                 model,
                 batches,
                 self._loss_fn or lean_loss,
-                start=self._start or _attached_start(points),
-                alpha=_attached_alpha(points) if self._alpha is None else self._alpha,
+                start=self._start or ("offset" if offset else "zero"),
+                alpha=attached if self._alpha is None else self._alpha,
                 **self._options,
                 seed=seed,
                 progress=show,
             )
         console.print(f"{_NAME}: done in {time.perf_counter() - started:.0f} s")
-
-
-def _attached_start(points: Sequence[FixedRankParameter]) -> Start:
-    return "zero" if all(point.offset is None for point in points) else "offset"
-
-
-def _attached_alpha(points: Sequence[FixedRankParameter]) -> float:
-    """The scale of S at an offset start, where S = alpha I; 1 at S = 0, which has none."""
-    return next((point.s[0, 0].item() for point in points if point.offset is not None), 1.0)
-
-
-def _changed_loss(args: TrainingArguments) -> str | None:
-    """What the trainer's arguments add to the loss that the model returns."""
-    if args.label_smoothing_factor:
-        return f"label_smoothing_factor {args.label_smoothing_factor:g}"
-    kind = getattr(args, "loss_type", None)
-    return f"loss_type {kind}" if isinstance(kind, str) and "nll" not in kind else None
 
 
 def recipe_callbacks(

@@ -1,9 +1,9 @@
-"""What is said about a run: `run.json` at its beginning, the figures at its end, and the table that a person reads."""
+"""The records of a run: `run.json` at its beginning, the figures at its end, and the table that is printed."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from trl import SFTTrainer
 
 from qriemann.checkpoints.fingerprints import loaded_as
 from qriemann.config.arguments import describe_settings
-from qriemann.data.tokenized import trained_token_count
 from qriemann.folder import records
 from qriemann.folder.contents import CURVE, curve, read_json
 from qriemann.training.display import summary_table
@@ -56,7 +55,7 @@ class TrainResult:
 
 
 def describe_run(prepared: Prepared) -> dict[str, Any]:
-    """What `run.json` says when the run begins."""
+    """The content of `run.json` when the run begins."""
     settings, data, model, found = prepared.settings, prepared.data, prepared.model, prepared.found
     return {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -70,8 +69,8 @@ def describe_run(prepared: Prepared) -> dict[str, Any]:
             "fingerprint": prepared.fingerprints["data"],
             "format": data.row_format,
             "train_rows": len(data.train),
-            "trained_tokens": trained_token_count(data.train),
-            "held_out_rows": 0 if data.held_out is None else len(data.held_out),
+            "trained_tokens": int(prepared.account.train.trained.sum()),
+            "held_out_rows": len(data.held_out or ()),
             "notices": data.notices,
         },
         **records.environment(prepared.args.device),
@@ -87,7 +86,7 @@ def describe_run(prepared: Prepared) -> dict[str, Any]:
 
 
 def _earlier(folder: Path) -> list[dict[str, Any]]:
-    """How the processes ended that trained in the folder before, oldest first."""
+    """How earlier processes that trained in the folder ended, oldest first."""
     before = read_json(folder / records.RUN)
     told = before.get("earlier")
     last = {key: before.get(key) for key in ("started_at", "resumed_from", "status", "reason", "wall_clock_s")}
@@ -96,28 +95,24 @@ def _earlier(folder: Path) -> list[dict[str, Any]]:
 
 def summarize(prepared: Prepared, trainer: SFTTrainer, monitor: Monitor) -> TrainResult:
     """The result of a training that has ended; evaluates once more where the last held-out loss is not the end's."""
-    eval_loss = None if prepared.data.held_out is None else _final_eval_loss(trainer)
+    state, args = trainer.state, trainer.args
+    best = args.load_best_model_at_end and state.best_model_checkpoint
     losses, drifts = curve(monitor.records, "loss"), curve(monitor.records, "orthonormality_drift")
     return TrainResult(
         output_dir=Path(prepared.settings.output_dir),
-        steps=trainer.state.global_step,
-        kept_step=_kept_step(trainer),
+        steps=state.global_step,
+        kept_step=state.best_global_step if best else state.global_step,
         train_loss=losses[-1][1] if losses else None,
         eval_loss_before=next((value for step, value in curve(monitor.records, "eval_loss") if step == 0), None),
-        eval_loss=eval_loss,
-        tokens_per_s=monitor.tokens_per_s,
-        peak_gib=records.peak_gib(trainer.args.device),
+        eval_loss=None if prepared.data.held_out is None else _final_eval_loss(trainer),
+        tokens_per_s=round(monitor.tokens_per_s, 1),
+        peak_gib=round(records.peak_gib(args.device), 3),
         orthonormality_drift=drifts[-1][1] if drifts else None,
         wall_clock_s=since(prepared.started),
         trainer=trainer,
         model=trainer.model,
         tokenizer=prepared.tokenizer,
     )
-
-
-def _kept_step(trainer: SFTTrainer) -> int:
-    best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
-    return trainer.state.best_global_step if best else trainer.state.global_step
 
 
 def _final_eval_loss(trainer: SFTTrainer) -> float:
@@ -129,16 +124,8 @@ def _final_eval_loss(trainer: SFTTrainer) -> float:
 
 def figures(result: TrainResult) -> dict[str, Any]:
     """The result as `run.json` has it."""
-    return {
-        "steps": result.steps,
-        "kept_step": result.kept_step,
-        "train_loss": result.train_loss,
-        "eval_loss_before": result.eval_loss_before,
-        "eval_loss": result.eval_loss,
-        "tokens_per_s": round(result.tokens_per_s, 1),
-        "peak_gib": round(result.peak_gib, 3),
-        "orthonormality_drift": result.orthonormality_drift,
-    }
+    of_folder = ("output_dir", "wall_clock_s", "trainer", "model", "tokenizer")
+    return {item.name: getattr(result, item.name) for item in fields(result) if item.name not in of_folder}
 
 
 def show_result(result: TrainResult, console: Console) -> None:

@@ -22,6 +22,7 @@ from trl import SFTConfig
 
 from qriemann.adapters.targets import adapter_config, check_targets, without_experts
 from qriemann.base.chat_template import adjust_tokenizer
+from qriemann.base.load import load_base
 from qriemann.base.on_cpu import keep_freed_memory
 from qriemann.checkpoints.fingerprints import check_same_run, fingerprints
 from qriemann.checkpoints.manifest import FoundCheckpoint
@@ -34,17 +35,18 @@ from qriemann.config.arguments import (
     run_dtype,
     training_arguments,
 )
-from qriemann.data.account import take_account
+from qriemann.data.account import Account, take_account
 from qriemann.data.defects import Defect, find_defects
 from qriemann.data.row_formats import RowEncoder
-from qriemann.data.tokenized import TokenizedData, fingerprint, token_lengths
-from qriemann.device import describe_device, refuse_unused_gpu
-from qriemann.distributed import is_main_process, run_on_main
+from qriemann.data.sources import Source, load_sources
+from qriemann.data.tokenized import TokenizedData, fingerprint, tokenize_rows
+from qriemann.device import compute_device, describe_device, refuse_unused_gpu
+from qriemann.distributed import run_on_main
+from qriemann.errors import InputError
 from qriemann.folder.lock import refuse_if_held
-from qriemann.memory.batch_shape import much_padding, packing_mask
+from qriemann.memory.dry_run import much_padding, packing_mask
 from qriemann.optim.methods import find_method
-from qriemann.training.display import PlainView, make_view, no_view
-from qriemann.training.inputs import read_base, read_rows, tokenize
+from qriemann.training.display import PlainView, make_view
 from qriemann.training.loi_callback import recipe_callbacks
 from qriemann.training.publishing import push_target
 from qriemann.training.rate_callback import MeasuredRate
@@ -61,17 +63,18 @@ class Prepared:
     """A run that is ready to be checked or trained.
 
     Attributes:
-        settings: what was asked for.
+        settings: as they were given.
         args: the trainer's arguments, fitted to the data: the learning rate, and when to evaluate.
         model: the base in its storage format, or a model that came with an adapter.
         tokenizer: with the chat template and the end token that the run uses.
         dense: the dequantized copies that a CPU computes with; None where there are none to hold.
         adapter: the configuration of the new adapter; None where the model came with one.
         data: tokens and labels, held-out rows split off.
+        account: of all rows, as they will be trained.
         optimizer: the value of TRL's `optimizer_cls_and_kwargs`.
         initialization: the callbacks that choose the adapter's start and measure the rate, if the settings ask for any.
         defects: what is wrong with the tokens; errors among them stop a training.
-        rows: what people may see of the rows, from `describe_rows`.
+        rows: counts and a sample for the page and the report, from `describe_rows`.
         fingerprints: of settings, tokens and base, which a run that goes on from a checkpoint must share.
         found: the checkpoint to go on from, if there is one.
         push_to: the Hub repository for the adapter at the end; None for none.
@@ -85,6 +88,7 @@ class Prepared:
     dense: DenseWeights | None
     adapter: LoraConfig | None
     data: TokenizedData
+    account: Account
     optimizer: tuple[type, dict[str, Any]]
     initialization: tuple[TrainerCallback, ...]
     defects: tuple[Defect, ...]
@@ -135,17 +139,25 @@ def prepare(
         # Asking for the device is what joins the processes of a launcher.
         device = args.device
         take_one_gpu(args)
-        view = view if is_main_process() else no_view()
         view.note(f"computing on {describe_device(device, run_dtype(settings, device))}")
         if device.type == "cpu":
             keep_freed_memory()
-        found = _free_folder(settings) if to_train else FoundCheckpoint(None)
+        found = FoundCheckpoint(None)
+        if to_train:
+            folder = Path(settings.output_dir)
+            run_on_main(lambda: refuse_if_held(folder))
+            found = starting_point(folder, resume=settings.resume, overwrite=settings.overwrite, allow=settings.allow)
         with view.doing("reading the rows"):
-            sources = read_rows(settings, train_dataset, eval_dataset)
+            sources = _read_rows(settings, train_dataset, eval_dataset)
         loads = model is None and settings.model_name_or_path
         with view.doing(f"loading {loads} on {device.type}") if loads else nullcontext():
-            model, tokenizer = read_base(settings, model, tokenizer)
-        dense = _dense_weights(model)
+            model, tokenizer = _read_base(settings, model, tokenizer)
+        dense = None
+        if getattr(model, "is_loaded_in_4bit", False):
+            from qriemann.base.dense_weights import hold_dense
+
+            # Reports the copies `load_base` made, and makes those still missing (a model passed in, or memory freed since).
+            dense = hold_dense(model)
         adjust_tokenizer(tokenizer, eos_token=args.eos_token, chat_template_path=settings.trl.get("chat_template_path"))
         offset = settings.start == "offset" and find_method(settings.method).on_manifold
         adapter = None if isinstance(model, PeftModel) else adapter_config(settings, offset=offset)
@@ -154,12 +166,12 @@ def prepare(
             adapter, experts = without_experts(model, adapter)
             check_targets(model, adapter)
         with view.doing("tokenizing and fingerprinting the rows"):
-            data = tokenize(settings, args, sources, tokenizer)
+            data = _tokenize(settings, args, sources, tokenizer)
             account = take_account(data, tokenizer, model, args.max_length)
             defects = find_defects(account, tokenizer)
             encoder = RowEncoder(tokenizer, settings.loss_on, args.dataset_text_field)
             rows = describe_rows(sources[0], data, account, encoder, tokenizer, args.max_length)
-            defects += [*packing_mask(args, attention_of(model.config)), *much_padding(args, token_lengths(data.train))]
+            defects += [*packing_mask(args, attention_of(model.config)), *much_padding(args, account.train.lengths)]
             data_print = fingerprint(data.train, data.held_out)
         idle = idle_without_rows(args) if data.held_out is None else None
         for notice in (dense, experts, *data.notices, idle):
@@ -178,6 +190,7 @@ def prepare(
         dense=dense,
         adapter=adapter,
         data=data,
+        account=account,
         optimizer=optimizer,
         initialization=(*initialization, *measured),
         defects=tuple(defects),
@@ -189,19 +202,74 @@ def prepare(
     )
 
 
-def _free_folder(settings: Settings) -> FoundCheckpoint:
-    folder = Path(settings.output_dir)
-    run_on_main(lambda: refuse_if_held(folder))
-    return starting_point(folder, resume=settings.resume, overwrite=settings.overwrite, allow=settings.allow)
+def _read_rows(
+    settings: Settings, train_dataset: Dataset | None, eval_dataset: Dataset | None
+) -> tuple[Source, Source | None]:
+    """The training rows and the held-out rows, if there are any of their own."""
+    if train_dataset is not None:
+        if len(train_dataset) == 0 or (eval_dataset is not None and len(eval_dataset) == 0):
+            raise InputError("train_dataset and eval_dataset must hold at least one row each, got an empty one")
+        train = Source(train_dataset, "train_dataset")
+        held_out = None if eval_dataset is None else Source(eval_dataset, "eval_dataset")
+    else:
+        train, held_out = load_sources(
+            settings.named("dataset_name"),
+            config=settings.dataset_config,
+            train_split=settings.dataset_train_split,
+            test_split=settings.dataset_test_split,
+            eval_name=settings.dataset_eval_name,
+            columns=settings.dataset_columns,
+        )
+    return train.first(settings.max_train_rows), held_out and held_out.first(settings.max_eval_rows)
 
 
-def _dense_weights(model: Any) -> DenseWeights | None:
-    if not getattr(model, "is_loaded_in_4bit", False):
-        return None
-    from qriemann.base.dense_weights import hold_dense
+def _read_base(
+    settings: Settings, model: Any, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The base model and its tokenizer: those that were given, or those that the settings name."""
+    if model is not None:
+        if tokenizer is None:
+            raise InputError("tokenizer must come with the model, got a model alone; pass both")
+        return model, tokenizer
+    device = compute_device("cpu" if settings.use_cpu else None)
+    return load_base(
+        settings.named("model_name_or_path"),
+        quantize=None if settings.quantize == "none" else "nf4",
+        dtype=run_dtype(settings, device),
+        device=device,
+        revision=settings.model_revision,
+        trust_remote_code=settings.trust_remote_code,
+        attn_implementation=settings.attn_implementation,
+        allow_pickle="pickle" in settings.allow,
+        offload_embeddings=settings.offload_embeddings,
+    )
 
-    # Reports the copies `load_base` made, and makes those still missing (a model passed in, or memory freed since).
-    return hold_dense(model)
+
+def _tokenize(
+    settings: Settings, args: SFTConfig, sources: tuple[Source, Source | None], tokenizer: PreTrainedTokenizerBase
+) -> TokenizedData:
+    """The tokens and labels of all rows, held-out rows split off where the settings ask for an evaluation."""
+    train, held_out = sources
+    evaluated = args.eval_strategy != IntervalStrategy.NO
+    data = tokenize_rows(
+        train,
+        held_out if evaluated else None,
+        tokenizer,
+        loss_on=settings.loss_on,
+        text_field=args.dataset_text_field,
+        max_length=args.max_length,
+        eval_size=settings.eval_size if evaluated and len(train.rows) > 1 else 0.0,
+        seed=args.seed,
+        num_proc=args.dataset_num_proc,
+        max_held_out=settings.max_eval_rows,
+        allow=settings.allow,
+    )
+    if data.held_out is None and evaluated and "eval_strategy" in settings.written:
+        raise InputError(
+            f"eval_strategy {args.eval_strategy.value} needs held-out rows; set eval_size, dataset_test_split or "
+            "dataset_eval_name, or eval_strategy: no"
+        )
+    return data
 
 
 def _optimizer(settings: Settings, args: SFTConfig) -> tuple[type, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a run does for others at its end: the card, `report.html`, and the push if one was asked for."""
+"""The end of a run: the card, `report.html`, and the push if the settings ask for one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def push_target(settings: Settings, model: Any) -> str | None:
     """The repository to push to at the end; None for none.
 
     Raises:
-        InputError: the push could not work, which is better known before the training than after it.
+        InputError: the push cannot work; said before the training, not after it.
     """
     trl = settings.trl
     repository = settings.push

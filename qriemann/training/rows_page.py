@@ -1,4 +1,4 @@
-"""What is trained, for people who would rather look: the account of all rows, and a sample of them as the model reads them.
+"""A page about the training data: counts over all rows, and a sample of rows as the model reads them.
 
 `describe_rows` is kept with the run, so that its report can show it without the model.
 """
@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import groupby, takewhile
-from operator import eq
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from qriemann.chat.session import prompt_tokens
 from qriemann.data.account import FINDINGS, Account, choose_rows
+from qriemann.data.chat_mask import IGNORED, common_prefix_length
 from qriemann.data.row_formats import RowEncoder, find_format
 from qriemann.data.sources import Source
-from qriemann.data.tokenized import IGNORED, TokenizedData
+from qriemann.data.tokenized import TokenizedData
 from qriemann.data.turns import Conversation, Row
 from qriemann.errors import InputError
 from qriemann.folder.files import replace_text
@@ -42,22 +43,14 @@ def describe_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
 ) -> dict[str, Any]:
-    """Counts over all rows, and at most `SAMPLE_ROWS` of them in coloured pieces, as JSON takes it.
-
-    Args:
-        source: of the training rows.
-        data, account: of all rows.
-        encoder, tokenizer, max_length: with which the data was made.
-    """
-    groups = {"all": [account.train, *account.left_out], "training": [account.train]}
-    if account.held_out is not None:
-        groups["all"].append(account.held_out)
-        groups["held out"] = [account.held_out]
+    """Counts over all rows, and at most `SAMPLE_ROWS` of the training rows in coloured pieces, as JSON takes it."""
+    held_out = [] if account.held_out is None else [account.held_out]
+    groups = {"all": [account.train, *account.left_out, *held_out], "training": [account.train]}
+    groups |= {"held out": held_out} if held_out else {}
     counts = [[sum(part.count(name) for part in group) for group in groups.values()] for name in FINDINGS]
     sampler = _Sampler(encoder, tokenizer, max_length)
-    chosen = _choose(data, account)
     sample = []
-    for number, findings, tokens in chosen:
+    for number, findings, tokens in _choose(data, account):
         (row,) = source.read(source.rows[[number]])
         described = sampler.describe(row, source, tokens)
         unused = [name for name in row.unused if name in data.unused]
@@ -73,14 +66,21 @@ def describe_rows(
 
 
 def write_page(path: Path, rows: dict[str, Any], said: Sequence[str]) -> None:
-    """Writes the rows as one HTML file.
-
-    Args:
-        path: of the file, which is replaced.
-        rows: from `describe_rows`.
-        said: notices and defects.
-    """
+    """Replaces the file by an HTML page with what `describe_rows` found, below the notices and defects in `said`."""
     replace_text(path, render("check.html.jinja", name=rows["name"], rows=rows, said=said))
+
+
+def preview(rows: dict[str, Any]) -> list[tuple[str, Text]]:
+    """Two rows of the sample for a terminal, each with a title; trained tokens are bold, green and in brackets."""
+    found = []
+    for row in rows["sample"][:2]:
+        text = Text()
+        for piece in row["pieces"]:
+            gap = f" [... {piece['gap']} tokens ...] " if piece["gap"] else ""
+            shown, trained = piece["text"] + gap + piece["rest"], piece["kind"] == "trained"
+            text.append(f"[{shown}]" if trained else shown, style="bold green" if trained else "dim")
+        found.append((f"row {row['row']}, trained tokens in brackets", text))
+    return found
 
 
 def _choose(data: TokenizedData, account: Account) -> list[tuple[int, list[str], dict[str, list[int]]]]:
@@ -134,14 +134,13 @@ class _Sampler:
         }
 
     def _chat(self, talk: Conversation, spans: dict[int, range], ids: list[int], labels: list[int]) -> Any:
-        answered = [
+        answered = (
             turn
             for turn, places in spans.items()
             if turn and any(labels[i] != IGNORED for i in places if i < len(labels))
-        ]
-        if not answered:
+        )
+        if (last := max(answered, default=None)) is None:
             return None
-        last = max(answered)
         read = ids[: spans[last].start]
         try:
             sent = prompt_tokens(self.tokenizer, chat_messages(talk, last))
@@ -192,24 +191,16 @@ def chat_messages(talk: Conversation, turn: int) -> list[dict[str, str]]:
 
 def _differences(read: list[int], sent: list[int]) -> Iterator[tuple[str, str, list[int], int, int]]:
     """Runs (kind, source, tokens, start, stop) that both prompts have, and those that one of them has."""
-    start = _common(read, sent)
-    end = _common(read[start:][::-1], sent[start:][::-1])
+    start = common_prefix_length(read, sent)
+    end = common_prefix_length(read[start:][::-1], sent[start:][::-1])
     left, right = read[start : len(read) - end], sent[start : len(sent) - end]
     if max(len(left), len(right)) > _COMPARED_TOKENS:
         steps: list[tuple[str, int, int, int, int]] = [("replace", 0, len(left), 0, len(right))]
     else:
         steps = [*SequenceMatcher(None, left, right, autojunk=False).get_opcodes()]
-    steps = [
-        ("equal", -start, 0, -start, 0),
-        *steps,
-        ("equal", len(left), len(left) + end, len(right), len(right) + end),
-    ]
-    for name, a, b, c, d in steps:
+    last = ("equal", len(left), len(left) + end, len(right), len(right) + end)
+    for name, a, b, c, d in [("equal", -start, 0, -start, 0), *steps, last]:
         runs = [("same", read, a, b)] if name == "equal" else [("read", read, a, b), ("sent", sent, c, d)]
         for kind, ids, first, stop in runs:
             if stop > first:
                 yield kind, "", ids, start + first, start + stop
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(bool, map(eq, left, right)))

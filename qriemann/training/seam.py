@@ -34,7 +34,7 @@ class OptimizerFactory:
 
     def __call__(self, model: nn.Module, *, method: str, **options: Any) -> torch.optim.Optimizer:
         refuse_sharding()
-        _tell_of_unread_kinds(model)
+        _warn_of_unread_kinds(model)
         warn_of_checkpointing(model)
         entry = find_method(method)
         if entry.on_manifold:
@@ -43,8 +43,8 @@ class OptimizerFactory:
         return entry.optimizer(model, **options)
 
 
-def _tell_of_unread_kinds(model: nn.Module) -> None:
-    """Warns of an adapter that some command of this project will not read, before it is trained."""
+def _warn_of_unread_kinds(model: nn.Module) -> None:
+    """Warns before the training of an adapter that some command of this project will not read."""
     configs = {name: config for owner in config_owners(model) for name, config in owner.peft_config.items()}
     for name, config in configs.items() if is_main_process() else ():
         for kind in unread(config.to_dict()):

@@ -29,7 +29,7 @@ from qriemann.folder.lock import hold
 from qriemann.memory.auto_batch import AutoBatch, BatchFit
 from qriemann.memory.dry_run import DryRun, cheapest_change
 from qriemann.release.charts import plot_losses
-from qriemann.training.display import PlainView, make_view, no_view
+from qriemann.training.display import PlainView, make_view
 from qriemann.training.monitor import Monitor
 from qriemann.training.outcome import TrainResult, describe_run, figures, show_result, since, summarize
 from qriemann.training.prepare import Prepared
@@ -55,7 +55,7 @@ def train(
         InputError: for anything that the user can mend; before the first step, nothing has been written or overwritten.
     """
     settings, folder = prepared.settings, Path(prepared.settings.output_dir)
-    view = (view or make_view(settings.display)) if is_main_process() else no_view()
+    view = view or make_view(settings.display)
     with quiet(bars=view.console.is_terminal), ExitStack() as held:
         refuse(prepared.defects, settings.allow, view.note)
         # Nothing is written before this, and the lock takes with it what an error leaves empty.
@@ -73,17 +73,12 @@ def train(
 
 
 class _Recorder:
-    """Keeps `run.json` true while the trainer works: what was asked for, what happened, how it ended."""
+    """Keeps `run.json` up to date while the trainer works: the settings, the events, how the run ended."""
 
     def __init__(self, prepared: Prepared, folder: Path, view: PlainView) -> None:
         self.prepared, self.folder, self.view = prepared, folder, view
         self.described = describe_run(prepared)
-        self.monitor = Monitor(
-            view,
-            folder,
-            prepared.args.device,
-            self._begin,
-        )
+        self.monitor = Monitor(view, folder, prepared.args.device, self._begin)
 
     def _begin(self, step: int) -> None:
         settings = self.prepared.settings
@@ -103,7 +98,7 @@ class _Recorder:
             self.trainer,
             max_skipped_steps=settings.max_skipped_steps,
             run=prepared.fingerprints,
-            on_event=self._tell,
+            on_event=self._note_event,
             note=self.view.note,
         )
         if settings.auto_batch:
@@ -140,36 +135,36 @@ class _Recorder:
     def _finish(self, result: TrainResult) -> None:
         plot_losses(self.folder / CURVE, records.read_metrics(self.folder))
         ended = {"status": "finished", "wall_clock_s": result.wall_clock_s, "result": figures(result)}
-        records.write_run(self.folder, {**self._told(), **ended})
+        records.write_run(self.folder, {**self._record(), **ended})
         if self.prepared.settings.display != "none":
             show_result(result, self.view.console)
 
     def _fail(self, error: BaseException) -> None:
-        """Writes how the run ended, and puts into the user's words what the user can mend."""
+        """Records how the run ended, and turns a failed write into an error that the user can mend."""
         self.view.stop()
         if self.monitor.begun:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
             ended = {"status": status, "reason": str(error) or None, "wall_clock_s": since(self.prepared.started)}
             # The disk may be what failed.
             with suppress(OSError):
-                records.write_run(self.folder, {**self._told(), **ended})
+                records.write_run(self.folder, {**self._record(), **ended})
         if is_failed_save(error) or (isinstance(error, OSError) and error.errno in _DISK_FAILURES):
             raise save_failed(self.folder, error) from error
 
-    def _tell(self, event: StepEvent) -> None:
+    def _note_event(self, event: StepEvent) -> None:
         if is_main_process():
             self.view.note(str(event))
             records.append_metrics(self.folder, event.as_record())
-            records.write_run(self.folder, self._told())
+            records.write_run(self.folder, self._record())
 
     def _keep_fit(self, fit: BatchFit) -> None:
         self.view.note(str(fit))
         self.described["auto_batch"] = asdict(fit)
         if self.monitor.begun:
-            records.write_run(self.folder, self._told())
+            records.write_run(self.folder, self._record())
 
-    def _told(self) -> dict[str, Any]:
-        """What `run.json` says, with what happened so far."""
+    def _record(self) -> dict[str, Any]:
+        """The content of `run.json` so far."""
         events = [event for event in records.read_metrics(self.folder) if "skipped" in event or "spike" in event]
         taken = {
             "done": self.trainer.state.global_step,

@@ -1,12 +1,7 @@
 """A conversation against transformers' own generation on the same prompt."""
 
-import json
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from qriemann.chat.session import load_session
@@ -147,36 +142,6 @@ def test_a_merged_model_is_talked_to_without_an_adapter(plain, adapter_folder, t
     model = plain.base_model.model
     assert session.base is None
     assert session.ask("hello", silent)[0] == greedy(model, adapter_folder, [user("hello")], 8)
-
-
-def test_an_adapter_of_another_base_is_refused_in_one_line(adapter_folder, tmp_path):
-    from tests.models import tiny_llama, word_tokenizer
-
-    tiny_llama().save_pretrained(tmp_path / "other")
-    word_tokenizer().save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match=r"does not fit .*size mismatch for .*q_proj") as caught:
-        load_session(adapter_folder, base=str(tmp_path / "other"), quantize="none", device="cpu")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_pickled_adapter_is_talked_to_only_where_its_file_is_named(session, adapter_folder, tmp_path):
-    folder = Path(shutil.copytree(adapter_folder, tmp_path / "pickled"))
-    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
-    (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(InputError, match="name the file itself"):
-        load_session(folder, quantize="none", device="cpu")
-    found = load_session(folder / "adapter_model.bin", quantize="none", device="cpu").model.state_dict()
-    expected = session.model.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-
-
-def test_an_adapter_that_names_no_base_asks_for_one(adapter_folder, tmp_path):
-    shutil.copy(adapter_folder / "adapter_model.safetensors", tmp_path)
-    config = json.loads((adapter_folder / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
-    with pytest.raises(InputError, match="--base"):
-        load_session(tmp_path)
 
 
 def test_what_the_chat_template_refuses_is_one_line_and_the_conversation_stays(session):

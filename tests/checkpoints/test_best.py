@@ -69,7 +69,7 @@ def test_load_best_model_at_end_alone_saves_what_it_evaluates_and_the_run_says_w
 )
 def test_a_setting_that_goes_by_held_out_rows_is_named_where_there_are_none(tmp_path, settings, capsys, change, named):
     assert run_cli(tmp_path, {**settings, "display": "plain", "max_steps": 1, "eval_size": 0, **change}) == 0
-    assert f"without held-out rows there is no effect of {named}, and the last step is kept" in capsys.readouterr().out
+    assert f"{named} has no effect without held-out rows, and the last step is kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "eval_bleu"])

@@ -2,7 +2,6 @@
 
 import pytest
 
-from qriemann.base.chat_template import adjust_tokenizer
 from qriemann.data.chat_mask import AssistantTokenizer, RowError
 from tests.recipe_fixtures import CHATML, make_tokenizer
 
@@ -42,20 +41,12 @@ def as_messages(turns):
 @pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
 def test_the_mask_without_markers_equals_that_of_the_same_template_with_markers(turns, tokenizer):
     messages = as_messages(turns)
-    ids, mask, straddles = AssistantTokenizer(tokenizer).conversation(messages)
+    ids, mask = AssistantTokenizer(tokenizer).conversation(messages)
     marked = make_tokenizer(MARKED).apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     assert ids == marked["input_ids"]
     assert mask == [bool(bit) for bit in marked["assistant_masks"]]
-    assert not straddles
-
-
-def test_each_turn_is_trained_through_its_end_token_and_no_further(tokenizer):
-    messages = as_messages(CONVERSATIONS["several turns"])
-    ids, mask, _ = AssistantTokenizer(tokenizer).conversation(messages)
-    trained = [token for token, bit in zip(ids, mask, strict=True) if bit]
-    assert tokenizer.decode(trained) == "b b<|im_end|>d<|im_end|>"
 
 
 def test_markers_that_leave_the_end_token_out_are_completed():
@@ -72,16 +63,13 @@ def test_only_the_completion_is_trained_when_the_prompt_has_assistant_turns(toke
     messages = as_messages(CONVERSATIONS["several turns"])
     for template in (CHATML, MARKED):
         encoder = AssistantTokenizer(make_tokenizer(template))
-        ids, mask, _ = encoder.conversation(messages, context=[1])
+        ids, mask = encoder.conversation(messages, context=[1])
         assert tokenizer.decode([token for token, bit in zip(ids, mask, strict=True) if bit]) == "d<|im_end|>"
 
 
-def test_a_token_that_straddles_the_start_of_a_turn_is_trained_and_reported(tokenizer):
+def test_a_token_that_straddles_the_start_of_a_turn_is_trained(tokenizer):
     # "assistant\n" + "\nx": the two newlines are one token of this vocabulary.
-    ids, mask, straddles = AssistantTokenizer(tokenizer).conversation(
-        as_messages([("user", "a"), ("assistant", "\nx")])
-    )
-    assert straddles
+    ids, mask = AssistantTokenizer(tokenizer).conversation(as_messages([("user", "a"), ("assistant", "\nx")]))
     assert tokenizer.decode([token for token, bit in zip(ids, mask, strict=True) if bit]) == "\n\nx<|im_end|>"
 
 
@@ -90,7 +78,7 @@ def test_a_template_that_rewrites_its_history_is_refused_with_a_remedy():
     with pytest.raises(RowError, match="rewrites those up to turn 2") as caught:
         encoder.conversation(as_messages([("user", "a"), ("assistant", "why|b"), ("user", "c"), ("assistant", "d")]))
     assert "one row for each assistant turn" in caught.value.remedy
-    _, mask, _ = encoder.conversation(as_messages([("user", "a"), ("assistant", "why|b")]))
+    _, mask = encoder.conversation(as_messages([("user", "a"), ("assistant", "why|b")]))
     assert sum(mask) == len("why|b") + 1
 
 
@@ -104,16 +92,6 @@ def test_a_conversation_that_opens_with_the_assistant_is_refused(tokenizer):
 def test_a_plain_completion_is_trained_with_the_end_token_appended_once(tokenizer):
     encoder = AssistantTokenizer(tokenizer)
     for completion in ("a", "a<|im_end|>"):
-        ids, mask, _ = encoder.completion("q: ", completion)
+        ids, mask = encoder.completion("q: ", completion)
         assert tokenizer.decode(ids) == "q: a<|im_end|>"
         assert mask == [False] * 3 + [True] * 2
-
-
-def test_a_template_file_replaces_a_template_that_rewrites_its_history(tmp_path):
-    path = tmp_path / "keeps.jinja"
-    path.write_text(CHATML)
-    replaced = make_tokenizer(REWRITING)
-    adjust_tokenizer(replaced, chat_template_path=str(path))
-    messages = as_messages(CONVERSATIONS["several turns"])
-    expected = AssistantTokenizer(make_tokenizer(CHATML)).conversation(messages)
-    assert AssistantTokenizer(replaced).conversation(messages) == expected

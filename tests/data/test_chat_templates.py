@@ -59,11 +59,6 @@ _CHATML = "<|im_end|>\n<|im_start|>assistant\n"
 
 # Family, turns, and the row as written by hand: context and trained text by turns.
 ROWS = {
-    "llama-3.1, one turn": (
-        "llama-3.1",
-        ONE,
-        [f"<|begin_of_text|>{_DATES}<|eot_id|>{_ASKED}two{_ANSWERS}", "2<|eot_id|>"],
-    ),
     "llama-3.1, several turns after a system message": (
         "llama-3.1",
         [SYSTEM, *SEVERAL],
@@ -108,11 +103,6 @@ ROWS = {
             "\n",
         ],
     ),
-    "gemma-3, one turn": (
-        "gemma-3",
-        ONE,
-        [f"<bos><start_of_turn>user\ntwo{_MODEL}", "2<end_of_turn>", "\n"],
-    ),
     "gemma-3, several turns after a system message": (
         "gemma-3",
         [SYSTEM, *SEVERAL],
@@ -126,16 +116,10 @@ ROWS = {
             "\n",
         ],
     ),
-    "mistral-v0.3, one turn": ("mistral-v0.3", ONE, ["<s>[INST] two[/INST]", " 2</s>"]),
     "mistral-v0.3, several turns": (
         "mistral-v0.3",
         SEVERAL,
         ["<s>[INST] a[/INST]", " b\n\nb</s>", "[INST] c[/INST]", " d</s>", "[INST] e[/INST]", " f</s>"],
-    ),
-    "phi-3.5, one turn": (
-        "phi-3.5",
-        ONE,
-        ["<|user|>\ntwo<|end|>\n<|assistant|>\n", "2<|end|>", "\n<|endoftext|>"],
     ),
     "phi-3.5, several turns after a system message": (
         "phi-3.5",
@@ -217,9 +201,7 @@ def test_the_end_of_a_turn_is_known_and_no_defect_is_found(family, write_rows):
 
 def test_qwen3_without_thinking_trains_the_answer_alone():
     tokenizer = tokenizer_of("qwen3")
-    ids, mask, _ = AssistantTokenizer(tokenizer).conversation(
-        as_messages(ONE), template_kwargs={"enable_thinking": False}
-    )
+    ids, mask = AssistantTokenizer(tokenizer).conversation(as_messages(ONE), {"enable_thinking": False})
     assert by_turns(ids, mask, tokenizer) == [
         f"<|im_start|>user\ntwo{_CHATML}<think>\n\n</think>\n\n",
         "2<|im_end|>",
@@ -280,7 +262,7 @@ def test_what_a_template_cannot_carry_is_refused_by_its_row(family, turns, line,
 @pytest.mark.parametrize("family", ["qwen3", "llama3", "gemma3"])
 def test_the_markers_of_trls_training_templates_are_kept_and_reach_into_no_other_turn(family):
     tokenizer = make_tokenizer(published(f"{family}_training"))
-    ids, mask, _ = AssistantTokenizer(tokenizer).conversation(as_messages(SEVERAL))
+    ids, mask = AssistantTokenizer(tokenizer).conversation(as_messages(SEVERAL))
     marked = tokenizer.apply_chat_template(
         as_messages(SEVERAL), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -304,6 +286,6 @@ def test_a_prompt_may_hold_answers_that_a_marked_template_rewrites():
     marked = marked.replace("+ '<|im_end|>' + '\n' }}", "+ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}")
     talk = as_messages([("user", "a"), ("assistant", "why|b"), ("user", "c"), ("assistant", "d")])
     tokenizer = make_tokenizer(marked)
-    ids, mask, _ = AssistantTokenizer(tokenizer).conversation(talk, context=[1])
+    ids, mask = AssistantTokenizer(tokenizer).conversation(talk, context=[1])
     assert by_turns(ids, mask, tokenizer)[-2:] == ["d<|im_end|>", "\n"]
     assert sum(mask) == 2

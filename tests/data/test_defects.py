@@ -1,6 +1,7 @@
 """Each defect of a dataset, carried by a small file into a run that stops at it, or says it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from qriemann import cli
 from qriemann.data.account import end_tokens, take_account
-from qriemann.data.defects import find_defects, preview, refuse
+from qriemann.data.defects import find_defects, refuse
 from qriemann.data.sources import Source
 from qriemann.data.tokenized import TokenizedData, tokenize_rows
 from qriemann.errors import InputError
@@ -56,11 +57,6 @@ def tokenized(rows, held_out=None):
     return TokenizedData(parts[0], parts[1], "input_ids")
 
 
-def test_rows_without_a_defect_have_none(model, tokenizer):
-    data = tokenize_rows(Source(Dataset.from_list(chat_rows()), "rows"), None, tokenizer, eval_size=3)
-    assert defects_of(data, tokenizer, model) == []
-
-
 def test_an_end_token_that_is_never_trained_stops_the_run_unless_it_is_allowed(run, write_rows, capsys):
     path = write_rows(chat_rows())
     status, report = run(path, template=ENDLESS)
@@ -81,11 +77,6 @@ def test_an_end_token_that_truncation_cuts_off_counts_as_untrained(model, tokeni
     # The end token is the last but a newline.
     assert names(defects_of(data, tokenizer, model, max_length=shortest - 2)) == ["end-token-untrained"]
     assert names(defects_of(data, tokenizer, model, max_length=shortest)) == []
-
-
-def test_an_end_token_in_few_rows_is_said(model, tokenizer):
-    end = tokenizer.eos_token_id
-    assert names(defects_of(tokenized([[1, 2, end], [1, 2], [3, 4], [5, 6]]), tokenizer, model)) == ["end-token-rare"]
 
 
 def test_the_templates_own_end_of_turn_counts_as_an_end(model):
@@ -112,52 +103,44 @@ def test_a_row_without_a_trained_token_stops_the_run_or_is_left_out(run, write_r
     assert any("1 of 3 rows" in notice for notice in report["data"]["notices"])
 
 
-def test_rows_that_all_lack_a_trained_token_are_refused_whatever_is_allowed(run, write_rows, capsys):
-    rows = [{"messages": [{"role": "user", "content": "a"}]}]
-    assert run(write_rows(rows), "--allow", "no-trained-token") == (2, None)
-    assert "every token is masked" in capsys.readouterr().err
+def ids_of(rows, **changes):
+    """Chat rows as tokens under a tokenizer with changed special tokens, and that tokenizer."""
+    tokenizer = make_tokenizer(changes.pop("template", CHATML))
+    for name, token in changes.items():
+        setattr(tokenizer, name, token)
+    return tokenize_rows(Source(Dataset.from_list(rows), "rows"), None, tokenizer), tokenizer
 
 
-def test_a_template_that_changes_the_history_stops_the_run(run, write_rows, capsys):
-    rewriting = CHATML.replace("message['content'] + '<|im_end|>'", "message['content'][:loop.index] + '<|im_end|>'")
-    rewriting = rewriting.replace("[:loop.index]", "[: (9 if loop.last else 1)]")
-    turns = [("user", "ab"), ("assistant", "cd"), ("user", "ef"), ("assistant", "gh")]
-    rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
-    assert run(write_rows(rows), template=rewriting) == (2, None)
-    assert "renders differently once it is answered" in capsys.readouterr().err
+def found_in(case, tokenizer, model):
+    end, size = tokenizer.eos_token_id, model.get_input_embeddings().weight.shape[0]
+    match case:
+        case "end-token-rare":
+            return tokenized([[1, 2, end], [1, 2], [3, 4], [5, 6]]), tokenizer
+        case "token-outside-embedding":
+            return tokenized([[1, size, end]]), tokenizer
+        case "rows-in-both-splits":
+            return tokenized([[1, 2, end], [1, 3, end]], held_out=[[1, 3, end], [1, 4, end]]), tokenizer
+        case "doubled-bos":
+            template = "{{ '<|im_start|><|im_start|>' }}" + CHATML
+            return ids_of(chat_rows(5), template=template, bos_token="<|im_start|>")
+        case "pad-is-end":
+            return ids_of(chat_rows(), pad_token="<|im_end|>")
 
 
-def test_a_token_outside_the_embedding_stops_the_run(model, tokenizer):
-    rows = model.get_input_embeddings().weight.shape[0]
-    found = defects_of(tokenized([[1, rows, tokenizer.eos_token_id]]), tokenizer, model)
-    assert names(found) == ["token-outside-embedding"]
-    with pytest.raises(InputError, match=rf"token {rows} .* outside the embedding's {rows} rows"):
-        refuse(found, [], print)
-
-
-def test_a_bos_token_that_the_template_doubles_is_said(model):
-    tokenizer = make_tokenizer("{{ '<|im_start|><|im_start|>' }}" + CHATML)
-    tokenizer.bos_token = "<|im_start|>"
-    data = tokenize_rows(Source(Dataset.from_list(chat_rows(5)), "rows"), None, tokenizer)
-    (found,) = defects_of(data, tokenizer, model)
-    assert found.name == "doubled-bos"
-    assert "5 of 5" in found.problem
-
-
-def test_a_pad_token_that_ends_turns_is_said(model):
-    tokenizer = make_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    data = tokenize_rows(Source(Dataset.from_list(chat_rows()), "rows"), None, tokenizer)
-    assert names(defects_of(data, tokenizer, model)) == ["pad-is-end"]
-
-
-def test_held_out_rows_that_are_trained_on_are_counted(model, tokenizer):
-    rows = chat_rows(8)
-    train, held_out = Dataset.from_list(rows), Dataset.from_list([*rows[2:4], *chat_rows(20)[15:]])
-    data = tokenize_rows(Source(train, "train"), Source(held_out, "test"), tokenizer)
-    (found,) = defects_of(data, tokenizer, model)
-    assert found.name == "rows-in-both-splits"
-    assert found.problem.startswith("2 of 7")
+@pytest.mark.parametrize(
+    ("case", "problem"),
+    [
+        ("end-token-rare", r"trained in only 1 of 4 rows"),
+        ("token-outside-embedding", r"token (\d+) .* outside the embedding's \1 rows"),
+        ("rows-in-both-splits", "^1 of 2 held-out rows"),
+        ("doubled-bos", "doubled at the start of 5 of 5 rows"),
+        ("pad-is-end", "both the pad token and an end token"),
+    ],
+)
+def test_a_defect_of_the_tokens_is_named_with_its_count(case, problem, model, tokenizer):
+    (found,) = defects_of(*found_in(case, tokenizer, model), model)
+    assert found.name == case
+    assert re.search(problem, found.problem)
 
 
 def test_all_defects_are_noted_before_the_first_error_stops(model, tokenizer):
@@ -170,12 +153,3 @@ def test_all_defects_are_noted_before_the_first_error_stops(model, tokenizer):
         "allowed: none of 2 rows trains the end of a turn",
         "1 of 1 held-out rows are also training rows",
     ]
-
-
-def test_the_preview_sets_off_exactly_the_trained_tokens(tokenizer):
-    data = tokenize_rows(Source(Dataset.from_list(chat_rows(3)), "rows"), None, tokenizer)
-    first, second = preview(data.train, tokenizer)
-    for number, text in enumerate((first, second)):
-        coloured = "".join(text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style))
-        assert coloured == f"[it is {number}<|im_end|>]"
-        assert text.plain.replace(coloured, coloured[1:-1]) == tokenizer.decode(data.train[number]["input_ids"])

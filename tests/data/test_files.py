@@ -8,7 +8,6 @@ from datasets import Dataset
 from pyarrow import parquet
 
 from qriemann.data.sources import Source, load_sources
-from qriemann.data.tokenized import fingerprint, tokenize_rows
 from qriemann.errors import InputError
 from tests.recipe_fixtures import chat_rows
 
@@ -50,16 +49,6 @@ def test_a_text_cell_is_read_as_it_was_written(ending, tmp_path):
     assert [row["instruction"] for row in rows_of(path)] == CELLS
 
 
-def test_cells_of_csv_without_quotation_marks_stay_text(tmp_path, write_rows, tokenizer):
-    path = tmp_path / "rows.csv"
-    path.write_text("instruction,input,output\nNA,,007\nDouble it,3,6.0\nTrue?,,null\n\nshort,,1e6\n")
-    asked = [("NA", "007"), ("Double it\n\n3", "6.0"), ("True?", "null"), ("short", "1e6")]
-    turns = [[("user", question), ("assistant", answer)] for question, answer in asked]
-    rows = [{"messages": [{"role": role, "content": text} for role, text in talk]} for talk in turns]
-    expected = tokenize_rows(*load_sources(str(write_rows(rows))), tokenizer)
-    assert fingerprint(tokenize_rows(*load_sources(str(path)), tokenizer).train) == fingerprint(expected.train)
-
-
 def test_a_long_cell_with_line_ends_and_quotation_marks_is_one_cell(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('text\n"' + "x" * 200_000 + '\n""quoted"""\n')
@@ -72,7 +61,7 @@ def test_a_long_cell_with_line_ends_and_quotation_marks_is_one_cell(tmp_path):
         ("a,b\n1,2,3\n", "line 2, has 3 cells for 2 columns"),
         ('a,b\n1,"2\n3,4\n', "a quotation mark is never closed"),
         ("a,a\n1,2\n", "columns twice"),
-        ("a,b\n", "holds no rows"),
+        ("a,b\n", "at least one row"),
         ("a,b\n\udcff,2\n", "not UTF-8"),
     ],
 )
@@ -101,13 +90,6 @@ def test_a_single_json_object_is_one_row(row, indent, tmp_path):
     assert rows_of(path) == [row]
 
 
-def test_a_renamed_column_tells_a_row_from_a_wrapper(tmp_path):
-    path = tmp_path / "one.json"
-    path.write_text(json.dumps({"question": "a", "solution": "b", "sources": [{"text": "c"}]}))
-    found = rows_of(path, columns={"question": "instruction", "solution": "output"})
-    assert found == [{"instruction": "a", "output": "b", "sources": [{"text": "c"}]}]
-
-
 def test_lines_of_json_end_at_a_line_feed_and_nowhere_else(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"text": f"one{mark}two"} for mark in "\u2028\u2029\x85\x0b\x0c\x1c"] + [{"text": "end"}]
@@ -115,19 +97,6 @@ def test_lines_of_json_end_at_a_line_feed_and_nowhere_else(tmp_path):
         "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows), encoding="utf-8-sig", newline=""
     )
     assert rows_of(path) == rows
-
-
-def test_the_first_rows_decide_nothing_for_the_others(write_rows, tokenizer):
-    plain = [{"messages": row["messages"], "tools": None, "note": None} for row in chat_rows(3)]
-    mixed = [
-        {**chat_rows(1)[0], "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
-        {**chat_rows(1)[0], "tools": '[{"type": "function", "function": {"name": "g"}}]', "note": 3},
-        {**chat_rows(1)[0], "note": {"a": ["b"]}},
-    ]
-    assert rows_of(write_rows(plain + mixed)) == plain + mixed
-    data = tokenize_rows(*load_sources(str(write_rows(plain + mixed))), tokenizer)
-    assert len(data.train) == 6
-    assert data.unused == {"note": 2, "tools": 2}
 
 
 @pytest.mark.parametrize(
@@ -157,8 +126,7 @@ def test_the_name_of_a_file_is_no_pattern(name, write_rows):
     assert rows_of(write_rows([{"text": "right"}], name)) == [{"text": "right"}]
 
 
-@pytest.mark.parametrize("folder", ["data[v2]", "data?", "[1]/x*"])
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("folder", "ending"), [("data[v2]", "jsonl"), ("data?", "parquet"), ("[1]/x*", "jsonl")])
 def test_the_name_of_a_folder_is_no_pattern(folder, ending, tmp_path, write_rows):
     for place, text in (("datav", "wrong"), ("data2", "wrong"), ("1/xy", "wrong"), (folder, "right")):
         (tmp_path / place).mkdir(parents=True)
@@ -197,10 +165,8 @@ def test_a_folder_with_several_configurations_gives_the_one_that_is_named(tmp_pa
     assert rows_of(tmp_path / "rows", config="b") == [{"text": "b"}]
 
 
-@pytest.mark.parametrize("place", ["/dev/null/x", "/proc/nope"])
-def test_local_files_need_no_cache_and_a_cache_that_cannot_be_written_is_named(
-    place, tmp_path, write_rows, monkeypatch
-):
+def test_local_files_need_no_cache_and_a_cache_that_cannot_be_written_is_named(tmp_path, write_rows, monkeypatch):
+    place = "/dev/null/x"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place)
     assert len(rows_of(write_rows(chat_rows(2)))) == 2
     (tmp_path / "rows").mkdir()

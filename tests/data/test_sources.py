@@ -18,23 +18,21 @@ def texts(folder):
     [
         "data_files: ../secret.jsonl",
         "data_files: [{{split: train, path: ../s*.jsonl}}]",
-        "data_files: {}/secret.jsonl",
         "data_files: file://{}/secret.jsonl",
         "data_dir: ..",
     ],
 )
-@pytest.mark.parametrize("readme", ["README.md", ".huggingface.yaml"])
-def test_the_readme_of_a_folder_names_no_rows_outside_of_it(tmp_path, monkeypatch, outside, readme):
+def test_the_readme_of_a_folder_names_no_rows_outside_of_it(tmp_path, monkeypatch, outside):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "secret.jsonl").write_text('{"text": "secret"}\n')
     folder = tmp_path / "rows"
     folder.mkdir()
     (folder / "rows.jsonl").write_text('{"text": "public"}\n')
-    mark = "---\n" if readme == "README.md" else ""
-    (folder / readme).write_text(f"{mark}configs:\n- config_name: a\n  {outside.format(tmp_path)}\n{mark}")
+    readme = folder / "README.md"
+    readme.write_text(f"---\nconfigs:\n- config_name: a\n  {outside.format(tmp_path)}\n---\n")
     with pytest.raises(InputError, match="must name files in it"):
         load_sources(str(folder))
-    (folder / readme).write_text(f"{mark}configs:\n- config_name: a\n  data_files: rows.jsonl\n{mark}")
+    readme.write_text("---\nconfigs:\n- config_name: a\n  data_files: rows.jsonl\n---\n")
     assert texts(folder) == ["public"]
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from qriemann.data.sources import Source, load_sources
+from qriemann.data.sources import load_sources
 from qriemann.data.tokenized import fingerprint, tokenize_rows
 from qriemann.errors import InputError
 from tests.recipe_fixtures import chat_rows, make_tokenizer
@@ -73,11 +73,6 @@ def test_held_out_rows_are_not_trained_on_and_are_announced(write_rows, tokenize
     assert any("5 of 20 rows" in notice for notice in data.notices)
 
 
-def test_loss_on_all_trains_every_token(write_rows, tokenizer):
-    data = tokens_of(write_rows(chat_rows(2)), tokenizer, loss_on="all")
-    assert data.train["labels"][:] == data.train["input_ids"][:]
-
-
 def test_rows_that_truncation_leaves_bare_are_left_out_with_a_notice(write_rows, tokenizer):
     rows = chat_rows(2)
     rows[1]["messages"][0]["content"] = "x" * 500
@@ -90,6 +85,11 @@ def test_texts_without_roles_are_trained_whole_and_say_so(write_rows, tokenizer)
     data = tokens_of(write_rows([{"text": "abc"}]), tokenizer)
     assert tokenizer.decode(data.train[0]["labels"]) == "abc<|im_end|>"
     assert any("every token" in notice for notice in data.notices)
+
+
+def test_conversations_need_a_chat_template(write_rows):
+    with pytest.raises(InputError, match="chat_template_path"):
+        tokens_of(write_rows(chat_rows(1)), make_tokenizer(None))
 
 
 def bad_rows():
@@ -144,9 +144,3 @@ def test_columns_can_be_renamed_to_what_is_recognized(write_rows, tokenizer):
     assert renamed.train["input_ids"][:] == expected.train["input_ids"][:]
     with pytest.raises(InputError, match="'answer'; its columns are question, solution, output"):
         load_sources(str(path), columns={"answer": "output"})
-
-
-def test_conversations_need_a_chat_template():
-    source = Source(Dataset.from_list(chat_rows(1)), "rows")
-    with pytest.raises(InputError, match="chat_template_path"):
-        tokenize_rows(source, None, make_tokenizer(None))

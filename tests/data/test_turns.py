@@ -190,15 +190,6 @@ def test_a_reasoning_is_trained_where_the_template_writes_it_and_named_where_not
     assert written.unused == {}
 
 
-def test_an_answer_that_is_only_reasoning_is_trained_if_the_template_writes_it():
-    rows = [{"messages": ask("", reasoning_content="2 and 2")}, {"messages": ask(None, thinking="3")}]
-    texts = shown(read(rows, TOOLS), TOOLS)
-    assert "[<think>2 and 2</think><|im_end|>]" in texts[0]
-    assert "[<think>3</think><|im_end|>]" in texts[1]
-    with pytest.raises(InputError, match=r"rows has an empty assistant turn, because .* its reasoning_content"):
-        read(rows)
-
-
 def test_reasoning_of_an_earlier_answer_counts_as_written_where_each_answer_becomes_a_row():
     # As Qwen3: the reasoning of earlier answers is left out.
     template = TOOLS.replace("{% if m.reasoning_content %}", "{% if m.reasoning_content and loop.last %}")
@@ -230,8 +221,8 @@ def test_a_function_call_is_trained_as_text_where_the_template_knows_no_calls():
 
 ROLES = {
     "user": ["human", "User", "prompter"],
-    "assistant": ["gpt", "GPT", "chatgpt", "model", "ai", "bing"],
-    "tool": ["function", "observation", "tool_response", "function_response", "ipython"],
+    "assistant": ["gpt", "GPT", "model"],
+    "tool": ["function", "observation", "ipython"],
 }
 
 

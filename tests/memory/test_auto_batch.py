@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from datasets import IterableDataset
 from transformers import TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -18,7 +17,7 @@ from qriemann.training.prepare import prepare
 from qriemann.training.train import train
 from tests.memory.conftest import allocated_peak
 from tests.recipe_fixtures import chat_rows
-from tests.runs import assert_same, logged, outcome, protected_trainer, uneven_rows
+from tests.runs import assert_same, logged, outcome, protected_trainer
 
 # 8 rows a step.
 SETTINGS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 3, "save_strategy": "no"}
@@ -141,15 +140,6 @@ def test_what_free_memory_does_not_hold_is_not_tried(tmp_path, monkeypatch):
     _, _, (choice,) = trained(tmp_path / "auto", auto=True, memory=memory)
     assert choice.rows == 2
     assert max(memory.seen) == 2
-
-
-def test_a_stream_of_rows_is_refused(tmp_path):
-    trainer, _ = protected_trainer(
-        tmp_path, rows=IterableDataset.from_generator(lambda: iter(uneven_rows())), **SETTINGS
-    )
-    AutoBatch(trainer)
-    with pytest.raises(InputError, match=r"datasets\.Dataset.*got IterableDataset"):
-        trainer.train()
 
 
 def test_another_error_is_not_mistaken_for_a_lack_of_memory(tmp_path):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from qriemann.memory.batch_shape import much_padding, packing_mask, padding_share
+from qriemann.memory.dry_run import much_padding, packing_mask, padding_share
 
 
 def arguments(**changes):

@@ -90,10 +90,10 @@ def test_the_check_measures_shows_and_touches_no_folder(settings, tmp_path, caps
     assert "longest training batch, 2 x" in printed
     assert "longest evaluation batch, 4 x" in printed
     assert not (tmp_path / "out").exists()
-    result = check(prepare(settings_from(settings), to_train=False))
-    assert (result.rows, result.held_out_rows) == (20, 4)
-    assert result.trained_tokens < result.tokens
-    assert result.defects == ()
+    account = (prepared := prepare(settings_from(settings), to_train=False)).account
+    assert (len(account.train), len(account.held_out)) == (20, 4)
+    assert account.train.trained.sum() < account.train.lengths.sum()
+    assert check(prepared).defects == ()
 
 
 def test_what_was_checked_is_not_trained(settings):

@@ -263,17 +263,6 @@ def test_offloading_the_embeddings_is_named_where_it_is_enough(make_config):
     assert plan(make_config("wordy", **settings, **result.remedy), card).fits
 
 
-def test_offloading_comes_before_shorter_rows(make_config):
-    settings = {"per_device_train_batch_size": 1, "eval_strategy": "no", "max_length": 512}
-    fitting = make_config("wordy", **{**settings, "max_length": 256}, offload_embeddings=True)
-    card = (plan(fitting).high + 1024) / GIB
-    result = plan(make_config("wordy", **settings), card)
-    assert result.remedy["offload_embeddings"] is True
-    mended = plan(make_config("wordy", **{**settings, **result.remedy}), card)
-    assert mended.fits
-    assert mended.workload.max_length >= 256
-
-
 def test_packed_samples_need_the_mask_that_keeps_them_apart(make_config):
     packed = {
         "packing": True,

@@ -18,7 +18,6 @@ import torch
 from transformers import TrainerCallback
 
 from qriemann.checkpoints.signals import StoppedBySignal
-from qriemann.config import settings_from
 from qriemann.errors import InputError
 from qriemann.training import train
 from qriemann.training.seam import OptimizerFactory
@@ -229,13 +228,6 @@ def test_a_launcher_that_shards_is_refused_by_name(monkeypatch, settings, variab
     assert not (Path(settings["root"]) / "refused-of-1").exists()
     with pytest.raises(InputError, match=name):
         drawn_start(0)
-
-
-@pytest.mark.parametrize("values", [{"fsdp": "full_shard"}, {"deepspeed": {"zero_optimization": {"stage": 3}}}])
-def test_arguments_that_shard_are_refused_by_name(values):
-    (key,) = values
-    with pytest.raises(InputError, match=f"^{key} must be None"):
-        settings_from({"output_dir": "unused", **values})
 
 
 if __name__ == "__main__":

@@ -18,21 +18,26 @@ def settings(settings):
     return {**settings, "per_device_train_batch_size": 2, "save_strategy": "no", "eval_size": 0, "use_cpu": True}
 
 
-def rate_of(result) -> float:
-    return result.trainer.optimizer.param_groups[0]["initial_lr"]
-
-
 def saved_config(tmp_path) -> dict:
     return json.loads((tmp_path / "out" / "adapter_config.json").read_text())
 
 
 @pytest.mark.parametrize(
-    "changes", [{"max_steps": 2}, {"max_steps": 9}, {"max_steps": 2, "method": "lora-tsd"}], ids=str
+    ("changes", "rate"),
+    [
+        ({}, 5e-3),
+        ({"max_steps": 9}, 5e-3),
+        ({"method": "lora-tsd"}, 5e-3),
+        ({"learning_rate": 3e-3}, 3e-3),
+        ({"method_kwargs": {"lr": 3e-3}}, 3e-3),
+        *(({"method": name}, METHODS[name].defaults["lr"].value) for name in ("adamw", "muon", "riemannlora")),
+    ],
+    ids=str,
 )
-def test_the_default_rate_is_the_same_for_runs_of_any_length(settings, tmp_path, changes):
-    result = train_on({**settings, **changes})
-    assert rate_of(result) == 5e-3
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["config"]["learning_rate"] == 5e-3
+def test_the_rate_is_the_given_one_or_the_methods_default_at_any_length(settings, tmp_path, changes, rate):
+    result = train_on({**settings, "max_steps": 2, **changes})
+    assert result.trainer.optimizer.param_groups[0]["initial_lr"] == rate
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["config"]["learning_rate"] == rate
 
 
 def test_a_class_and_for_trainer_take_the_rate_and_the_start_that_a_recipe_takes():
@@ -41,17 +46,6 @@ def test_a_class_and_for_trainer_take_the_rate_and_the_start_that_a_recipe_takes
         optimizer = make(with_lora(tiny_llama(layers=1)))
         assert optimizer.param_groups[0]["lr"] == 5e-3
         assert all(point.offset is None and not point.s.any() for point in optimizer.points)
-
-
-@pytest.mark.parametrize("given", [{"learning_rate": 3e-3}, {"method_kwargs": {"lr": 3e-3}}])
-def test_a_rate_that_was_given_stays(settings, given):
-    assert rate_of(train_on({**settings, "max_steps": 2, **given})) == 3e-3
-
-
-@pytest.mark.parametrize("method", ["adamw", "muon", "riemannlora"])
-def test_the_default_of_another_method_is_the_tables(settings, method):
-    result = train_on({**settings, "max_steps": 2, "method": method})
-    assert rate_of(result) == METHODS[method].defaults["lr"].value
 
 
 @pytest.mark.parametrize(

