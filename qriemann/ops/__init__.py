@@ -8,12 +8,12 @@ new tall matrix of the step is a combination of these columns.
 
     gram   [U, N, D] -> [U, N, D]^T [N, D]     one tall pass; 2 r^2 numbers a side come out, 6 r^2 with D
     core   the small matrices of both sides -> coefficients t and the new S
-    apply  [U, N, D], t -> U+, N+              the second tall pass
+    apply  [U, N, D], t -> U+, N+              the second tall pass; `correct` keeps every U+ orthonormal
 """
 
-from qriemann.ops.apply import apply, orthonormality_error
+from qriemann.ops.apply import apply, correct, orthonormality_error
 from qriemann.ops.core import CoreResult, core
 from qriemann.ops.gram import gram
 from qriemann.ops.polar import POLAR_RTOL, polar
 
-__all__ = ["POLAR_RTOL", "CoreResult", "apply", "core", "gram", "orthonormality_error", "polar"]
+__all__ = ["POLAR_RTOL", "CoreResult", "apply", "core", "correct", "gram", "orthonormality_error", "polar"]

@@ -1,4 +1,4 @@
-"""Second tall pass: the new factor and momentum, and the repair of the factor's orthonormality."""
+"""Second tall pass: the new factors and momenta, and the repair of the factor's orthonormality."""
 
 from __future__ import annotations
 
@@ -30,8 +30,6 @@ def apply(
 ) -> Float[Tensor, "k r r"]:
     """Overwrites U = blocks[0] with [U, N, D] t_1 and `momentum` with [U, N, D] t_2, [t_1, t_2] the coefficients.
 
-    A factor that has drifted from orthonormality is corrected, U <- U (I + E)^(-1/2) with E = U^T U - I to second order.
-
     Args:
         blocks: U, N and, where the direction differs from the momentum, D; the sides of one height t.
         coefficients: from `core`, (k, p r, 2 r) for p blocks.
@@ -39,7 +37,7 @@ def apply(
         scratch: no block's memory; its contents are lost.
 
     Returns:
-        (I + E)^(1/2), to second order: the factor that S takes on this side so that X stays as it was.
+        E = U^T U - I of the new factors, for `correct`.
 
     Cost: 4 p r^2 t + 2 r^2 t flops.
     """
@@ -48,13 +46,30 @@ def apply(
         torch.bmm(blocks[0], coefficients[:, :rank, columns], out=out)
         for index, block in enumerate(blocks[1:], start=1):
             out.baddbmm_(block, coefficients[:, index * rank : (index + 1) * rank, columns])
-    u = blocks[0].copy_(scratch)
-    error = orthonormality_error(u)
-    compensation = torch.eye(rank, dtype=u.dtype, device=u.device).repeat(u.shape[0], 1, 1)
-    drifted = (error.abs().amax((-2, -1)) > _CORRECT_ABOVE).nonzero().flatten()
-    if drifted.numel():
-        e = error[drifted]
+    return orthonormality_error(blocks[0].copy_(scratch))
+
+
+def correct(
+    factors: Sequence[Float[Tensor, "_k _t r"]], errors: Sequence[Float[Tensor, "_k r r"]]
+) -> Float[Tensor, "b r r"]:
+    """Repairs factors that have drifted from orthonormality, U <- U (I + E)^(-1/2) to second order; reads a flag on the host.
+
+    Args:
+        factors: of all heights.
+        errors: their E, from `apply`.
+
+    Returns:
+        (I + E)^(1/2), to second order, of all factors: what S takes on this side so that X stays as it was.
+    """
+    e = torch.cat(list(errors))
+    drifted = e.abs().amax((-2, -1)) > _CORRECT_ABOVE
+    compensation = torch.eye(e.shape[-1], dtype=e.dtype, device=e.device).expand_as(e)
+    if drifted.any():
+        e = torch.where(drifted[:, None, None], e, 0)
         e_squared = e @ e
-        u[drifted] -= u[drifted] @ (e / 2 - 3 / 8 * e_squared)
-        compensation[drifted] += e / 2 - e_squared / 8
+        compensation = compensation + e / 2 - e_squared / 8
+        of_heights = (e / 2 - 3 / 8 * e_squared).split([len(u) for u in factors])
+        for u, drift, here in zip(factors, of_heights, drifted.split([len(u) for u in factors]), strict=True):
+            rows = here.nonzero().flatten()
+            u[rows] -= u[rows] @ drift[rows]
     return compensation

@@ -25,11 +25,13 @@ class CoreResult(NamedTuple):
         coefficients: (2, b, p r, 2 r): [U+, N+] = [U, N, D] t on side 0, likewise for V on side 1.
         s: (b, r, r), the new S.
         moved: (b,), the active layers with finite Gram matrices.
+        all_finite: whether the host knows already that every Gram matrix is finite.
     """
 
     coefficients: Float[Tensor, "2 b p q"]
     s: Float[Tensor, "b r r"]
     moved: Bool[Tensor, " b"]
+    all_finite: bool = False
 
 
 def core(
@@ -60,15 +62,14 @@ def core(
     """
     rank = s.shape[-1]
     moved = active & gram.abs().amax((-2, -1)).isfinite().all(0)
-    all_moved = bool(moved.all())
-    if not all_moved:
-        gram = torch.where(moved[:, None, None], gram, 0)
+    gram = torch.where(moved[:, None, None], gram, 0)
 
     # Project: N = U C + A on side 0, N = V C^T + B on side 1, with A^T A = N^T N - C^T C.
     core_direction, squared = gram[:, :, :rank, -rank:], gram[:, :, -rank:, -rank:].double()
     normal = squared - core_direction.double().mT @ core_direction.double()
     # The rounding of the difference is relative to what it was taken from.
-    r_factor, r_inverse = factor_gram(normal, squared.diagonal(dim1=-2, dim2=-1).sqrt())
+    # A Gram matrix that was made zero for its layer has no direction.
+    r_factor, r_inverse, all_finite = factor_gram(normal, squared.diagonal(dim1=-2, dim2=-1).sqrt())
     r_inverse = r_inverse.to(s.dtype)
 
     # Direction: D = [U Q_A] K [V Q_B]^T. Both sides measure C.
@@ -77,21 +78,18 @@ def core(
     k[:, :rank, rank:] = r_factor[1].mT
     k[:, rank:, :rank] = r_factor[0]
     lr, weight_decay = lr.double(), weight_decay.double()
-    # Without its first r rows the y below is -lr O_A: its norm bounds sigma_{r+1}(y).
     if block_scale is None:
         for _ in range(tangent_iterations):
             k = polar(k)
             k[:, rank:, rank:] = 0
-        perturbation = lr
     else:
         k[:, :rank] *= block_scale[1, :, None, None]
         k[:, rank:, :rank] *= block_scale[0, :, None, None]
-        perturbation = lr * k[:, rank:, :rank].double().square().sum((-2, -1)).sqrt()
 
     # Retract.
     y = k.double() * -lr[:, None, None]
     y[:, :rank, :rank] += (1 - lr * weight_decay)[:, None, None] * s
-    bases, s_new = truncate(y, perturbation)
+    bases, s_new = truncate(y)
     bases = bases.to(s.dtype)
     first, second = bases[:, :, :rank], bases[:, :, rank:]
 
@@ -112,9 +110,6 @@ def core(
         t[:, :, :rank, rank:] = o_core @ first.flip(0) + (o_normal.mT @ second).flip(0) - core_direction @ carried
         t[:, :, -rank:, rank:] = carried
 
-    s_new = s_new.to(s.dtype)
-    if not all_moved:
-        keep = moved[:, None, None]
-        t = torch.where(keep, t, torch.eye(gram.shape[-2], 2 * rank, dtype=s.dtype, device=s.device))
-        s_new = torch.where(keep, s_new, s)
-    return CoreResult(t, s_new, moved)
+    keep = moved[:, None, None]
+    t = torch.where(keep, t, torch.eye(gram.shape[-2], 2 * rank, dtype=s.dtype, device=s.device))
+    return CoreResult(t, torch.where(keep, s_new.to(s.dtype), s), moved, all_finite)

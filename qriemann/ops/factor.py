@@ -13,7 +13,7 @@ PIVOT_TOL = 2.5e-5
 
 def factor_gram(
     gram: Float[Tensor, "*b r r"], scale: Float[Tensor, "*b r"]
-) -> tuple[Float[Tensor, "*b r r"], Float[Tensor, "*b r r"]]:
+) -> tuple[Float[Tensor, "*b r r"], Float[Tensor, "*b r r"], bool]:
     """R and its inverse with A = Q R, Q = A R^-1 orthonormal, from A^T A alone.
 
     Directions of A that are noise (see PIVOT_TOL) get a zero column of Q and a zero row of R: null directions are
@@ -24,7 +24,7 @@ def factor_gram(
         scale: lengths that the noise of each column is relative to (the column before it was projected).
 
     Returns:
-        (R, R^-1), R^-1 a generalized inverse where directions were dropped.
+        (R, R^-1), R^-1 a generalized inverse where directions were dropped, and whether none was: a flag read on the host.
     """
     scale = torch.where(scale > 0, scale, 1)
     scaled = gram / (scale[..., :, None] * scale[..., None, :])
@@ -36,9 +36,10 @@ def factor_gram(
     lower = torch.where(unsafe[..., None, None], eye, lower)
     r_factor = lower.mT.contiguous()
     r_inverse = torch.linalg.solve_triangular(lower, eye, upper=False).mT.contiguous()
-    if unsafe.any():
+    complete = not unsafe.any()
+    if not complete:
         r_factor[unsafe], r_inverse[unsafe] = _pivoted(scaled[unsafe])
-    return r_factor * scale[..., None, :], r_inverse / scale[..., :, None]
+    return r_factor * scale[..., None, :], r_inverse / scale[..., :, None], complete
 
 
 def _pivoted(gram: Float[Tensor, "*b r r"]) -> tuple[Float[Tensor, "*b r r"], Float[Tensor, "*b r r"]]:

@@ -262,15 +262,15 @@ class FactorBatch:
             momentum_form=rule.momentum_form,
             block_scale=block_scale,
         )
-        self._undo_nonfinite(blocks, active & ~result.moved)
+        if not result.all_finite:
+            self._undo_nonfinite(blocks, active & ~result.moved)
 
         coefficients = result.coefficients.flatten(0, 1)[self._order].split([len(h.sides) for h in self._heights])
-        compensation = torch.cat(
-            [
-                ops.apply(height_blocks, t, height.momentum, self._room(height, "new"))
-                for height_blocks, t, height in zip(blocks, coefficients, self._heights, strict=True)
-            ]
-        )[self._position]
+        errors = [
+            ops.apply(height_blocks, t, height.momentum, self._room(height, "new"))
+            for height_blocks, t, height in zip(blocks, coefficients, self._heights, strict=True)
+        ]
+        compensation = ops.correct([height.factors for height in self._heights], errors)[self._position]
         torch.matmul(compensation[:layers] @ result.s, compensation[layers:], out=self.s)
 
     def _block_scale(

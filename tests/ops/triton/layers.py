@@ -162,7 +162,7 @@ def torch_step(layer: Layer, options: Options, dtype: torch.dtype = torch.float6
     )
     momenta = [torch.empty_like(blocks[0]) for blocks in sides]
     compensation = [
-        ops.apply(blocks, t, momentum, torch.empty_like(momentum))
+        ops.correct(blocks[:1], [ops.apply(blocks, t, momentum, torch.empty_like(momentum))])
         for blocks, t, momentum in zip(sides, result.coefficients, momenta, strict=True)
     ]
     s = compensation[0][0] @ result.s[0] @ compensation[1][0]
