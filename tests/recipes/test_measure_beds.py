@@ -16,7 +16,6 @@ import torch.nn.functional as F
 import yaml
 
 from qriemann import InputError
-from qriemann.optim.methods import METHODS
 from tests.recipe_fixtures import make_tokenizer
 
 MEASURE = Path(__file__).parents[2] / "recipes" / "measure"
