@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qriemann.distributed import process_count, sum_over_processes
 from qriemann.errors import InputError
+from qriemann.optim.adapter import ON_ADAPTER
 
 #: Mean KL a trained token, in nats, that the first step makes at the measured rate.
 CHANGE = 0.1
@@ -68,7 +69,10 @@ def measure_rate(
     state = send_to_device(copy.deepcopy(optimizer.state_dict()), "cpu")
     values = [p.detach().cpu() if p.device.type != "cpu" else p.detach().clone() for p in parameters]
     gradients = [p.grad for p in parameters]
-    rates = [group["lr"] for group in optimizer.param_groups]
+    # What is trained beside the adapter has a rate of its own, and stands still here.
+    moved = [id(group) for group in adapter_groups(optimizer)]
+    rates = [group["lr"] if id(group) in moved else 0.0 for group in optimizer.param_groups]
+    first = adapter_groups(optimizer)[0]["lr"]
     optimizer.zero_grad()
     try:
         before = []
@@ -89,7 +93,7 @@ def measure_rate(
         @torch.no_grad()
         def changed(rate: float) -> float:
             for group, own in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = own * rate / rates[0]
+                group["lr"] = own * rate / first
             try:
                 optimizer.step()
                 totals = torch.zeros(2, dtype=torch.float64)
@@ -101,10 +105,15 @@ def measure_rate(
             total, tokens = sum_over_processes(totals.to(parameters[0].device)).tolist()
             return total / tokens
 
-        return _search(changed, rates[0], change)
+        return _search(changed, first, change)
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+
+
+def adapter_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The param groups whose rate is measured: those of the adapter, or all where the optimizer treats all alike."""
+    return [group for group in optimizer.param_groups if group.get(ON_ADAPTER)] or optimizer.param_groups
 
 
 def _search(changed: Callable[[float], float], first: float, change: float) -> tuple[float, list[tuple[float, float]]]:

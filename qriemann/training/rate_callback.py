@@ -25,7 +25,7 @@ from qriemann.adapters.loi import preserved_rng
 from qriemann.distributed import is_main_process
 from qriemann.errors import InputError
 from qriemann.memory.auto_batch import rows_at_once
-from qriemann.optim.measured_rate import CHANGE, NoSuchRateError, measure_rate
+from qriemann.optim.measured_rate import CHANGE, NoSuchRateError, adapter_groups, measure_rate
 from qriemann.training.sample import draw_batches, lean_loss
 
 # The state of a trainer's checkpoints holds the rate under this key.
@@ -37,9 +37,9 @@ _TOKENS = 256
 class MeasuredRate(TrainerCallback):
     """Sets the learning rate to the one whose first step changes the model's answers by `change`.
 
-    The schedule goes on from that rate, and a checkpoint keeps it: a resumed run measures nothing. The batches are a sample
-    of the trainer's data, drawn beside its dataloader, so the training that follows is that of a run whose rate was given as
-    a number. Put it behind `LocallyOptimalInit`.
+    The schedule goes on from that rate, and a checkpoint keeps it: a resumed run measures nothing. Layers that are trained in
+    full beside the adapter keep their own. The batches are a sample of the trainer's data, drawn beside its dataloader, so
+    the training that follows is that of a run whose rate was given as a number. Put it behind `LocallyOptimalInit`.
 
     Args:
         change: mean KL in nats a trained token, > 0.
@@ -63,15 +63,15 @@ class MeasuredRate(TrainerCallback):
     ) -> None:
         optimizer, schedule = _inner(kwargs["optimizer"], "optimizer"), _inner(kwargs["lr_scheduler"], "scheduler")
         # A schedule may begin with a warm-up from zero.
-        firsts = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-        scheduled = [group["lr"] for group in optimizer.param_groups]
+        firsts = [group.get("initial_lr", group["lr"]) for group in adapter_groups(optimizer)]
+        scheduled = [group["lr"] for group in adapter_groups(optimizer)]
         if state.global_step > 0 and _KEY in state.stateful_callbacks:
             rate = state.stateful_callbacks[_KEY]["rate"]
         else:
-            for group, first in zip(optimizer.param_groups, firsts, strict=True):
+            for group, first in zip(adapter_groups(optimizer), firsts, strict=True):
                 group["lr"] = first
             rate = self._measure(args, state, optimizer, kwargs["model"], kwargs["train_dataloader"])
-        for group, first, now in zip(optimizer.param_groups, firsts, scheduled, strict=True):
+        for group, first, now in zip(adapter_groups(optimizer), firsts, scheduled, strict=True):
             group["initial_lr"] = first / firsts[0] * rate
             group["lr"] = group["initial_lr"] * (now / first)
         if hasattr(schedule, "base_lrs"):
@@ -97,7 +97,7 @@ class MeasuredRate(TrainerCallback):
                 )
             except NoSuchRateError as error:
                 # A model with random weights, say, gives the same answers whatever a layer does.
-                rate = optimizer.param_groups[0]["lr"]
+                rate = adapter_groups(optimizer)[0]["lr"]
                 line = f"{error}: the method's own, {rate:g}, is taken"
             else:
                 seconds = time.perf_counter() - started

@@ -39,14 +39,14 @@ class Factors(TrainerCallback):
         self.end = [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
 
-def run(folder, method, callbacks, **settings):
+def run(folder, method, callbacks, lora=None, **settings):
     factors = Factors()
     trainer = SFTTrainer(
         model=tiny_llama(),
         processing_class=word_tokenizer(),
         args=SFTConfig(**trainer_settings(folder, max_steps=3, **settings)),
         train_dataset=counting_rows(),
-        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1, **(lora or {})),
         optimizer_cls_and_kwargs=method,
         callbacks=[*callbacks, factors],
     )
@@ -93,6 +93,15 @@ def test_a_run_with_a_measured_rate_is_to_the_bit_the_run_with_that_number(tmp_p
     assert torch.equal(its.random, plain.random)
     assert all(map(torch.equal, its.end, plain.end))
     assert not all(map(torch.equal, its.start, its.end))
+
+
+def test_what_is_trained_beside_the_adapter_keeps_its_rate(tmp_path):
+    method = qriemann.for_trainer("riemannion", adamw_lr=3e-4, seed=3)
+    trainer, _ = run(tmp_path, method, [MeasuredRate(0.01, rows=8)], {"modules_to_save": ["lm_head"]})
+    adapter, rest = trainer.optimizer.param_groups
+    assert (adapter["on_adapter"], rest["on_adapter"]) == (True, False)
+    assert adapter["initial_lr"] == trainer.args.learning_rate != 5e-3
+    assert rest["initial_lr"] == 3e-4
 
 
 def test_the_recipe_records_the_rate_and_a_resumed_run_keeps_it(tmp_path):
