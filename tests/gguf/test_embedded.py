@@ -62,7 +62,7 @@ def report(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "gguf_report.json").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["tuned", "lora"])
 def test_llama_cpp_computes_what_was_trained_and_ends_every_turn(run: Path, name: str):
     """Ten questions: in our tokens, which are those of llama.cpp's own rendering, or the report would have reasons."""
@@ -72,7 +72,7 @@ def test_llama_cpp_computes_what_was_trained_and_ends_every_turn(run: Path, name
     assert (exact["asked"], exact["ended"]) == (10, 10)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_ladder_is_ordered(run: Path):
     half, eighth, quarter = report(run / "tuned")["merged"]
     assert half["mean_kl"] < 1e-4
@@ -80,7 +80,7 @@ def test_the_ladder_is_ordered(run: Path):
     assert half["bytes"] > eighth["bytes"] > quarter["bytes"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("place", [".", "tuned", "lora"])
 def test_what_the_card_says_gives_the_trained_answers(run: Path, place: str):
     """Its code alone, in a fresh process in the card's folder."""
