@@ -27,6 +27,7 @@ from qriemann.errors import InputError
 from qriemann.memory.auto_batch import rows_at_once
 from qriemann.optim.measured_rate import CHANGE, NoSuchRateError, adapter_groups, measure_rate
 from qriemann.training.sample import draw_batches, lean_loss
+from qriemann.training.seam import unwrapped
 
 # The state of a trainer's checkpoints holds the rate under this key.
 _KEY = "qriemann_measured_rate"
@@ -61,7 +62,10 @@ class MeasuredRate(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer, schedule = _inner(kwargs["optimizer"], "optimizer"), _inner(kwargs["lr_scheduler"], "scheduler")
+        optimizer, schedule = (
+            unwrapped(kwargs["optimizer"], "optimizer"),
+            unwrapped(kwargs["lr_scheduler"], "scheduler"),
+        )
         # A schedule may begin with a warm-up from zero.
         firsts = [group.get("initial_lr", group["lr"]) for group in adapter_groups(optimizer)]
         scheduled = [group["lr"] for group in adapter_groups(optimizer)]
@@ -108,13 +112,6 @@ class MeasuredRate(TrainerCallback):
         if is_main_process():
             self._note(line)
         return rate
-
-
-def _inner(wrapped: Any, name: str) -> Any:
-    """What accelerate wraps."""
-    while hasattr(wrapped, name):
-        wrapped = getattr(wrapped, name)
-    return wrapped
 
 
 def _log_probabilities(model: Any, batch: dict[str, Tensor]) -> Tensor:

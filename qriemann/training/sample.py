@@ -22,8 +22,8 @@ def draw_batches(loader: DataLoader, count: int, batch_size: int, seed: int) -> 
     dataset: Any = getattr(loader, "dataset", None)
     if dataset is None:
         raise InputError(
-            f"the trainer's data must come from a torch DataLoader, got {type(loader).__name__}; pass the batches to "
-            "qriemann.locally_optimal_ before training"
+            f"the trainer's data must come from a torch DataLoader, got {type(loader).__name__}, whose batches cannot be "
+            "looked at before training"
         )
     if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
         raise InputError(
