@@ -81,8 +81,8 @@ class MeasuredRate(TrainerCallback):
         if hasattr(schedule, "base_lrs"):
             schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
             schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+        # Not args.learning_rate, which is what the user asked for and what a resumed run is compared by.
         state.stateful_callbacks[_KEY] = {"rate": rate}
-        args.learning_rate = rate
 
     def _measure(
         self, args: TrainingArguments, state: TrainerState, optimizer: Any, model: Any, loader: DataLoader
@@ -112,6 +112,11 @@ class MeasuredRate(TrainerCallback):
         if is_main_process():
             self._note(line)
         return rate
+
+
+def measured_rate(state: TrainerState) -> float | None:
+    """The rate that a training goes by, if it was measured."""
+    return state.stateful_callbacks.get(_KEY, {}).get("rate")
 
 
 def _log_probabilities(model: Any, batch: dict[str, Tensor]) -> Tensor:
