@@ -21,9 +21,9 @@ from tests.pretended import OnCuda, PretendedCuda, autocast, move, pretended_cud
 LAYERS = 14
 # Kernels of one step of 14 layers after the first, and how often it waits for the device: what `ops` reads flags for.
 STEPS = {
-    "riemannion": (275, 4),
-    "lora-tsd": (350, 6),
-    "riemannlora": (295, 3),
+    "riemannion": (202, 4),
+    "lora-tsd": (262, 6),
+    "riemannlora": (232, 3),
     "scaled-gd": (60, 1),
     "scaled-adamw": (60, 1),
     "adamw": (5, 0),
