@@ -58,16 +58,17 @@ class _FixedRankSum(torch.autograd.Function):
         seen = x.to(dtype) if dropout is None else x.to(dtype) * dropout.mask(x)
         # One product for the point and its offset, so that x is read once.
         z = seen @ bases.v
-        ctx.save_for_backward(x, z[..., : u.shape[1]])
+        rank = u.shape[1]
+        ctx.save_for_backward(x, z[..., :rank])
         # Not saved as tensors are: hooks would move them with the activations, layer by layer.
         ctx.bases, ctx.version, ctx.dropout = bases, bases.v._version, dropout
-        z = z @ bases.core
+        folded = bases.u[:, rank:].mT
         # Into the base's output, for one launch and one tensor less. Autograd takes no view of a custom function's.
         if y.dtype == dtype and y.is_contiguous() and not y._is_view():
-            y.view(-1, y.shape[-1]).addmm_(z.flatten(0, -2), bases.u.mT)
+            y.view(-1, y.shape[-1]).addmm_(z.flatten(0, -2), folded)
             ctx.mark_dirty(y)
             return y
-        return (z @ bases.u.mT).to(y.dtype).add_(y)
+        return (z @ folded).to(y.dtype).add_(y)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Float[Tensor, "*tokens m"]) -> tuple[Tensor | None, ...]:
@@ -75,18 +76,18 @@ class _FixedRankSum(torch.autograd.Function):
         bases, dropout = ctx.bases, ctx.dropout
         if bases.v._version != ctx.version:
             raise RuntimeError("an adapter's factors changed between two passes forward and the backward of the first")
-        dtype = bases.v.dtype
+        dtype, rank = bases.v.dtype, z.shape[-1]
         g = grad_y.to(dtype)
         h = g @ bases.u
         grad_x = grad_u = grad_v = None
         mask = None if dropout is None else dropout.mask(x)
         if ctx.needs_input_grad[2]:
-            grad_u = float32_product(g, z).mul_(bases.scaling)
+            grad_u = float32_product(g, z)
         if ctx.needs_input_grad[3]:
             seen = x.to(dtype) if mask is None else x.to(dtype) * mask
-            grad_v = float32_product(seen, h[..., : z.shape[-1]]).mul_(bases.scaling).mT
+            grad_v = float32_product(seen, h[..., :rank]).mT
         if ctx.needs_input_grad[1]:
-            grad_x = (h @ bases.core.mT) @ bases.v.mT
+            grad_x = h[..., rank:] @ bases.v.mT
             grad_x = (grad_x if mask is None else grad_x * mask).to(x.dtype)
         return grad_y, grad_x, grad_u, grad_v, *[None] * 2
 

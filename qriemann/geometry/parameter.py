@@ -53,19 +53,17 @@ class Core(CountedWrites, Tensor):  # type: ignore[misc]
 
 
 class Bases(NamedTuple):
-    """The factors as a layer multiplies by them: s (X - X_0) = u core^T v^T, with k = r, or 2 r with an offset.
+    """The factors as a layer multiplies by them: s (X - X_0) = u[:, r:] v^T, with k = r, or 2 r with an offset.
 
     Attributes:
-        v: [V, V_0].
-        u: [U, U_0].
-        core: s diag(S, -S_0)^T.
+        v: s [V, V_0].
+        u: [s U, U S, -U_0 S_0]: one product with it in backward serves the gradients of V and of the input.
         scaling: s.
         versions: how often the point and its offset had been written.
     """
 
     v: Float[Tensor, "n k"]
-    u: Float[Tensor, "m k"]
-    core: Float[Tensor, "k k"]
+    u: Float[Tensor, "m r+k"]
     scaling: float
     versions: tuple[object, ...]
 
@@ -154,9 +152,12 @@ class FixedRankParameter:
         """
         self.follow()
         kept, versions = self._bases, self._versions()
-        if versions is None or kept is None or kept.v.dtype != dtype or kept.versions[1] != versions[1]:
+        if versions is None or kept is None or kept.v.dtype != dtype:
             kept = None
-        elif kept.scaling == scaling and kept.versions == versions:
+        elif kept.scaling != scaling or kept.versions[1] != versions[1]:
+            # Not in place: a pass in train mode, where dropout changes the scaling, may have its backward before it.
+            kept = None
+        elif kept.versions == versions:
             return kept
         made = self._make_bases(kept, scaling, dtype, versions or ())
         self._bases = None if versions is None else made
@@ -180,23 +181,19 @@ class FixedRankParameter:
         """New ones, or `kept` brought up to date."""
         rank, offset = self.rank, self.offset
         if kept is not None:
-            v, u, core, *_ = kept
+            # In place, for fewer launches. A backward pass that still needs the old ones finds their count changed.
+            v, u, *_ = kept
         else:
             columns = rank + (0 if offset is None else offset.s.shape[0])
             v = torch.empty(self.v_transposed.shape[1], columns, dtype=dtype, device=self.u.device)
-            u = v.new_empty(self.u.shape[0], columns)
+            u = v.new_empty(self.u.shape[0], rank + columns)
             if offset is not None:
-                v[:, rank:], u[:, rank:] = offset.v, offset.u
-        if kept is None or kept.versions != versions:
-            # In place, for one launch a factor. A backward pass that still needs the old ones finds their count changed.
-            v[:, :rank], u[:, :rank] = self.v_transposed.mT, self.u
-        if kept is None or kept.scaling != scaling:
-            # Not in place: a pass in train mode, where dropout changes the scaling, may have its backward before it.
-            core = v.new_zeros(v.shape[1], v.shape[1])
-            if offset is not None:
-                torch.mul(offset.s.mT, -scaling, out=core[rank:, rank:])
-        torch.mul(self.s.mT, scaling, out=core[:rank, :rank])
-        return Bases(v, u, core, scaling, versions)
+                torch.mul(offset.v, scaling, out=v[:, rank:])
+                u[:, 2 * rank :] = _full_product(offset.u, -offset.s)
+        torch.mul(self.v_transposed.mT, scaling, out=v[:, :rank])
+        torch.mul(self.u, scaling, out=u[:, :rank])
+        u[:, rank : 2 * rank] = _full_product(self.u, self.s)
+        return Bases(v, u, scaling, versions)
 
     @property
     def rank(self) -> int:
@@ -214,6 +211,13 @@ class FixedRankParameter:
         self.v_transposed.data = point.v.float().contiguous().mT
         self.s.copy_(point.s)
         self._full = [self.u.data, self.v_transposed.data]
+
+
+def _full_product(left: Float[Tensor, "m k"], right: Float[Tensor, "k r"]) -> Float[Tensor, "m r"]:
+    """left right in float32: into `out`, where autocast rounds nothing."""
+    return torch.mm(
+        left, right, out=torch.empty(left.shape[0], right.shape[1], dtype=torch.float32, device=left.device)
+    )
 
 
 def fixed_rank_parameters(parameters: Iterable[Tensor]) -> list[FixedRankParameter]:

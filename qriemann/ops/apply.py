@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from qriemann.ops.gram import inner
 
@@ -37,7 +38,7 @@ def apply(
         scratch: no block's memory; its contents are lost.
 
     Returns:
-        E = U^T U - I of the new factors, for `correct`.
+        U^T U of the new factors, for `correct`.
 
     Cost: 4 p r^2 t + 2 r^2 t flops.
     """
@@ -46,23 +47,25 @@ def apply(
         torch.bmm(blocks[0], coefficients[:, :rank, columns], out=out)
         for index, block in enumerate(blocks[1:], start=1):
             out.baddbmm_(block, coefficients[:, index * rank : (index + 1) * rank, columns])
-    return orthonormality_error(blocks[0].copy_(scratch))
+    blocks[0].copy_(scratch)
+    return inner(blocks[0], blocks[0])
 
 
 def correct(
-    factors: Sequence[Float[Tensor, "_k _t r"]], errors: Sequence[Float[Tensor, "_k r r"]]
+    factors: Sequence[Float[Tensor, "_k _t r"]], grams: Sequence[Float[Tensor, "_k r r"]]
 ) -> Float[Tensor, "b r r"]:
     """Repairs factors that have drifted from orthonormality, U <- U (I + E)^(-1/2) to second order; reads a flag on the host.
 
     Args:
         factors: of all heights.
-        errors: their E, from `apply`.
+        grams: their U^T U = I + E, from `apply`.
 
     Returns:
         (I + E)^(1/2), to second order, of all factors: what S takes on this side so that X stays as it was.
     """
-    e = torch.cat(list(errors))
-    drifted = e.abs().amax((-2, -1)) > _CORRECT_ABOVE
+    e = torch.cat(list(grams))
+    e.diagonal(dim1=-2, dim2=-1).sub_(1)
+    drifted = vector_norm(e, torch.inf, (-2, -1)) > _CORRECT_ABOVE
     compensation = torch.eye(e.shape[-1], dtype=e.dtype, device=e.device).expand_as(e)
     if drifted.any():
         e = torch.where(drifted[:, None, None], e, 0)

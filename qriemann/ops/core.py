@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from qriemann.ops.factor import factor_gram
 from qriemann.ops.polar import polar
@@ -61,23 +62,24 @@ def core(
     Differences of Gram matrices and the retraction are taken in float64, the rest in the dtype of `s`.
     """
     rank = s.shape[-1]
-    moved = active & gram.abs().amax((-2, -1)).isfinite().all(0)
+    # A NaN is less than nothing.
+    moved = active & (vector_norm(gram, torch.inf, (0, -2, -1)) < torch.inf)
     gram = torch.where(moved[:, None, None], gram, 0)
 
     # Project: N = U C + A on side 0, N = V C^T + B on side 1, with A^T A = N^T N - C^T C.
     core_direction, squared = gram[:, :, :rank, -rank:], gram[:, :, -rank:, -rank:].double()
-    normal = squared - core_direction.double().mT @ core_direction.double()
-    # The rounding of the difference is relative to what it was taken from.
+    exact = core_direction.double()
+    # The rounding of the difference is relative to what it is taken from.
     # A Gram matrix that was made zero for its layer has no direction.
-    r_factor, r_inverse, all_finite = factor_gram(normal, squared.diagonal(dim1=-2, dim2=-1).sqrt())
+    r_factor, r_inverse, all_finite = factor_gram(squared - exact.mT @ exact, squared.diagonal(dim1=-2, dim2=-1).sqrt())
     r_inverse = r_inverse.to(s.dtype)
 
     # Direction: D = [U Q_A] K [V Q_B]^T. Both sides measure C.
     k = s.new_zeros(s.shape[0], 2 * rank, 2 * rank)
-    k[:, :rank, :rank] = (core_direction[0] + core_direction[1].mT) / 2
+    torch.lerp(core_direction[0], core_direction[1].mT, 0.5, out=k[:, :rank, :rank])
     k[:, :rank, rank:] = r_factor[1].mT
     k[:, rank:, :rank] = r_factor[0]
-    lr, weight_decay = lr.double(), weight_decay.double()
+    lr = lr.double()
     if block_scale is None:
         for _ in range(tangent_iterations):
             k = polar(k)
@@ -87,8 +89,8 @@ def core(
         k[:, rank:, :rank] *= block_scale[0, :, None, None]
 
     # Retract.
-    y = k.double() * -lr[:, None, None]
-    y[:, :rank, :rank] += (1 - lr * weight_decay)[:, None, None] * s
+    y = k * -lr[:, None, None]
+    y[:, :rank, :rank].addcmul_((1 - lr * weight_decay)[:, None, None], s)
     bases, s_new = truncate(y)
     bases = bases.to(s.dtype)
     first, second = bases[:, :, :rank], bases[:, :, rank:]

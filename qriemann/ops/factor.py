@@ -26,18 +26,17 @@ def factor_gram(
     Returns:
         (R, R^-1), R^-1 a generalized inverse where directions were dropped, and whether none was: a flag read on the host.
     """
-    scale = torch.where(scale > 0, scale, 1)
+    # The outer product of two zeros must be no zero.
+    scale = scale.clamp_min(torch.finfo(scale.dtype).tiny ** 0.5)
     scaled = gram / (scale[..., :, None] * scale[..., None, :])
     lower, info = torch.linalg.cholesky_ex(scaled)
-    smallest = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-    # not (>=) so that a NaN pivot counts as unsafe.
-    unsafe = (info != 0) | ~(smallest >= PIVOT_TOL)
+    # Never true of a NaN.
+    safe = (lower.diagonal(dim1=-2, dim2=-1).amin(-1) >= PIVOT_TOL**0.5) & (info == 0)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-    lower = torch.where(unsafe[..., None, None], eye, lower)
-    r_factor = lower.mT.contiguous()
-    r_inverse = torch.linalg.solve_triangular(lower, eye, upper=False).mT.contiguous()
-    complete = not unsafe.any()
+    r_factor, r_inverse = lower.mT, torch.linalg.solve_triangular(lower, eye, upper=False).mT
+    complete = bool(safe.all())
     if not complete:
+        unsafe = ~safe
         r_factor[unsafe], r_inverse[unsafe] = _pivoted(scaled[unsafe])
     return r_factor * scale[..., None, :], r_inverse / scale[..., :, None], complete
 

@@ -7,6 +7,7 @@ import functools
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.linalg import vector_norm
 
 # Singular values under this fraction of the largest are noise: the core matrix comes from float32 Gram matrices, which
 # resolve about sqrt(2^-24) = 2.4e-4 of the largest direction. They are left at zero, never blown up to one.
@@ -34,8 +35,8 @@ def _newton_schulz_coefficients(lower: float, enough: float) -> tuple[list[tuple
     return coefficients, lower
 
 
-# Bound on ||O - O O^T O||_F^2 for settled matrices. A singular value left at v adds v^2 while float32 adds (3e-7)^2 p.
-_SETTLED = 1e-10
+# Bound on ||O - O O^T O||_F for settled matrices. A singular value left at v adds v^2 to its square, and float32 (3e-7)^2 p.
+_SETTLED = 1e-5
 
 # While a wanted singular value is small, float32 would blur its direction by 6e-8 / l; later it costs half as much.
 _FLOAT32_ABOVE = 0.2
@@ -66,12 +67,10 @@ def polar(k: Float[Tensor, "b p p"], rtol: float = POLAR_RTOL) -> Float[Tensor, 
         k: square matrices; zero gives zero, and so does a matrix of float32 subnormals. Late steps are in its dtype.
         rtol: the cut-off, relative to the largest singular value.
     """
-    # Scaled, so that no power of an entry leaves float32's range.
-    largest = k.abs().amax((-2, -1), keepdim=True)
-    x = (k / torch.where(largest > _ZERO, largest, torch.inf)).double()
+    x = k.double()
     # (trace (X^T X)^2)^(1/4) bounds the largest singular value from above, within a factor p^(1/4).
-    norm = (x.mT @ x).square().sum((-2, -1), keepdim=True).sqrt().sqrt()
-    x = x / torch.where(norm > 0, norm, 1)
+    norm = vector_norm(x.mT @ x, dim=(-2, -1), keepdim=True).sqrt()
+    x = x / torch.threshold(norm, k.shape[-1] * _ZERO, torch.inf)
     o = _iterate(x, _SHORT, k.dtype)
     unsettled = _is_unsettled(o)
     if unsettled.any():
@@ -115,4 +114,4 @@ def _iterate(
 
 def _is_unsettled(o: Float[Tensor, "b p p"]) -> Bool[Tensor, " b"]:
     """Whether a singular value lies strictly between 0 and 1."""
-    return torch.baddbmm(o, o, o.mT @ o, alpha=-1).square().sum((-2, -1)) > _SETTLED
+    return vector_norm(torch.baddbmm(o, o, o.mT @ o, alpha=-1), dim=(-2, -1)) > _SETTLED

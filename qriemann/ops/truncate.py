@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from qriemann.ops.polar import polar
 
@@ -34,31 +35,32 @@ def truncate(y: Float[Tensor, "b p p"]) -> tuple[Float[Tensor, "2 b p r"], Float
     """
     rank = y.shape[-1] // 2
     # A zero y (S = 0 and a rate that warms up from zero) keeps the old factors.
-    nonzero = (y != 0).any(-1).any(-1)[:, None, None]
-    y = torch.where(nonzero, y, _old(y))
-    p, s, w, certified = _iterated(y, _orthonormalize(y[..., :rank].contiguous())[0], _ROUNDS)
+    norm = vector_norm(y, dim=(-2, -1), keepdim=True)
+    y = y / norm.clamp_min(torch.finfo(y.dtype).tiny)
+    y.diagonal(dim1=-2, dim2=-1)[:, :rank].add_(norm[:, 0] == 0)
+    p, s, w, certified = _iterated(y, _orthonormalize(y[..., :rank])[0], _ROUNDS)
     rows = (~certified).nonzero().flatten()
     if rows.numel():
         p[rows], s[rows], w[rows], certified = _iterated(y[rows], p[rows], _MORE_ROUNDS)
         rows = rows[~certified]
         if rows.numel():
             p[rows], s[rows], w[rows] = _purified(y[rows])
-    return torch.stack([p, w]), torch.where(nonzero, s, 0)
+    return torch.stack([p, w]), s * norm
 
 
 def _iterated(
     y: Float[Tensor, "b p p"], p: Float[Tensor, "b p r"], rounds: int
 ) -> tuple[Float[Tensor, "b p r"], Float[Tensor, "b r r"], Float[Tensor, "b p r"], Bool[Tensor, " b"]]:
-    """P, S, W after so many rounds of subspace iteration, and whether they are the dominant subspaces."""
+    """P, S, W after so many rounds of subspace iteration on y of norm one, and whether they are the dominant subspaces."""
     for _ in range(rounds):
-        w, _ = _orthonormalize(y.mT @ p)
-        p, s = _orthonormalize(y @ w)
-    norm = y.square().sum((-2, -1)).sqrt()
-    residual = torch.baddbmm(y.mT @ p, w, s.mT, alpha=-1).square().sum((-2, -1)).sqrt()
+        w, *_ = _orthonormalize(y.mT @ p)
+        p, lower, length = _orthonormalize(y @ w)
+    s = lower.mT * length
+    residual = vector_norm(torch.baddbmm(y.mT @ p, w, s.mT, alpha=-1), dim=(-2, -1))
     # All singular values of S above all others of y: then the converged subspace is the dominant one.
     rest = _largest(torch.baddbmm(y, p @ s, w.mT, alpha=-1))
     # A NaN, from a singular y, is not certified.
-    return p, s, w, (residual <= _CONVERGED * norm) & (_smallest(s) > torch.maximum(rest, _MISSING * norm))
+    return p, s, w, (residual <= _CONVERGED) & (_smallest(s) > rest.clamp_min(_MISSING))
 
 
 def _purified(
@@ -66,8 +68,7 @@ def _purified(
 ) -> tuple[Float[Tensor, "b p r"], Float[Tensor, "b r r"], Float[Tensor, "b p r"]]:
     """P, S, W whatever the gap after the r-th singular value; the old factors fill directions that y has not."""
     p, s, w = _dominant(y)
-    norm = y.square().sum((-2, -1)).sqrt()
-    rows = (~(_smallest(s) > _MISSING * norm)).nonzero().flatten()
+    rows = (~(_smallest(s) > _MISSING)).nonzero().flatten()
     if rows.numel():
         # A QR, or null vectors, would invent columns that exist in neither basis.
         kept = polar(y[rows], _MISSING)
@@ -89,13 +90,12 @@ def _dominant(
 ) -> tuple[Float[Tensor, "b p r"], Float[Tensor, "b r r"], Float[Tensor, "b p r"]]:
     """P, S, W of the r largest singular values; NaN where there are fewer.
 
-    H = Y^T Y / ||Y||^2 becomes the projector on the dominant right subspace by whichever of H^2 and 2 H - H^2 moves its trace
+    H = Y^T Y becomes the projector on the dominant right subspace by whichever of H^2 and 2 H - H^2 moves its trace
     towards r. [Niklasson, Phys. Rev. B 66, 155115 (2002)]
     """
     rank = y.shape[-1] // 2
     old = _old(y)
-    norm = y.square().sum((-2, -1), keepdim=True).sqrt()
-    h = y / norm + _VANISHING * old
+    h = y / vector_norm(y, dim=(-2, -1), keepdim=True) + _VANISHING * old
     h = h.mT @ h
     squared, doubled = h.new_zeros(()), h.new_full((), 2)
     for _ in range(_PRODUCTS):
@@ -105,12 +105,12 @@ def _dominant(
     h = h @ h
     h = h @ h
     # A dominant direction may be orthogonal to all old ones, but hardly to their sums with the new ones.
-    w, _ = _orthonormalize(h[..., :rank] + 0.1 * h[..., rank:])
-    w, _ = _orthonormalize(h @ w)
+    w, *_ = _orthonormalize(h[..., :rank] + 0.1 * h[..., rank:])
+    w, *_ = _orthonormalize(h @ w)
     # Twice: the columns of w mix singular values of any size.
-    p, first = _orthonormalize(y @ w)
-    p, second = _orthonormalize(p)
-    return p, second @ first, w
+    p, first, length = _orthonormalize(y @ w)
+    p, second, mixed = _orthonormalize(p)
+    return p, (second.mT * mixed) @ (first.mT * length), w
 
 
 def _old(y: Float[Tensor, "b p p"]) -> Float[Tensor, "b p p"]:
@@ -120,25 +120,25 @@ def _old(y: Float[Tensor, "b p p"]) -> Float[Tensor, "b p p"]:
     return old
 
 
-def _orthonormalize(y: Float[Tensor, "b p r"]) -> tuple[Float[Tensor, "b p r"], Float[Tensor, "b r r"]]:
-    """Q, R with y = Q R by Cholesky; NaN where the columns are dependent."""
+def _orthonormalize(
+    y: Float[Tensor, "b p r"],
+) -> tuple[Float[Tensor, "b p r"], Float[Tensor, "b r r"], Float[Tensor, "b 1 r"]]:
+    """Q, L, l with y = Q L^T diag(l) by Cholesky; NaN where the columns are dependent."""
     # The columns of a graded y differ in length, not much in direction: scaled, their Gram matrix is well conditioned.
-    length = y.square().sum(-2, keepdim=True).sqrt()
+    length = vector_norm(y, dim=-2, keepdim=True)
     y = y / length
     lower, info = torch.linalg.cholesky_ex(y.mT @ y)
     lower = torch.where((info == 0)[:, None, None], lower, torch.nan)
-    q = torch.linalg.solve_triangular(lower.mT, y, upper=True, left=False)
-    return q, lower.mT * length
+    return torch.linalg.solve_triangular(lower.mT, y, upper=True, left=False), lower, length
 
 
 def _smallest(r_factor: Float[Tensor, "b r r"]) -> Float[Tensor, " b"]:
     """A lower bound on the smallest singular value of upper triangular matrices, within a factor r^(1/8)."""
     eye = torch.eye(r_factor.shape[-1], dtype=r_factor.dtype, device=r_factor.device).expand_as(r_factor)
-    return 1 / _largest(torch.linalg.solve_triangular(r_factor, eye, upper=True))
+    return _largest(torch.linalg.solve_triangular(r_factor, eye, upper=True)).reciprocal()
 
 
 def _largest(x: Float[Tensor, "b p q"]) -> Float[Tensor, " b"]:
     """(trace (X^T X)^4)^(1/8), an upper bound on the largest singular value, within a factor q^(1/8)."""
-    scale = x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    square = (x / scale).mT @ (x / scale)
-    return scale[:, 0, 0] * (square @ square).square().sum((-2, -1)) ** 0.125
+    square = x.mT @ x
+    return vector_norm(square @ square, dim=(-2, -1)) ** 0.25

@@ -151,7 +151,9 @@ class FactorBatch:
         self._addresses = self._current_addresses()
         # Gram matrices are computed height by height and used layer by layer.
         order = torch.tensor([side for height in self._heights for side in height.sides])
-        self._order, self._position = order.to(factors.device), order.argsort().to(factors.device)
+        self._order, self._position, self._layer = (
+            index.to(factors.device) for index in (order, order.argsort(), order % layers)
+        )
         self.skipped, self.norms = self.skipped.to(factors.device), self.norms.to(factors.device)
         self._kernels = self._make_kernels()
 
@@ -218,11 +220,12 @@ class FactorBatch:
     ) -> None:
         layers, rank = len(self.points), self.s.shape[-1]
         with_grad = [p.u.grad is not None and p.v_transposed.grad is not None for p in self.points]
-        active = torch.ones(layers, dtype=torch.bool, device=self.s.device)
+        active, decay = torch.ones(layers, dtype=torch.bool, device=self.s.device), momentum
         if not all(with_grad):
             active.copy_(torch.tensor(with_grad))
-        # A layer without gradient keeps its momentum.
-        decay = torch.where(active, momentum, 1).repeat(2)[self._order, None, None]
+            # A layer without gradient keeps its momentum.
+            decay = torch.where(active, momentum, 1)
+        decay = decay[self._layer, None, None]
 
         blocks, first = [], 0
         for height in self._heights:

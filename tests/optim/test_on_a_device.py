@@ -21,9 +21,9 @@ from tests.pretended import OnCuda, PretendedCuda, autocast, move, pretended_cud
 LAYERS = 14
 # Kernels of one step of 14 layers after the first, and how often it waits for the device: what `ops` reads flags for.
 STEPS = {
-    "riemannion": (275, 4),
-    "lora-tsd": (350, 6),
-    "riemannlora": (295, 3),
+    "riemannion": (202, 4),
+    "lora-tsd": (262, 6),
+    "riemannlora": (232, 3),
     "scaled-gd": (60, 1),
     "scaled-adamw": (60, 1),
     "adamw": (5, 0),
@@ -103,7 +103,7 @@ def test_a_start_at_zero_needs_no_decomposition_and_no_copy_to_the_host(rank, mo
         assert all(map(torch.equal, adapter_of(model), adapter_of(expected)))
 
 
-@pytest.mark.parametrize(("checkpointing", "kernels"), [(False, 14), (True, 17)])
+@pytest.mark.parametrize(("checkpointing", "kernels"), [(False, 10), (True, 12.2)])
 def test_the_adapter_adds_a_few_kernels_a_layer_and_no_wait_to_a_pass(checkpointing, kernels, cuda):
     counted = []
     for adapted in (False, True):
@@ -119,7 +119,7 @@ def test_the_adapter_adds_a_few_kernels_a_layer_and_no_wait_to_a_pass(checkpoint
             pass_over(model, OnCuda.of(token_batch(microbatch)))
         counted.append((sum(cuda.kernels.values()), sum(cuda.waits.values())))
     (without, base_waits), (with_adapter, waits) = counted
-    # Folded and cast in every pass, they were 27 and 38.
+    # Folded and cast in every pass, they were 30 and 44; from a start at zero, 20 and 28.
     assert (with_adapter - without) / (2 * LAYERS) <= kernels
     assert waits == base_waits
 
