@@ -1,7 +1,5 @@
 """Where a process computes and in which dtype, and what it says when memory is short: decided here for every command."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

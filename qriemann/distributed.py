@@ -6,8 +6,6 @@ blocks travel. Sharing the step gains nothing: on the 210 adapters of a 135M Lla
 half of a step of 256 ms and spend 119 ms to exchange the new factors and momentum.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

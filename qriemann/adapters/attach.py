@@ -1,7 +1,5 @@
 """Puts the LoRA layers of a PEFT model on the fixed-rank manifold, and keeps what they save a plain LoRA adapter."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math

@@ -5,8 +5,6 @@ go through `get_delta_weight`, the layer's `merge` and `unmerge` or a state dict
 factors themselves are refused.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

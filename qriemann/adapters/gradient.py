@@ -9,8 +9,6 @@ block Krylov space), which finds more in the same passes where singular values f
 [MM15] Musco, Musco, "Randomized block Krylov methods for stronger and faster approximate SVD", NeurIPS 2015.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -109,7 +107,7 @@ def gradient_svd(
     return found
 
 
-def _make_taps(layers: Layers, oversampling: int, generator: torch.Generator) -> list[_GradientTap]:
+def _make_taps(layers: Layers, oversampling: int, generator: torch.Generator) -> "list[_GradientTap]":
     taps, narrow = [], []
     for name, layer, adapter in layers:
         rows, columns, wanted = layer.out_features, layer.in_features, 2 * layer.r[adapter] + oversampling

@@ -3,8 +3,6 @@
 [R25] Bogachev et al., "RiemannLoRA / Riemannion: a unified Riemannian framework for LoRA", arXiv 2507.12142.
 """
 
-from __future__ import annotations
-
 import numbers
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """The LoRA layers of a PEFT model that can be put on the manifold, each checked before any is changed."""
 
-from __future__ import annotations
-
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer

@@ -1,7 +1,5 @@
 """Ordinary LoRA adapters, prepared for an optimizer over their factors."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

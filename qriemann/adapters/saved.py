@@ -3,8 +3,6 @@
 Every command that puts an adapter on its base reads it here; `saved_tensors` and `saved_config` say what is refused.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The `adapter_config.json` of a plain LoRA adapter, trained by any tool: which command reads it, before PEFT acts on it."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re

@@ -4,8 +4,6 @@ Refused, with the reason in one line: pickles that were not named, incomplete fi
 whose shapes or ranks do not match the configuration.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -3,8 +3,6 @@
 Read and computed with numpy: whoever only looks at an adapter should not wait for torch and PEFT to be imported.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

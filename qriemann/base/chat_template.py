@@ -1,7 +1,5 @@
 """A tokenizer's chat template: which one it is, the prompts that it writes, and what it says when it fails."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

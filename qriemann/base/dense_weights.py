@@ -5,8 +5,6 @@ step. Here a plain float copy stands beside the 4-bit bytes, which stay what the
 fingerprinted. The products are the same to the bit; a float32 copy takes 4 bytes a weight.
 """
 
-from __future__ import annotations
-
 import copyreg
 import os
 from dataclasses import dataclass

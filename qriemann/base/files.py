@@ -4,8 +4,6 @@ Before loading: no path leaves the folder. After loading: no weight was initiali
 that name or shape, and every number is finite.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

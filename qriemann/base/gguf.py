@@ -4,8 +4,6 @@ transformers can keep a file's quantized blocks, but such a model can be neither
 dequantized here, and `load_base` quantizes them again to NF4.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import re

@@ -8,8 +8,6 @@ The matrix is not pinned: the CPU gathers the rows first, so pinning would not s
 little memory to lock.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

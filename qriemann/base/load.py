@@ -8,8 +8,6 @@ The honest trade-off: quantizing twice (Q4_1, then NF4) loses a little more than
 source gives the same kind of layer, the one that PEFT, TRL and the Trainer know.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import os

@@ -1,7 +1,5 @@
 """Why transformers could not load a model, and what to do, in one line."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Advice and settings for training on a CPU; the dequantized weights are in dense_weights.py."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import platform

@@ -1,7 +1,5 @@
 """A conversation with a model: its history, how answers are generated, and the base's answer for comparison."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """What a run must share with a checkpoint to resume from it: settings, tokens and base."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """`qriemann doctor`: whether this machine can run qriemann, on one screen, and the line that mends what is wrong."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import os

@@ -1,7 +1,5 @@
 """TRL's `SFTConfig` of a run: what somebody wrote, over this project's defaults, over TRL's."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import json

@@ -5,8 +5,6 @@ on. A key that TRL has and this project decides by itself (DoRA, `optim`, ...) i
 refused by name with the reason instead of being half obeyed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os

@@ -4,8 +4,6 @@ Importing TRL imports torch, which takes seconds; a typing error in a YAML file 
 plain dataclasses, so their annotations say all that is needed. A test holds the result against the imported class.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import importlib.util

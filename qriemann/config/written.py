@@ -1,7 +1,5 @@
 """What a person wrote about a run: a YAML file, flat keys with values, and `--key value` pairs of a command line."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

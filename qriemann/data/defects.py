@@ -4,8 +4,6 @@ An error stops the run, because the loss curve would not show it: a model whose 
 talking, and packed samples that see each other teach it to attend to unrelated text. A user who means it names it in `allow`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 

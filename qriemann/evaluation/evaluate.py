@@ -1,7 +1,5 @@
 """`eval`: loss, perplexity and right answers of one model, or of two on the same rows, with 95 % intervals."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path

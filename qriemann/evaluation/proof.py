@@ -8,8 +8,6 @@ The first finds any damage, however small its effect. The second measures the co
 trained on, which no check of weights can: quantization moves the base further than many adapters do.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Held-out rows to score a model on or to compare two: tokens, and which of them count."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """When an answer counts as right: the rules that `eval --scorer` knows by name."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The trained model: the adapter on its base, loaded as in training, computed by PEFT."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The content of a folder that a training, a merge or an export wrote; every part but the model may be missing."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

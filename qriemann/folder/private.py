@@ -4,8 +4,6 @@ The honest trade-off: no scan finds every secret. This one knows the usual shape
 environment, and what it is run on is a short list of files that a model needs, not whatever lies in the folder.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable

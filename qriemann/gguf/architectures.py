@@ -4,8 +4,6 @@ A type without a row is refused: a file that llama.cpp computes with otherwise t
 tests/gguf/test_architectures.py runs a random model of every row in llama.cpp and compares.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

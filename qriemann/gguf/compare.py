@@ -4,8 +4,6 @@ Teacher-forced: both get the same tokens, and their next-token distributions are
 because a near tie flips it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json

@@ -5,8 +5,6 @@ whose rows are permuted wrongly or a scaling that is off is lost in the noise of
 cost? That is the ladder.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 from pathlib import Path
 from typing import Any

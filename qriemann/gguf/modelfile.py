@@ -5,8 +5,6 @@ which loses a default system prompt, and beyond 100 edited characters none at al
 derived here from what the Jinja template writes, and given only if it writes the same for other conversations too.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

@@ -5,8 +5,6 @@ GGUF file of it: transformers reads some of those otherwise than llama.cpp does 
 into two tokens in transformers, into one in llama.cpp), and the model has learned what it was fed.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """GGUF files of a model and of an adapter, written tensor by tensor."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ of the whole step, depend on the cut. A step that runs out of memory is repeated
 the optimizer yet.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

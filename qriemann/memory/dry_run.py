@@ -4,8 +4,6 @@ Every function leaves gradients, random generators and the trainer's counters as
 and without a dry run.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """Counts the bytes that a computation allocates, on real tensors and on tensors without content alike."""
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """An output folder that exists whole or not at all, and the result that `merge` and `export` return."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import shutil

@@ -4,8 +4,6 @@ What a person wrote into the card stays: only the part between two marks is ours
 The card that PEFT and the Trainer leave, mostly headings with nothing under them, is replaced.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Mapping

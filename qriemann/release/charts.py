@@ -1,7 +1,5 @@
 """The pictures of a report, as SVG text for its page, and of a run and `inspect`, as PNG files."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path

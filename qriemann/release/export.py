@@ -1,7 +1,5 @@
 """`export`: a smaller plain adapter, the best approximation of each layer's change at a lower rank."""
 
-from __future__ import annotations
-
 import copy
 import math
 import tempfile

@@ -1,7 +1,5 @@
 """`export --to`: the adapter, or the model merged with it, as GGUF files for llama.cpp and Ollama, proved by llama.cpp."""
 
-from __future__ import annotations
-
 import gc
 import importlib.util
 import re

@@ -1,7 +1,5 @@
 """`inspect`: how an adapter changes each layer, from its factors alone."""
 
-from __future__ import annotations
-
 import statistics
 from dataclasses import replace
 from pathlib import Path

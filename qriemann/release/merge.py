@@ -1,7 +1,5 @@
 """`merge`: a LoRA adapter into the weights of its base, tensor by tensor, and the proof that it came out right."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 import tempfile

@@ -5,8 +5,6 @@ their hash, so the same command continues without sending them again. Only files
 checkpoints and `training_args.bin` (a pickle with local paths) stay.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`report.html`: one run on one page, with nothing to load from anywhere."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path

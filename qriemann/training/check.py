@@ -1,7 +1,5 @@
 """Finds out, before hours are spent, whether a run is right and fits: its rows, and its longest batch on this machine."""
 
-from __future__ import annotations
-
 import copy
 import os
 import tempfile

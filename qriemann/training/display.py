@@ -4,8 +4,6 @@ Imports rich and nothing heavier, so that a view can say what is loading before 
 `monitor.py` measures.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence

@@ -9,8 +9,6 @@
 The optimizer has put the adapter on the manifold by then, at random bases; the callback moves every point in place.
 """
 
-from __future__ import annotations
-
 import inspect
 import time
 from collections.abc import Callable, Mapping

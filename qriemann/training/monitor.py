@@ -1,7 +1,5 @@
 """The trainer's callback that measures a run, writes `metrics.jsonl` and hands each record to a view."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The records of a run: `run.json` at its beginning, the figures at its end, and the table that is printed."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime

@@ -1,7 +1,5 @@
 """The end of a run: the card, `report.html`, and the push if the settings ask for one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 `describe_rows` is kept with the run, so that its report can show it without the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher

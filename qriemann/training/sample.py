@@ -1,7 +1,5 @@
 """A sample of a trainer's batches for what looks at the data before the first step, and the loss on one of them."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

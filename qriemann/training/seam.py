@@ -5,8 +5,6 @@
 `FixedRankCallback` is needed only to resume from checkpoints saved with an offset on a base that `load_base` did not load.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

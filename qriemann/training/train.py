@@ -3,8 +3,6 @@
 `SFTTrainer` is TRL's own class; this project enters through `peft_config`, `optimizer_cls_and_kwargs` and `callbacks`.
 """
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress

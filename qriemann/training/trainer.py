@@ -1,7 +1,5 @@
 """TRL's stock `SFTTrainer`, made of what was prepared, and the one held-out loss of its evaluations."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Private parts of transformers' models and of bitsandbytes' 4-bit layers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

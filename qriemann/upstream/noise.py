@@ -1,7 +1,5 @@
 """Output of other libraries: pointless warnings and log lines, progress bars, telemetry."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

@@ -1,7 +1,5 @@
 """Private parts of transformers' and TRL's trainers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +8,7 @@ from typing import Any
 def _attribute(name: str) -> Any:
     """A property that stands for a private attribute of the trainer."""
 
-    def write(self: TrainerCounts, value: Any) -> None:
+    def write(self: Any, value: Any) -> None:
         setattr(self.trainer, name, value)
 
     return property(lambda self: getattr(self.trainer, name), write)

@@ -1,7 +1,5 @@
 """Private parts of PEFT."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 from collections.abc import Callable
