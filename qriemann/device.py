@@ -19,11 +19,7 @@ _ON_CPU = "compute on the CPU with use_cpu: true (for other commands, set CUDA_V
 
 
 def compute_device(name: torch.device | str | None = None) -> torch.device:
-    """The named device; by default this process' GPU, or the CPU where there is none.
-
-    Raises:
-        InputError: the device is not on this machine, or its driver is there and torch cannot use it.
-    """
+    """The named device; by default this process' GPU, or the CPU where there is none."""
     prefer_expandable_segments()
     if name is None:
         if torch.cuda.is_available():
@@ -45,9 +41,6 @@ def compute_dtype(device: torch.device, wanted: torch.dtype | str | None = None)
 
     Before Ampere (compute capability 8.0) bfloat16 is emulated, slower than float32. Without a GPU, `plan` takes one that
     has it.
-
-    Raises:
-        InputError: `wanted` is no float dtype of 2 or 4 bytes.
     """
     if wanted is None or wanted == "auto":
         return torch.bfloat16 if device.type == "cuda" and _has_bfloat16(device) else torch.float32
@@ -149,9 +142,6 @@ def explaining_memory(what: str, change: str | Callable[[], str]) -> Iterator[No
     Args:
         what: what the block does, such as "loading NAME".
         change: the cheapest change that needs less memory, or a function that finds it.
-
-    Raises:
-        ShortMemoryError: the line.
     """
     try:
         yield

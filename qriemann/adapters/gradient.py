@@ -75,9 +75,6 @@ def gradient_svd(
         power_iterations: q.
         seed: of the sketch, and of random operations in the model.
         progress: called after each batch with the number of batches done and the total, over all passes.
-
-    Raises:
-        InputError: a loss or a gradient that is not finite, or no gradient in any layer.
     """
     taps = _make_taps(layers, oversampling, torch.Generator().manual_seed(seed))
     passes = 2 * (power_iterations + 1)

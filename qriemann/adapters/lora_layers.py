@@ -10,11 +10,7 @@ from qriemann.errors import InputError
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer, str]]:
-    """Name, layer and adapter of every layer to put on the manifold.
-
-    Raises:
-        InputError: there is none, or one cannot be put there; it is named.
-    """
+    """Name, layer and adapter of every layer to put on the manifold."""
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):

@@ -9,11 +9,7 @@ from qriemann.errors import InputError
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Every trainable parameter of `model` with its name.
-
-    Raises:
-        InputError: the adapter was loaded from a checkpoint with an offset, which plain factors of its rank cannot hold.
-    """
+    """Every trainable parameter of `model` with its name."""
     for name, module in model.named_modules():
         if getattr(module, "_fixed_rank_loaded", None):
             raise InputError(

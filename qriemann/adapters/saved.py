@@ -66,11 +66,7 @@ class SavedAdapter:
         return f"the adapter has {trained.shape[0] - before[0]} tokens more than the base, which gets their embeddings"
 
     def base(self, override: str | None) -> str:
-        """The base to load: `override`, or the one that the configuration names.
-
-        Raises:
-            InputError: there is neither.
-        """
+        """The base to load: `override`, or the one that the configuration names."""
         name = override or self.config.base_model_name_or_path
         if not name:
             raise InputError(f"{self.folder / CONFIG} names no base model; name it with --base")
@@ -82,9 +78,6 @@ class SavedAdapter:
         Args:
             model: the base; its layers are wrapped in place.
             base: its name, for messages.
-
-        Raises:
-            InputError: the adapter does not fit.
         """
         self.grow_vocabulary(model)
         ends = {id(layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
@@ -143,11 +136,7 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved with the adapter, which has the template and end token of the training; None without one.
-
-    Raises:
-        InputError: it cannot be loaded.
-    """
+    """The tokenizer saved with the adapter, which has the template and end token of the training; None without one."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
     try:

@@ -82,10 +82,6 @@ def check_config(folder: Path, command: str) -> dict[str, Any]:
     Args:
         folder: of the adapter.
         command: the one of `COMMANDS` that reads it.
-
-    Raises:
-        InputError: there is none, it is broken or of a kind that the command does not read, or it names files outside the
-            folder.
     """
     path = folder / CONFIG
     if not path.is_file():

@@ -57,9 +57,6 @@ def read_content(path: Path, config: Mapping[str, Any], *, finite: bool = True) 
         path: the folder, or the `adapter_model.bin` in it.
         config: from `check_config`.
         finite: refuse numbers that are not.
-
-    Raises:
-        InputError: there are no plain LoRA factors, or they do not fit the configuration.
     """
     folder = adapter_folder(path)
     keys: list[str] = []
@@ -102,11 +99,7 @@ def name_in_base(key: str) -> str:
 
 
 def stored_tensors(path: Path, *, finite: bool = True) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a safetensors file or a pickle, one at a time; bfloat16 as float32.
-
-    Raises:
-        InputError: the file is incomplete, or holds anything but (finite) floating-point numbers.
-    """
+    """The tensors of a safetensors file or a pickle, one at a time; bfloat16 as float32."""
     try:
         for key, dtype, array in _unpickled(path) if path.name == PICKLE else _mapped(path):
             if array is None or (finite and not np.isfinite(array).all()):

@@ -94,9 +94,6 @@ def read_spectra(path: str | os.PathLike[str]) -> list[LayerSpectrum]:
 
     Args:
         path: as `read_adapter` takes it. Factors that are not finite are not refused: their layer's values are NaN.
-
-    Raises:
-        InputError: there is no plain LoRA adapter that can be read.
     """
     path = Path(path).expanduser()
     content = read_content(path, check_config(adapter_folder(path), "inspect"), finite=False)

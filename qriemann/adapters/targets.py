@@ -22,9 +22,6 @@ def adapter_config(settings: Any, *, offset: bool) -> LoraConfig:
         settings: anything with the attributes lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save,
             use_rslora, rank_pattern and alpha_pattern.
         offset: the adapter starts with an offset, which doubles the rank that is saved: it gets half of each rank.
-
-    Raises:
-        InputError: a rank is odd that has to be halved.
     """
     parts = 2 if offset else 1
     alpha = settings.lora_r if settings.lora_alpha is None else settings.lora_alpha
@@ -115,11 +112,7 @@ def _last(name: str) -> str:
 
 
 def check_targets(model: nn.Module, config: LoraConfig) -> None:
-    """Raises unless every name in the configuration matches a layer and every rank fits its layer.
-
-    Raises:
-        InputError: naming what would match, or the layer whose rank is too high.
-    """
+    """Raises unless every name in the configuration matches a layer and every rank fits its layer."""
     matched = _matched(model, config.target_modules, _linear_layers(model))
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, number in getattr(config, key).items():

@@ -17,11 +17,7 @@ def template_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def explain(error: BaseException) -> tuple[str, str]:
-    """What a chat template said when it failed, in one line, and the remedy.
-
-    Raises:
-        InputError: the template itself is no valid Jinja, whatever the conversation.
-    """
+    """What a chat template said when it failed, in one line, and the remedy."""
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
     if isinstance(error, TemplateSyntaxError):
         raise InputError(
@@ -54,9 +50,6 @@ def adjust_tokenizer(
         tokenizer: changed in place.
         eos_token: in its vocabulary; None keeps its own.
         chat_template_path: a .jinja file, or a tokenizer whose template is taken; None keeps its own.
-
-    Raises:
-        InputError: the token is not in the vocabulary, or the template cannot be read.
     """
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():

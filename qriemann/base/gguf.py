@@ -84,9 +84,6 @@ def load_gguf(
         path: of the file.
         plan: how and where the second load keeps the weights, `dtype` among it.
         options: further arguments of transformers' `from_pretrained`.
-
-    Raises:
-        InputError: the file holds fewer tensors than the model that it describes.
     """
     parts = _parts(path)
     folder, file = str(parts[0].parent), parts[0].name

@@ -59,9 +59,6 @@ def keep_embeddings_on_host(model: PreTrainedModel, name: str) -> None:
     Args:
         model: on one device, which its `device` keeps naming; changed in place.
         name: for the message.
-
-    Raises:
-        InputError: the output head is the same matrix.
     """
     refuse_tied_embeddings(model, name)
     embeddings: Any = model.get_input_embeddings()

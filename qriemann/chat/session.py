@@ -166,11 +166,7 @@ class Session:
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """What the model is sent of a conversation, up to where its answer begins.
-
-    Raises:
-        InputError: the chat template refuses the messages.
-    """
+    """What the model is sent of a conversation, up to where its answer begins."""
     templated = tokenizer.chat_template is not None
     text = render(tokenizer, messages) if templated else "\n".join(message["content"] for message in messages)
     return tokenizer(text, add_special_tokens=not templated)["input_ids"]

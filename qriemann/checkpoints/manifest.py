@@ -149,9 +149,6 @@ def whole_checkpoint(folder: str | os.PathLike[str], *, asked: str, remedy: str)
         folder: of the run.
         asked: how it was asked for, for the message.
         remedy: what to do without one.
-
-    Raises:
-        InputError: none verifies.
     """
     found = newest_checkpoint(folder)
     if found.path is None:

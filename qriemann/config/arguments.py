@@ -29,11 +29,7 @@ _UNLISTED = ("azure_ml", "flyte", "kubeflow")
 
 
 def training_arguments(settings: Settings) -> SFTConfig:
-    """The trainer's arguments, as far as they do not depend on the data.
-
-    Raises:
-        InputError: they disagree with each other, or name a package or file that does not exist.
-    """
+    """The trainer's arguments, as far as they do not depend on the data."""
     # Before transformers reads the same variables, and looks for packages.
     refuse_sharding()
     written = {key: value for key, value in settings.trl.items() if key not in _KEPT_BACK}
@@ -122,11 +118,7 @@ def describe_settings(settings: Settings, args: SFTConfig) -> dict[str, Any]:
 
 
 def run_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """The dtype that a run's model computes in on the device.
-
-    Raises:
-        InputError: as `compute_dtype`.
-    """
+    """The dtype that a run's model computes in on the device."""
     fp16 = settings.trl.get("fp16") and device.type == "cuda"
     return compute_dtype(device, settings.dtype or ("float16" if fp16 else None))
 

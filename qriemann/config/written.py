@@ -12,11 +12,7 @@ from qriemann.errors import InputError
 
 
 def read_config_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings of a file as YAML gives them, and the environment variables under its key `env`.
-
-    Raises:
-        InputError: the file cannot be read, is not a mapping or repeats a key; `env` is not a mapping of names to values.
-    """
+    """The settings of a file as YAML gives them, and the environment variables under its key `env`."""
     # Opening a pipe would wait for its other end.
     if not Path(path).is_file():
         raise InputError(f"{path} is not a file; name a YAML file" if Path(path).exists() else f"{path}: no such file")
@@ -53,9 +49,6 @@ def parse_pairs(words: Sequence[str], hints: Mapping[str, Any], aliases: Mapping
         words: what followed the file on the command line.
         hints: the type of every known key.
         aliases: the key that another name stands for.
-
-    Raises:
-        InputError: a word that belongs to no key, an unknown key, or a key without its value.
     """
     found: dict[str, list[str]] = {}
     key = None

@@ -111,9 +111,6 @@ class AssistantTokenizer:
             options: what else the chat template takes, such as tools.
             context: indices of answers that are not trained, such as those of a prompt.
             whole: train every token, the template's own included, but for the answers in `context`.
-
-        Raises:
-            RowError: the template cannot render the conversation or rewrites its history.
         """
         options = options or {}
         text = self._render(messages, options)

@@ -38,11 +38,7 @@ class Defect:
 
 
 def refuse(defects: Iterable[Defect], allow: Collection[str], note: Callable[[str], None]) -> None:
-    """Notes every defect, and stops at the first error that is not allowed.
-
-    Raises:
-        InputError: that error.
-    """
+    """Notes every defect, and stops at the first error that is not allowed."""
     stopping = None
     for defect in defects:
         if defect.error and defect.name not in allow:

@@ -35,9 +35,6 @@ def read_files(paths: Iterable[Path]) -> tuple[Dataset, list[str]]:
 
     Args:
         paths: each ends in one of `ENDINGS`.
-
-    Raises:
-        InputError: a file is empty or broken, or holds something other than rows.
     """
     columns: dict[str, None] = {}
     parts = [_read(path, columns) for path in paths]

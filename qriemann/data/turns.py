@@ -116,9 +116,6 @@ def read_conversation(row: Row, style: AssistantTokenizer, parts: Sequence[tuple
         row: for its system prompt, and for the account of what is used.
         style: what the chat template can write.
         parts: column and turns; the answers of the last one are trained.
-
-    Raises:
-        RowError: a turn cannot be read.
     """
     talk = Conversation()
     for column, turns in parts:
@@ -152,11 +149,7 @@ def system_prompt(row: Row) -> str:
 
 
 def read_tools(row: Row) -> list[Any] | None:
-    """The tools that a row offers, from `tools` or from OpenAI's older `functions`.
-
-    Raises:
-        RowError: they are not JSON, or no mappings.
-    """
+    """The tools that a row offers, from `tools` or from OpenAI's older `functions`."""
     tools = parse_json(row.get("tools"), "tools")
     if not tools and not _is_blank(dict.get(row, "functions")):
         functions = parse_json(row.get("functions"), "functions")
@@ -168,11 +161,7 @@ def read_tools(row: Row) -> list[Any] | None:
 
 
 def parse_json(value: Any, what: str) -> Any:
-    """The value of a JSON text, None of a blank one; anything else as it is.
-
-    Raises:
-        RowError: the text is not JSON.
-    """
+    """The value of a JSON text, None of a blank one; anything else as it is."""
     if not isinstance(value, str):
         return value
     try:

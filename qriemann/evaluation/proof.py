@@ -126,11 +126,7 @@ def load_and_record(
     console: Console,
     max_tokens: int | None = None,
 ) -> tuple[Trained, Rows, Recording]:
-    """The trained model, the rows of the proof and what the model says to them; on the CPU where the card is too small.
-
-    Raises:
-        InputError: as `load_trained` and `load_rows`.
-    """
+    """The trained model, the rows of the proof and what the model says to them; on the CPU where the card is too small."""
 
     def attempt(device: str | None) -> tuple[Trained, Rows, Recording]:
         trained = load_trained(saved, base, revision, console, quantize=quantize, device=device)

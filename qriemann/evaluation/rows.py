@@ -59,9 +59,6 @@ def load_rows(
         max_length: rows are cut there, in tokens; None for no limit, as below.
         max_tokens: rows after the one that reaches so many counted tokens are left out.
         max_rows: rows after so many are left out.
-
-    Raises:
-        InputError: as the recipe does, on rows that cannot be used.
     """
     source = (_built_in(tokenizer) if data is None else _held_out_source(data)).first(max_rows)
     text_field = "prompt" if "completion" not in source.columns else "text"

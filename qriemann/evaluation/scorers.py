@@ -33,11 +33,7 @@ class Scorer:
 
 
 def find_scorer(name: str) -> Scorer:
-    """The rule of that name.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The rule of that name."""
     if name not in SCORERS:
         raise InputError(f"scorer must be one of {', '.join(SCORERS)}, got {name!r}")
     return SCORERS[name]

@@ -91,9 +91,6 @@ class Layout:
 
     Args:
         model: loaded, for its configuration and its rotary frequencies.
-
-    Raises:
-        InputError: the model's type has no row, or its rotary embeddings no form in llama.cpp.
     """
 
     def __init__(self, model: Any) -> None:
@@ -108,11 +105,7 @@ class Layout:
         self._names = gguf.get_tensor_name_map(self.architecture.id, self.config.num_hidden_layers)
 
     def name(self, tensor: str) -> str:
-        """The GGUF name of a weight or a bias.
-
-        Raises:
-            InputError: llama.cpp has no such tensor in this architecture.
-        """
+        """The GGUF name of a weight or a bias."""
         found = self._names.get_name(tensor, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise InputError(f"llama.cpp's {self.architecture.id.name.lower()} has no place for {tensor} of the base")
@@ -130,11 +123,7 @@ class Layout:
         return pairs.transpose(1, 2).reshape(tensor.shape)
 
     def describe(self, writer: gguf.GGUFWriter) -> None:
-        """Writes the hyperparameters.
-
-        Raises:
-            InputError: llama.cpp cannot compute what the configuration says.
-        """
+        """Writes the hyperparameters."""
         config = self.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rope, context = _rope(config), config.max_position_embeddings

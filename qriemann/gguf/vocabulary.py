@@ -34,9 +34,6 @@ def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase
 
     Args:
         size: rows of the embeddings; tokens beyond the tokenizer's are filled up.
-
-    Raises:
-        InputError: llama.cpp has no such tokenizer.
     """
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     model = core["model"]

@@ -46,9 +46,6 @@ def write_model(
         tensor_of: the tensor of such a name.
         type_name: a key of `TYPES`. Norms and biases stay in float32, embeddings and head in q8_0 at least, and rows that do
             not divide into blocks in float16.
-
-    Raises:
-        InputError: llama.cpp has no such model.
     """
     with _writing(path, layout, gguf.GGUFType.MODEL, TYPES[type_name][1], name) as writer:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -154,9 +151,6 @@ def write_files(
         scratch: for what only the proof needs.
         name: the files' names begin with it.
         types: of the merged files; None for the adapter alone.
-
-    Raises:
-        InputError: llama.cpp has no such model or adapter, or the disk is too small.
     """
     if types is None:
         _check_adapter(trained)

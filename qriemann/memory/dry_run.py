@@ -113,9 +113,6 @@ def measure_training_batch(trainer: Any, *, counted: bool = False, keep_gradient
         trainer: ready for a step: in training, or after `make_ready`.
         counted: count the bytes; on a CPU that takes time.
         keep_gradients: keep them for `measure_step`.
-
-    Raises:
-        InputError: the batch does not fit.
     """
     rows = longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
 

@@ -78,11 +78,7 @@ class Workload:
 
 
 def read_run(settings: Settings, *, dense_copies: bool = True) -> tuple[Footprint, Workload]:
-    """The model of a run and its workload; the only place in `memory/` that reads settings.
-
-    Raises:
-        InputError: a setting that a plan needs is missing, or the model cannot be planned.
-    """
+    """The model of a run and its workload; the only place in `memory/` that reads settings."""
     args = training_arguments(settings)
     if args.max_length is None:
         raise InputError("plan needs the number of tokens a row: add max_length, for example --max_length 2048")

@@ -103,11 +103,7 @@ def plan(settings: Settings, vram_gib: float | None = None, *, dense_copies: boo
 
 
 def plan_cards(settings: Settings) -> list[Plan]:
-    """The plan for each of the usual card sizes that holds what is stored.
-
-    Raises:
-        InputError: as `plan`; if no such card does.
-    """
+    """The plan for each of the usual card sizes that holds what is stored."""
     footprint, workload = read_run(settings)
     result = _plan(footprint, workload)
     cards = [card for card in CARDS_GIB if sum(size for _, size in result.stored) < card * GIB]

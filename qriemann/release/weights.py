@@ -76,9 +76,6 @@ def original_weights(base: str, revision: str | None = None) -> Tensors:
     Args:
         base: as `load_base` takes it. A GGUF file is dequantized to float32 in host memory; anything else is read lazily.
         revision: of a Hub model.
-
-    Raises:
-        InputError: the base is stored in 4 bit, or not as safetensors.
     """
     path = Path(base).expanduser()
     if base == EMBEDDED_MODEL or path.is_file():
@@ -108,11 +105,7 @@ def _download(base: str, revision: str | None) -> Path:
 
 
 def tensor_names(modules: Iterable[str], weights: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
-    """Tensor name of each module's weight; some checkpoints leave out the first part of a name.
-
-    Raises:
-        InputError: naming the first module that the weights lack.
-    """
+    """Tensor name of each module's weight; some checkpoints leave out the first part of a name."""
     names = {}
     for module in modules:
         full = f"{module}.weight"

@@ -9,11 +9,7 @@ from qriemann.training.display import PlainView
 
 
 def push_target(settings: Settings, model: Any) -> str | None:
-    """The repository to push to at the end; None for none.
-
-    Raises:
-        InputError: the push cannot work; said before the training, not after it.
-    """
+    """The repository to push to at the end; None for none."""
     trl = settings.trl
     repository = settings.push
     if repository is None and trl.get("push_to_hub"):

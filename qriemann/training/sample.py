@@ -12,11 +12,7 @@ from qriemann.errors import InputError
 
 
 def draw_batches(loader: DataLoader, count: int, batch_size: int, seed: int) -> list[Any]:
-    """At most `count` batches, from a loader of their own: iterating over the trainer's would move its samplers on.
-
-    Raises:
-        InputError: the data cannot be read twice.
-    """
+    """At most `count` batches, from a loader of their own: iterating over the trainer's would move its samplers on."""
     dataset: Any = getattr(loader, "dataset", None)
     if dataset is None:
         raise InputError(
