@@ -140,7 +140,6 @@ def explaining_memory(what: str, change: str | Callable[[], str]) -> Iterator[No
     """Turns an allocation that fails in the block into one line.
 
     Args:
-        what: what the block does, such as "loading NAME".
         change: the cheapest change that needs less memory, or a function that finds it.
     """
     try:

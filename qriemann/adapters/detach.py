@@ -28,9 +28,6 @@ def detach(model: nn.Module) -> nn.Module:
 
     Args:
         model: one that `attach` or a method on the manifold has changed; any other is left as it is.
-
-    Returns:
-        The model.
     """
     attached = _attached(model)
     for module, adapter in attached:

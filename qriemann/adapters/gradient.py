@@ -64,17 +64,8 @@ def gradient_svd(
 ) -> list[GradientSVD]:
     """The leading singular triplets of each layer's gradient at the base model, summed over the batches.
 
-    Modes, `.grad` and the layers' variants are restored; random generators are not.
-
-    Args:
-        model: a PEFT model; its adapter is ignored, as if it were zero.
-        layers: (name, layer, adapter), as `lora_layers` returns them.
-        batches: read 2 (power_iterations + 1) times, moved to the model's device one by one.
-        loss_fn: called with (model, batch).
-        oversampling: columns beyond 2 r.
-        power_iterations: q.
-        seed: of the sketch, and of random operations in the model.
-        progress: called after each batch with the number of batches done and the total, over all passes.
+    The adapter is ignored, as if it were zero. Modes, `.grad` and the layers' variants are restored; random generators are
+    not. For the arguments see `locally_optimal_`; `layers` come from `lora_layers`.
     """
     taps = _make_taps(layers, oversampling, torch.Generator().manual_seed(seed))
     passes = 2 * (power_iterations + 1)

@@ -28,9 +28,7 @@ class SavedAdapter:
     """The content of an adapter's folder.
 
     Attributes:
-        config: as PEFT reads it.
         layers: the change of each layer, by the module's name in the base.
-        keys: the names of all tensors in its file.
         replaced: whole tensors that were trained (`modules_to_save`, biases), by their name in the base.
         rows: of the embeddings that were trained alone (`trainable_token_indices`): their numbers and values, by the name of
             the tensor in the base.
@@ -73,12 +71,7 @@ class SavedAdapter:
         return name
 
     def put_on(self, model: PreTrainedModel, base: str) -> PeftModel:
-        """The model with the adapter, in eval mode, computed by PEFT.
-
-        Args:
-            model: the base; its layers are wrapped in place.
-            base: its name, for messages.
-        """
+        """The model with the adapter, in eval mode, computed by PEFT."""
         self.grow_vocabulary(model)
         ends = {id(layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
         ends_named = {f"{name}.weight" for name, module in model.named_modules() if id(module) in ends}

@@ -19,9 +19,7 @@ class Kind(NamedTuple):
     """Adapters that not every command reads, told by one key of their configuration.
 
     Attributes:
-        key: of `adapter_config.json`.
         instead: what to do with the others.
-        commands: that read it; the others refuse it by name.
         found: whether the key's value makes an adapter one of this kind.
     """
 
@@ -77,12 +75,7 @@ def unread(config: Mapping[str, Any]) -> list[Kind]:
 
 
 def check_config(folder: Path, command: str) -> dict[str, Any]:
-    """The content of the configuration of the plain LoRA adapter in the folder; PEFT is not imported.
-
-    Args:
-        folder: of the adapter.
-        command: the one of `COMMANDS` that reads it.
-    """
+    """The checked `adapter_config.json` in the folder, for one of `COMMANDS`; PEFT is not imported."""
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"{path}: no such file, so the folder holds no adapter; check the path")

@@ -19,8 +19,6 @@ def adapter_config(settings: Any, *, offset: bool) -> LoraConfig:
     """PEFT's configuration of an adapter that is saved with rank lora_r.
 
     Args:
-        settings: anything with the attributes lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save,
-            use_rslora, rank_pattern and alpha_pattern.
         offset: the adapter starts with an offset, which doubles the rank that is saved: it gets half of each rank.
     """
     parts = 2 if offset else 1
@@ -60,9 +58,6 @@ def without_experts(model: Any, config: LoraConfig) -> tuple[LoraConfig, str | N
 
     Fused experts are parameters of three dimensions. PEFT takes some names of linear layers for them, too, and all-linear
     would match gates of one output, which have no rank.
-
-    Args:
-        model: the base, before PEFT wraps it.
     """
     linear, experts = _linear_layers(model), names_of_experts(model)
     target = config.target_modules

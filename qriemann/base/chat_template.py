@@ -47,8 +47,6 @@ def adjust_tokenizer(
     """Gives the tokenizer the end token and chat template that `SFTTrainer` would give it after tokenization.
 
     Args:
-        tokenizer: changed in place.
-        eos_token: in its vocabulary; None keeps its own.
         chat_template_path: a .jinja file, or a tokenizer whose template is taken; None keeps its own.
     """
     if eos_token is not None:

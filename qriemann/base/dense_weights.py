@@ -101,9 +101,6 @@ def hold_dense(model: nn.Module) -> DenseWeights | None:
 
     Gives what dequantizing at each use gives, bit for bit. Calling it again copies only what has no copy.
 
-    Args:
-        model: with or without an adapter; changed in place.
-
     Returns:
         What is held, or None without 4-bit layers that a copy would make faster.
     """

@@ -81,9 +81,7 @@ def load_gguf(
     """Model and tokenizer of a GGUF file: dequantized, then loaded again like an ordinary checkpoint.
 
     Args:
-        path: of the file.
         plan: how and where the second load keeps the weights, `dtype` among it.
-        options: further arguments of transformers' `from_pretrained`.
     """
     parts = _parts(path)
     folder, file = str(parts[0].parent), parts[0].name

@@ -21,11 +21,7 @@ _HOST = torch.device("cpu")
 
 
 class HostEmbedding(nn.Module):
-    """Mixed into the class of an embedding, so that whatever that class does with the rows it still does.
-
-    Attributes:
-        place: the device of the model, where the rows go.
-    """
+    """Mixed into the class of an embedding, so that whatever that class does with the rows it still does."""
 
     place: torch.device
 
@@ -54,12 +50,7 @@ def refuse_tied_embeddings(model: PreTrainedModel, name: str) -> None:
 
 
 def keep_embeddings_on_host(model: PreTrainedModel, name: str) -> None:
-    """Moves the input embeddings of `model` to host memory, for good; its output stays the same.
-
-    Args:
-        model: on one device, which its `device` keeps naming; changed in place.
-        name: for the message.
-    """
+    """Moves the input embeddings of `model` to host memory, for good; its output stays the same."""
     refuse_tied_embeddings(model, name)
     embeddings: Any = model.get_input_embeddings()
     place = embeddings.weight.device

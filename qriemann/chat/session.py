@@ -62,9 +62,7 @@ class Session:
     """A model and a conversation with it.
 
     Attributes:
-        name: of the folder.
         base: that the adapter is on; None for a merged model.
-        history: messages so far, the system prompt first if there is one.
         notes: what a person should know before the first question.
     """
 

@@ -45,10 +45,6 @@ def fingerprints(settings: Mapping[str, Any], model: Any, data_print: str | None
 
     Args:
         settings: of the run; those that shape no step are left out.
-        model: the base, with or without an adapter.
-        data_print: fingerprint of the rows, if they have one.
-
-    Cost: that of `base_fingerprint`.
     """
     model_config = model.config.to_dict() if isinstance(getattr(model, "config", None), PreTrainedConfig) else {}
     base, base_floats = _base_fingerprints(model)
@@ -70,8 +66,6 @@ def fingerprints_of_trainer(trainer: Trainer) -> dict[str, Any]:
     """The same for a trainer that a script made: its arguments, its optimizer's options and its dropout.
 
     Rows that are not a `datasets.Dataset` have no fingerprint.
-
-    Cost: that of `base_fingerprint`, and 1 s for every 10 million tokens.
     """
     _, options = trainer.optimizer_cls_and_kwargs or (None, {})
     adapters = getattr(trainer.model, "peft_config", {})
@@ -134,11 +128,6 @@ def other_base(recorded: Mapping[str, Any], model: PreTrainedModel, name: str) -
 
     None where no record says what that was, and where the two do not compare: floats with 4 bit, or another kind of device,
     whose rounding gives other codes.
-
-    Args:
-        recorded: from `recorded_base`.
-        model: the base, before PEFT wraps it.
-        name: of the base, for the line.
     """
     loaded = loaded_as(model)
     if not recorded.get("fingerprint") or any(recorded.get(key) != loaded[key] for key in ("quantized", "device")):

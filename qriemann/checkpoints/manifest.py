@@ -30,7 +30,6 @@ class FoundCheckpoint:
     """The newest checkpoint that verifies, and why others were passed over.
 
     Attributes:
-        path: None if there is none.
         passed_over: one line for each folder that looks newer and does not count.
         files: size and time of change of every file that was looked at, by its path, before it was read.
     """
@@ -44,8 +43,6 @@ def commit(folder: Path, step: int, run: Mapping[str, Any] | None = None) -> Non
     """Turns the files of a folder into a checkpoint.
 
     Args:
-        folder: checkpoint-N, every file written.
-        step: N.
         run: what a run that resumes from here must have in common with this one; see `fingerprints`.
 
     Raises:
@@ -143,13 +140,7 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> FoundCheckpoint:
 
 
 def whole_checkpoint(folder: str | os.PathLike[str], *, asked: str, remedy: str) -> FoundCheckpoint:
-    """As `newest_checkpoint`, for callers that cannot continue without one.
-
-    Args:
-        folder: of the run.
-        asked: how it was asked for, for the message.
-        remedy: what to do without one.
-    """
+    """As `newest_checkpoint`, for callers that cannot continue without one."""
     found = newest_checkpoint(folder)
     if found.path is None:
         passed_over = f" ({'; '.join(found.passed_over)})" if found.passed_over else ""
@@ -171,8 +162,6 @@ def rotate(folder: Path, keep: int, *, spare: Collection[Path] = ()) -> list[str
     Keeps the `keep` completed last and the last that a run can resume from.
 
     Args:
-        folder: of the run; a checkpoint was just completed in it.
-        keep: at least 1.
         spare: checkpoints that stay whatever their age.
 
     Returns:

@@ -33,10 +33,6 @@ class CompleteCheckpoints(TrainerCallback):
     A point that left the manifold, or a trained tensor or optimizer state that is not finite, stops the run before its
     checkpoint is complete.
 
-    Args:
-        report: takes one line about a failure that did not stop the run.
-        run: see `commit`.
-
     Attributes:
         begun: whether the trainer has loaded everything that it resumes from.
     """
@@ -113,10 +109,6 @@ def save_failed(folder: Path, error: BaseException) -> InputError:
 
 def find_numeric_defect(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> str | None:
     """Names numbers that are not finite or factors that are not orthonormal, which must not be saved; None without any.
-
-    Args:
-        model: its trainable tensors and points are checked.
-        optimizer: so is its state.
 
     Cost: one pass over these tensors, and one host synchronization for each.
     """

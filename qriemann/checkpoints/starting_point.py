@@ -16,9 +16,7 @@ def starting_point(folder: Path, *, resume: str | None, overwrite: bool, allow: 
     `auto` in a folder where no save was ever finished starts anew, so one command both starts and continues a run.
 
     Args:
-        folder: output folder of the run.
         resume: `auto`, a checkpoint's folder, or None for a new run.
-        overwrite: whether an earlier run in the folder may be replaced.
         allow: with `unverified` in it, a named checkpoint needs no manifest.
 
     Raises:
@@ -99,8 +97,6 @@ def begin_run(folder: Path, *, resume: str | None, overwrite: bool, step: int, d
     """Clears what an earlier run wrote beyond the starting point, and writes `run.json`.
 
     Args:
-        folder, resume, overwrite: as for `starting_point`.
-        step: of the checkpoint that was resumed from.
         described: content of `run.json`; its `resumed_from` is empty where `auto` found nothing.
     """
     if resume:

@@ -44,7 +44,6 @@ class StepEvent:
     """An optimizer step that was skipped, or that was taken although it lies far outside the recent band.
 
     Attributes:
-        kind: "skipped" or "spike".
         step: counted from 1, as in the trainer's records.
         loss, grad_norm: of the step; the norm before clipping.
         rows: indices of its training rows; empty for a stream.
@@ -88,8 +87,6 @@ class StepGuard(TrainerCallback):
     Args:
         trainer: its `accelerator.clip_grad_norm_` is wrapped, the only place that sees the norm before clipping, and its
             option logging_nan_inf_filter is switched off, which would hide the losses in question.
-        max_skipped_steps: more skipped steps in a row stop the run.
-        report: called at every event; the default logs a warning.
     """
 
     def __init__(

@@ -19,12 +19,7 @@ _ROOM_GB = 32
 
 
 class Finding(NamedTuple):
-    """One line of the screen.
-
-    Attributes:
-        what, found: the subject and what there is of it.
-        remedy: what mends it; None where nothing is wrong.
-    """
+    """One line of the screen."""
 
     what: str
     found: str

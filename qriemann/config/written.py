@@ -43,13 +43,7 @@ def read_config_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict
 
 
 def parse_pairs(words: Sequence[str], hints: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
-    """The pairs by key: `--key value`, `--key=value`, `--list a b`, and `--flag` for true.
-
-    Args:
-        words: what followed the file on the command line.
-        hints: the type of every known key.
-        aliases: the key that another name stands for.
-    """
+    """The pairs by key: `--key value`, `--key=value`, `--list a b`, and `--flag` for true."""
     found: dict[str, list[str]] = {}
     key = None
     for word in words:

@@ -40,9 +40,7 @@ class RowAccount:
     """The rows of one dataset; every array has one entry per row.
 
     Attributes:
-        lengths: in tokens.
         trained: tokens that a loss counts.
-        largest: the largest token.
         prints: hashes of the tokens.
         first: index of the first row with the same tokens.
         found: for each name in `FINDINGS`, which rows it holds for.
@@ -68,10 +66,8 @@ class Account:
     """The account of all rows of a run.
 
     Attributes:
-        train, held_out: the rows that are trained and held out; None without held-out rows.
         left_out: rows with nothing to train, one entry per source.
         ends: the tokens that end a turn or a text.
-        embedding_rows: of the model.
     """
 
     train: RowAccount
@@ -88,11 +84,6 @@ def take_account(
 
     Args:
         data: before truncation and packing.
-        tokenizer: with which the data was made.
-        model: whose embedding must have a row for every token.
-        max_length: the tokens that are kept of a row.
-
-    Cost: one pass over the tokens, and 8 bytes of hash a row.
     """
     ends, size = end_tokens(tokenizer, model), model.get_input_embeddings().weight.shape[0]
 

@@ -53,10 +53,6 @@ class AssistantTokenizer:
     """Token ids of a row, and for each token whether it belongs to an assistant's turn.
 
     The end token of a turn is trained, because the model stops with it. White space between it and the next turn is not.
-
-    Attributes:
-        writes_calls: whether the template writes tool calls.
-        writes_date: whether the template asks for today's date.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -82,10 +78,7 @@ class AssistantTokenizer:
     def conversations(
         self, messages: Sequence[Message], options: dict[str, Any], context: Collection[int]
     ) -> list[Example]:
-        """The rows that train every turn of a conversation: one, or one for each turn if the template rewrites history.
-
-        Args, Raises: as `conversation`.
-        """
+        """The rows that train every turn of a conversation: one, or one for each turn if the template rewrites history."""
         try:
             return [self.conversation(messages, options, context)]
         except RewrittenHistoryError:
@@ -107,7 +100,6 @@ class AssistantTokenizer:
         """Token ids and assistant mask; a token that straddles the start of a turn is trained.
 
         Args:
-            messages: mappings with role and content.
             options: what else the chat template takes, such as tools.
             context: indices of answers that are not trained, such as those of a prompt.
             whole: train every token, the template's own included, but for the answers in `context`.
@@ -127,7 +119,6 @@ class AssistantTokenizer:
         """The keys of turns, and "tools", that change nothing in what the template writes.
 
         Args:
-            messages, options: as they were rendered.
             split: whether each answer became a row of its own.
 
         Cost: one rendering for each of those keys; none where turns have role and content alone.

@@ -18,14 +18,7 @@ _MOST_ROWS = 0.5
 
 @dataclass(frozen=True)
 class Defect:
-    """One mistake.
-
-    Attributes:
-        name: for `allow`.
-        problem: what is wrong.
-        remedy: what to do.
-        error: whether it stops the run.
-    """
+    """One mistake."""
 
     name: str
     problem: str

@@ -31,11 +31,7 @@ _LAST = "\x03end of the file"
 
 
 def read_files(paths: Iterable[Path]) -> tuple[Dataset, list[str]]:
-    """The rows of local files, one after the other, and the names of their columns.
-
-    Args:
-        paths: each ends in one of `ENDINGS`.
-    """
+    """The rows of local files, one after the other, and the names of their columns."""
     columns: dict[str, None] = {}
     parts = [_read(path, columns) for path in paths]
     if len(parts) == 1:

@@ -34,9 +34,7 @@ class Source:
 
     Attributes:
         rows: a dataset with columns, or one whose only column, `files.TEXT`, holds each row as a JSON object.
-        name: for messages.
         keys: the columns of rows that are JSON objects.
-        renamed: their new names.
     """
 
     rows: Dataset

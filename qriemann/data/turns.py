@@ -35,10 +35,7 @@ class Row(dict[str, Any]):
     """The cells of a row; it remembers which of them were read.
 
     Attributes:
-        used: columns that were read with `get`.
         dropped: turn keys, as `messages[].name`, and `tools` that the chat template does not write.
-        told: notices about the row.
-        talk: its turns, once they have been read.
     """
 
     def __init__(self, cells: dict[str, Any]) -> None:
@@ -91,13 +88,10 @@ class Conversation:
     """Turns for a chat template.
 
     Attributes:
-        messages: mappings with role and content, and whatever else the row says of the turn.
         sources: for each of them the column that it came from, and which of its turns it is.
-        options: what else the chat template takes.
         spans: the tokens of a turn, where no chat template wrote it.
         marked: indices of the answers that are marked as not to be learnt.
         first_trained: answers before this index belong to the prompt.
-        labels: the name for messages of each key of a turn.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -113,8 +107,6 @@ def read_conversation(row: Row, style: AssistantTokenizer, parts: Sequence[tuple
     """The turns of a row, its system prompt first.
 
     Args:
-        row: for its system prompt, and for the account of what is used.
-        style: what the chat template can write.
         parts: column and turns; the answers of the last one are trained.
     """
     talk = Conversation()

@@ -46,7 +46,6 @@ class Written:
     """A folder to be judged.
 
     Attributes:
-        into, dtype: what it holds.
         weights: the largest relative difference of a tensor from base plus adapter, and that tensor's name, empty if
             none was read back.
         max_kl: largest mean KL to the trained model that is accepted, nats a token.
@@ -153,8 +152,6 @@ def worst_weight(
 
     Args:
         expected: what the tensor of a name should be, in the precision of the files.
-        names: of all tensors.
-        read: the tensor as it is in the files; None if it is not there.
     """
     worst = (0.0, next(iter(names)))
     for name in names:

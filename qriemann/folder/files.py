@@ -22,12 +22,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Replaces the file in one move, flushed to disk: a crash leaves the old content or the new.
-
-    Args:
-        path: the file.
-        write: writes the new content to the path that it is given.
-    """
+    """Replaces the file in one move, flushed to disk: a crash leaves the old content or the new."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(partial)

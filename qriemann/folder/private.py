@@ -36,7 +36,6 @@ def find_private(text: str, *, paths: Iterable[Path] = ()) -> list[tuple[int, st
     """Credentials and local paths in a text, each as its line and what it is, never what it says.
 
     Args:
-        text: of one file.
         paths: further places on this machine whose name must not appear, beside the home and the working folder.
     """
     found = [(match.start(), "a credential") for match in _CREDENTIAL.finditer(text)]
@@ -54,7 +53,6 @@ def without_paths(value: Any, names: dict[str, str]) -> Any:
     """A copy of a JSON value in which every local path is replaced.
 
     Args:
-        value: as `json.loads` gives it.
         names: what to write instead of a string that is a key of it; any other absolute path keeps its last part.
     """
     if isinstance(value, dict):

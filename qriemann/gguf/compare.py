@@ -54,8 +54,6 @@ class Seen:
     """What llama.cpp did with a file.
 
     Attributes:
-        figures: None if it did not load.
-        failure: why it did not; empty if it did.
         retold: a sentence for each conversation or text whose tokens are not those of the training; empty if there is none.
         ended: how many of the answers to the first `asked` rows ended by themselves within 64 tokens.
     """
@@ -75,11 +73,7 @@ def has_engine() -> bool:
 def run(
     model: Path, adapter: Path | None, recording: Recording, tokenizer: PreTrainedTokenizerBase, *, talk: bool = True
 ) -> Seen:
-    """Loads the file, with an adapter to it or None, in a fresh process of llama.cpp and compares it.
-
-    Args:
-        talk: whether to compare the tokens of conversations too, and to ask for answers.
-    """
+    """Loads the file, with an adapter to it or None, in a fresh process of llama.cpp and compares it."""
     said = _said(tokenizer) if talk else []
     request = {
         "model": str(model.resolve()),

@@ -57,7 +57,6 @@ def make_modelfile(
     """The content of a Modelfile for the GGUF file beside it.
 
     Args:
-        stops: the tokens that end a turn.
         asked: a conversation as training had them, for its system prompt.
     """
     template = go_template(tokenizer) if tokenizer.chat_template else None

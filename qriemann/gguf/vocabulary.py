@@ -30,11 +30,7 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    """Writes tokens, merges, special tokens and chat template.
-
-    Args:
-        size: rows of the embeddings; tokens beyond the tokenizer's are filled up.
-    """
+    """Writes tokens, merges, special tokens and chat template."""
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     model = core["model"]
     if model["type"] != "BPE":

@@ -42,8 +42,6 @@ def write_model(
     """Writes a whole model; one tensor at a time is in memory.
 
     Args:
-        shapes: of all tensors, by their names in transformers.
-        tensor_of: the tensor of such a name.
         type_name: a key of `TYPES`. Norms and biases stay in float32, embeddings and head in q8_0 at least, and rows that do
             not divide into blocks in float16.
     """
@@ -147,9 +145,7 @@ def write_files(
     """Writes the files of one export.
 
     Args:
-        folder: for what was asked for.
         scratch: for what only the proof needs.
-        name: the files' names begin with it.
         types: of the merged files; None for the adapter alone.
     """
     if types is None:

@@ -40,7 +40,6 @@ class BatchFit:
     """The choice for one device.
 
     Attributes:
-        rows: at most this many at once.
         rows_per_step: of one device.
         tokens: at most this many at once if rows are laid end to end (packing).
         longest_tokens: of the longest row.

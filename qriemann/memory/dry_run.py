@@ -60,10 +60,7 @@ class DryRun(TrainerCallback):
     """Refuses packed samples that see each other, and batches that do not fit, when a trainer's training begins.
 
     Args:
-        trainer: an `SFTTrainer` whose training has not begun; this callback goes before its others.
         data: the rows before the trainer truncates and packs them.
-        allow: names of defects that do not stop the run.
-        note: called with each line for the user.
         training_batch: take the longest training batch; not needed with `AutoBatch`, which measures by itself.
     """
 
@@ -107,13 +104,7 @@ def make_ready(trainer: Any) -> None:
 
 
 def measure_training_batch(trainer: Any, *, counted: bool = False, keep_gradients: bool = False) -> Measured:
-    """Takes the longest training batch through forward and backward.
-
-    Args:
-        trainer: ready for a step: in training, or after `make_ready`.
-        counted: count the bytes; on a CPU that takes time.
-        keep_gradients: keep them for `measure_step`.
-    """
+    """Takes the longest training batch through forward and backward."""
     rows = longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
 
     def run(inputs: dict[str, Any]) -> None:

@@ -45,9 +45,7 @@ class Workload:
     """What decides, beside model and adapter, how much memory a run takes; named as in the settings.
 
     Attributes:
-        state_blocks: blocks of a factor's size that the optimizer keeps.
         start: of an adapter on the manifold; None for plain factors.
-        packing_strategy: None without packing.
         per_device_eval_batch_size: 0 without evaluation.
         dense_copies: a run on a CPU holds its 4-bit weights dequantized as well.
     """

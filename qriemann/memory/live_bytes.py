@@ -22,7 +22,6 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of every storage that operations allocate while it is active.
 
     Attributes:
-        live: bytes.
         peaks: for each window, the bytes at its peak, by the part of the model that allocated them.
         part: the part that new storages are counted under.
         window: the window that the peak is kept under.

@@ -35,9 +35,7 @@ class Plan:
         stored: (what, bytes) of everything that stays for the whole run.
         computed: the same for what a step allocates, at its peak.
         phase: when that peak is: "training", "evaluation" or "optimizer step".
-        assumptions: what was assumed rather than counted.
         left_out: a line about the experts of the model, which are neither quantized nor adapted.
-        vram_gib: the card, or None.
         longest: most tokens a row that fit the card at this batch; None without a card.
         largest_batch: most rows that fit the card at this length.
         remedy: the settings to change so that it fits, at the least cost; empty if it fits, or if nothing helps.

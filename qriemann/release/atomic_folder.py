@@ -20,8 +20,6 @@ class Released:
     Attributes:
         folder: the model, with a subfolder for each base if there are several, or the adapter; ends in `.rejected` if the
             proof failed.
-        accepted: whether it passed.
-        verdicts: of each base.
         report: the content of `merge_report.json` or `export_report.json`.
     """
 

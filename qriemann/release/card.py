@@ -34,12 +34,7 @@ _NOT_REPEATED = ("output_dir", "push", "push_to_hub", "resume")
 
 
 def write_card(found: ModelFolder, text: str | None = None) -> Path:
-    """Writes the card into the folder and returns its path.
-
-    Args:
-        found: the folder.
-        text: the card; None makes it.
-    """
+    """Writes the card into the folder and returns its path."""
     path, content = found.path / CARD, make_card(found) if text is None else text
     replace_text(path, content)
     return path
@@ -56,7 +51,6 @@ def make_card(
 
     Args:
         found: the folder; a card that it holds already keeps what a person wrote into it.
-        repo: Hub id under which the card will stand.
         base_id: Hub id of the base; None takes the recorded base if that is one.
         license: of the base, under the keys of a card's metadata; one that a person wrote into the card stays.
     """

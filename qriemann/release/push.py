@@ -59,7 +59,6 @@ class Upload:
 
     Attributes:
         content: the file as it lies on disk, or what is sent in its place.
-        note: what was changed on the way, for people.
     """
 
     name: str
@@ -76,7 +75,6 @@ class PushResult:
     """What a push did, or with `dry_run` would do.
 
     Attributes:
-        repo: OWNER/NAME.
         url: of the commit; None of a dry run.
         uploads: the files, the card among them.
         kept: names in the folder that stay on this machine.

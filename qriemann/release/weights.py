@@ -52,7 +52,6 @@ def write_checkpoint(
     """Writes tensors into the safetensors files that transformers looks for; no more than one file is in memory.
 
     Args:
-        folder: exists.
         like: shape and dtype of each tensor, on the meta device.
         tensors_of: what the file holds for a name: the tensor, or the parts of a 4-bit one.
         shard_bytes: upper bound of a file, unless one tensor alone is larger.
@@ -75,7 +74,6 @@ def original_weights(base: str, revision: str | None = None) -> Tensors:
 
     Args:
         base: as `load_base` takes it. A GGUF file is dequantized to float32 in host memory; anything else is read lazily.
-        revision: of a Hub model.
     """
     path = Path(base).expanduser()
     if base == EMBEDDED_MODEL or path.is_file():

@@ -33,9 +33,7 @@ class Check:
     """What was found and measured.
 
     Attributes:
-        defects: of the rows and of the measured batches.
         training, evaluation: the longest batch of each; None without held-out rows, or where it did not fit.
-        step_seconds: of one optimizer step.
         planned_gib: the peak that `plan` computes.
     """
 

@@ -202,7 +202,6 @@ def draw_curve(values: Sequence[float], *, width: int, height: int) -> list[str]
 
     Args:
         values: in order; more than `width` of them are averaged in runs.
-        width, height: in characters.
 
     Returns:
         `height` lines of at most `width` characters; the largest value fills its column, the smallest has one eighth.

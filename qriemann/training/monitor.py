@@ -26,15 +26,8 @@ class Monitor(TrainerCallback):
     """Measures a run and records it; the trainer's own progress callbacks are to be removed.
 
     Args:
-        view: draws the records.
-        folder: of `metrics.jsonl`.
         device: whose peak memory counts.
         on_begin: called with the first step before anything is recorded; the place for the first write of a run.
-        clock: returns seconds.
-
-    Attributes:
-        records: of the run, those before a resume included.
-        begun: whether `on_begin` has returned.
     """
 
     def __init__(

@@ -49,9 +49,6 @@ class HeldOutLoss:
 
     transformers averages the means of batches and repeats rows to fill the last batch of each process, so its loss depends
     on the size of a batch. TRL also adds what belongs to training alone: the auxiliary loss of experts, label smoothing.
-
-    Args:
-        trainer: its `evaluation_loop` and `prediction_step` are wrapped.
     """
 
     def __init__(self, trainer: SFTTrainer) -> None:

@@ -63,9 +63,6 @@ def token_sums(trainer: Any, model: Any, inputs: Any) -> Any:
     """Summed over the counted tokens of a batch: negative log likelihood, number, entropy and right predictions.
 
     They come from the head that TRL fuses with its loss, which never holds all logits; tests/training/test_held_out_loss.py
-
-    Returns:
-        float64, of shape (4,).
     """
     import torch
 

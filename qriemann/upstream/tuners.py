@@ -28,9 +28,6 @@ def replace_peft_functions(wrappers: dict[str, Callable[[Any], Any]]) -> None:
 
     `add_weighted_adapter` and hot-swapping use the factors of a layer and know nothing of a variant.
     tests/adapters/test_peft_methods.py
-
-    Args:
-        wrappers: by "module:name" below peft; a dot in the name leads into a class.
     """
     for place, wrap in wrappers.items():
         module, _, path = place.partition(":")
