@@ -169,8 +169,7 @@ def truncate_(model: nn.Module) -> dict[str, float]:
     for point in points:
         if point.offset is None:
             continue
-        b, a = (factor.double().cpu().numpy() for factor in lora_factors(point))
-        u, sigma, v = map(torch.from_numpy, factored_svd(b, a))
+        u, sigma, v = factored_svd(*(factor.cpu() for factor in lora_factors(point)))
         kept = slice(point.rank)
         truncated = FixedRankPoint(u[:, kept], torch.diag(sigma[kept]), v[:, kept])
         point.assign(_move(truncated, point.u.device))

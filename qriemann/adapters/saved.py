@@ -8,7 +8,6 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
@@ -115,17 +114,7 @@ def read_adapter(path: str | os.PathLike[str], command: str = "merge") -> SavedA
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # PEFT does not check the types of most values.
         raise InputError(f"PEFT cannot read {folder / CONFIG}: {first_line(error)}; check the file") from error
-    layers = {
-        name: LoraFactors(_tensor(b), _tensor(a), scaling, None if bias is None else _tensor(bias))
-        for name, (b, a, scaling, bias) in content.layers.items()
-    }
-    replaced = {name: _tensor(array) for name, array in content.replaced.items()}
-    rows = {name: (numbers, _tensor(array)) for name, (numbers, array) in content.rows.items()}
-    return SavedAdapter(folder, config, content.keys, layers, replaced, rows)
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array).float()
+    return SavedAdapter(folder, config, *content)
 
 
 def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

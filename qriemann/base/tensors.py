@@ -1,16 +1,11 @@
 """Tensors by name, each made when it is asked for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
-# `inspect` looks for a base that may not be there before it waits for torch.
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 
-class Tensors(Mapping[str, "Tensor"]):
+class Tensors(Mapping[str, Tensor]):
     """A mapping whose values `read` makes from their names, anew at each access."""
 
     def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:

@@ -1,25 +1,19 @@
-"""The weights of a model, read from its files and written to them.
-
-torch is imported when a tensor is read or written: `inspect` looks for a base that may not be there.
-"""
-
-from __future__ import annotations
+"""The weights of a model, read from its files and written to them."""
 
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from qriemann.base.paths import EMBEDDED_MODEL, refuse_outside
 from qriemann.base.tensors import Tensors
 from qriemann.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -56,8 +50,6 @@ def write_checkpoint(
         tensors_of: what the file holds for a name: the tensor, or the parts of a 4-bit one.
         shard_bytes: upper bound of a file, unless one tensor alone is larger.
     """
-    from safetensors.torch import save_file
-
     plan = split_torch_state_dict_into_shards(dict(like), max_shard_size=shard_bytes)
     files: dict[str, str] = {}
     for file, names in plan.filename_to_tensors.items():
@@ -127,7 +119,6 @@ def quantized(name: str, weight: Tensor, *, quant_type: str, double_quant: bool)
 
 def stored_4bit(weights: Mapping[str, Tensor], name: str) -> Tensor:
     """The float32 value of a tensor that transformers saved in bitsandbytes' 4-bit format."""
-    import torch
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     parts = {key.removeprefix(f"{name}."): weights[key].cpu() for key in weights if key.startswith(f"{name}.")}
