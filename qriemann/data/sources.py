@@ -184,13 +184,11 @@ def _as_sources(loaded: Dataset | DatasetDict) -> dict[str, Source]:
 def _read_folder(path: Path, name: str | None) -> dict[str, Source]:
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            _refuse_outside(path, _saved_files(path))
             return _as_sources(load_from_disk(str(path)))
         # The builder finds the files of each split, and those that the folder's README names, without reading a row.
         with literal_folders(), tempfile.TemporaryDirectory() as cache:
             config = load_dataset_builder(str(path), name, cache_dir=cache).config
         files = {split: [Path(file) for file in found] for split, found in (config.data_files or {}).items()}
-        _refuse_outside(path.resolve(), (file for names in files.values() for file in names))
         if _is_plain(config) and all(file.suffix.lower() in ENDINGS for names in files.values() for file in names):
             return {split: _from_files(names) for split, names in files.items()}
         _check_cache()
@@ -207,28 +205,6 @@ def _is_plain(config: Any) -> bool:
     usual, found = (vars(entry) for entry in (type(config)(), config))
     named = ("name", "version", "data_dir", "data_files", "description", "features")
     return all(found[key] == value for key, value in usual.items() if key not in named)
-
-
-def _saved_files(folder: Path) -> Iterator[Path]:
-    """The files that `load_from_disk` opens, as the folder's own records name them."""
-    parts, splits = [folder], folder / "dataset_dict.json"
-    if splits.is_file():
-        parts += [folder / name for name in json.loads(splits.read_text(encoding="utf-8"))["splits"]]
-    for part in parts:
-        yield part
-        if (part / "state.json").is_file():
-            state = json.loads((part / "state.json").read_text(encoding="utf-8"))
-            yield from (part / file["filename"] for file in state["_data_files"])
-
-
-def _refuse_outside(folder: Path, files: Iterable[Path]) -> None:
-    """Raises InputError if a folder names rows outside itself; symbolic links, as in the Hub's cache, may point outside."""
-    for file in files:
-        inside = Path(os.path.normpath(file)).is_relative_to(os.path.normpath(folder))
-        if not inside:
-            raise InputError(
-                f"a dataset's folder must name files in it, got {str(file)!r:.200} in {folder}; copy it there"
-            )
 
 
 def _load_from_hub(name: str, config: str | None) -> DatasetDict:
