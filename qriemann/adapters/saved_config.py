@@ -16,62 +16,38 @@ COMMANDS = ("inspect", "chat", "eval", "merge", "export")
 
 
 class Kind(NamedTuple):
-    """Adapters that not every command reads, told by one key of their configuration.
+    """Adapters that only some commands read.
 
     Attributes:
-        instead: what to do with the others.
-        found: whether the key's value makes an adapter one of this kind.
+        instead: what to do with them otherwise.
+        found: whether a key's value makes an adapter one of this kind.
     """
 
-    key: str
     instead: str = "merge it with the tool that trained it"
     commands: tuple[str, ...] = ()
     found: Callable[[Any], bool] = bool
 
-    def __str__(self) -> str:
-        return self.key
 
-
-# Training warns of these; see `unread`.
-KINDS = (
+# With one of these keys the trained function is not W + scaling B A on linear layers.
+_OTHER_FUNCTIONS = """alora_invocation_tokens arrow_config kasa_config layer_replication megatron_config monteclora_config
+    target_parameters use_bdlora use_dora use_qalora velora_config"""
+# By the key of `adapter_config.json` that tells them.
+KINDS = {
     # A sequence classifier, a reward model: its factors are plain, but it is no language model.
-    Kind(
-        "task_type",
+    "task_type": Kind(
         "load and merge it with PEFT's class for that task; inspect shows its factors",
         ("inspect",),
         lambda task: task not in (None, "CAUSAL_LM"),
     ),
     # These starts change the base's own weights, which the folder does not hold.
-    Kind(
-        "init_lora_weights",
+    "init_lora_weights": Kind(
         "it changes the base's own weights, so save it as PEFT converts it to plain LoRA",
         found=lambda start: str(start).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")),
     ),
-    # With one of these the trained function is not W + scaling B A on linear layers.
-    *map(
-        Kind,
-        [
-            "alora_invocation_tokens",
-            "arrow_config",
-            "kasa_config",
-            "layer_replication",
-            "megatron_config",
-            "monteclora_config",
-            "target_parameters",
-            "use_bdlora",
-            "use_dora",
-            "use_qalora",
-            "velora_config",
-        ],
-    ),
-)
+    **dict.fromkeys(_OTHER_FUNCTIONS.split(), Kind()),
+}
 # The types of the values that are computed with; PEFT checks none.
 _TYPES = {"r": int, "lora_alpha": int | float, "rank_pattern": dict | None, "alpha_pattern": dict | None}
-
-
-def unread(config: Mapping[str, Any]) -> list[Kind]:
-    """The kinds of an adapter that not every command reads."""
-    return [kind for kind in KINDS if kind.found(config.get(kind.key))]
 
 
 def check_config(folder: Path, command: str) -> dict[str, Any]:
@@ -96,13 +72,12 @@ def check_config(folder: Path, command: str) -> dict[str, Any]:
     for name, kind in _TYPES.items():
         if not isinstance(content.get(name), kind):
             raise InputError(f"{name} must not be {content.get(name)!r:.80} in {path}; correct the file")
-    refused = [kind for kind in unread(content) if command not in kind.commands]
-    if refused:
-        key, instead = refused[0].key, refused[0].instead
-        raise InputError(
-            f"an adapter must be plain LoRA on linear layers of a causal language model, got {key}={content[key]!r:.80} in "
-            f"{path}; {instead}"
-        )
+    for key, kind in KINDS.items():
+        if kind.found(content.get(key)) and command not in kind.commands:
+            raise InputError(
+                f"an adapter must be plain LoRA on linear layers of a causal language model, got {key}="
+                f"{content[key]!r:.80} in {path}; {kind.instead}"
+            )
     return content
 
 

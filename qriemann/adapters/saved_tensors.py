@@ -105,7 +105,9 @@ def stored_tensors(path: Path, *, finite: bool = True) -> Iterator[tuple[str, Te
             held = tensor.dtype in _FLOATS
             if not held or (finite and not is_finite(tensor)):
                 got = f"NaN or infinities in {key!r}" if held else f"{key!r:.80} as {tensor.dtype}"
-                raise InputError(f"{path} must hold finite numbers in floating point, got {got}; copy or train it again")
+                raise InputError(
+                    f"{path} must hold finite numbers in floating point, got {got}; copy or train it again"
+                )
             yield key, tensor.float()
     except InputError:
         raise
