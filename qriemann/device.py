@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ GIB = 2**30
 
 # cuInit's answers on a machine without a usable card: none there or all hidden, and a stub in the place of the driver.
 _NO_DEVICE, _STUB = 100, 34
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _ON_CPU = "compute on the CPU with use_cpu: true (for other commands, set CUDA_VISIBLE_DEVICES=-1)"
 
 
@@ -115,6 +118,17 @@ def prefer_expandable_segments() -> None:
     """
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep what it frees, where its allocator is glibc's: each step needs the same memory again.
+
+    Otherwise every large tensor is a mapping of its own, whose pages the kernel clears at each allocation.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        allocator = ctypes.CDLL(None)
+        allocator.mallopt(_M_MMAP_MAX, 0)
+        allocator.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -23,7 +23,6 @@ from trl import SFTConfig
 from qriemann.adapters.targets import adapter_config, check_targets, without_experts
 from qriemann.base.chat_template import adjust_tokenizer
 from qriemann.base.load import load_base
-from qriemann.base.on_cpu import keep_freed_memory
 from qriemann.checkpoints.fingerprints import check_same_run, fingerprints
 from qriemann.checkpoints.manifest import FoundCheckpoint
 from qriemann.checkpoints.starting_point import starting_point
@@ -40,7 +39,7 @@ from qriemann.data.defects import Defect, find_defects
 from qriemann.data.row_formats import RowEncoder
 from qriemann.data.sources import Source, load_sources
 from qriemann.data.tokenized import TokenizedData, fingerprint, tokenize_rows
-from qriemann.device import compute_device, describe_device, refuse_unused_gpu
+from qriemann.device import compute_device, describe_device, keep_freed_memory, refuse_unused_gpu
 from qriemann.distributed import run_on_main
 from qriemann.errors import InputError
 from qriemann.folder.lock import refuse_if_held
