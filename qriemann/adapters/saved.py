@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.adapters.saved_config import CONFIG, check_config
-from qriemann.adapters.saved_tensors import LoraFactors, adapter_folder, first_line, name_in_base, read_content
+from qriemann.adapters.saved_tensors import LoraFactors, adapter_folder, name_in_base, read_content
 from qriemann.base.files import load_tokenizer
-from qriemann.errors import InputError
+from qriemann.errors import InputError, first_line
 from qriemann.upstream import quiet
 
 _OTHER_BASE = "name the base that the adapter was trained on with --base"

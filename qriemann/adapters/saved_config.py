@@ -69,8 +69,8 @@ def check_config(folder: Path, command: str) -> dict[str, Any]:
         raise InputError(f"an adapter must be LoRA, got {content.get('peft_type')!r} in {path}; merge it with PEFT")
     # PEFT's own defaults for keys that the file leaves out.
     content = {"r": 8, "lora_alpha": 8, **content}
-    for name, kind in _TYPES.items():
-        if not isinstance(content.get(name), kind):
+    for name, wanted in _TYPES.items():
+        if not isinstance(content.get(name), wanted):
             raise InputError(f"{name} must not be {content.get(name)!r:.80} in {path}; correct the file")
     for key, kind in KINDS.items():
         if kind.found(content.get(key)) and command not in kind.commands:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qriemann.adapters.saved_config import CONFIG, value_for
 from qriemann.base.finite import is_finite
-from qriemann.errors import InputError
+from qriemann.errors import InputError, first_line
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
@@ -114,11 +114,6 @@ def stored_tensors(path: Path, *, finite: bool = True) -> Iterator[tuple[str, Te
     except Exception as error:  # safetensors and the unpickler raise their own types.
         kind = "pickle of tensors alone" if path.name == PICKLE else "complete safetensors file"
         raise InputError(f"{path} is not a {kind}: {first_line(error)}; copy or train it again") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The exception's type and the first line of what it says."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
 
 
 def _weights_of(path: Path, folder: Path) -> Path:

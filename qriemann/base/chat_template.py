@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
@@ -86,6 +87,17 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
     return next((token for token in after if token in special_ids(tokenizer)), None)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
+    """The tokens that end a turn or a text: the tokenizer's, the generation config's and the chat template's."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [
+        tokenizer.eos_token_id,
+        end_of_turn(tokenizer),
+        *(configured if isinstance(configured, list) else [configured]),
+    ]
+    return sorted({end for end in ends if end is not None})
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

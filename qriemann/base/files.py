@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 
 from qriemann.base.finite import is_finite
 from qriemann.base.paths import entries, refuse_outside
-from qriemann.errors import InputError
+from qriemann.errors import InputError, listed
 from qriemann.upstream import watching_quantization
 
 _INDEX, _TOKENIZER = "model.safetensors.index.json", "tokenizer_config.json"
@@ -57,14 +57,14 @@ def check_loaded(name: str, model: PreTrainedModel, report: dict[str, Any]) -> N
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
-            f"{name}: the files hold no weights for {_listed(missing)}, which config.json asks for; download the model "
+            f"{name}: the files hold no weights for {listed(missing)}, which config.json asks for; download the model "
             "again, or correct config.json"
         )
     mismatched = sorted([*report["mismatched_keys"], *_mismatched_4_bit(model)])
     if mismatched:
         shapes = [f"{key} of {tuple(found)} for {tuple(expected)}" for key, found, expected in mismatched]
         raise InputError(
-            f"weights must have the shapes that config.json asks for, got {_listed(shapes)} in {name!r}; download the model "
+            f"weights must have the shapes that config.json asks for, got {listed(shapes)} in {name!r}; download the model "
             "again, or correct config.json"
         )
 
@@ -87,7 +87,7 @@ def check_finite(name: str, model: PreTrainedModel, noted: list[str]) -> None:
     found = [key for key, weight in model.named_parameters() if not all(map(is_finite, _floats_of(weight)))]
     if found := list(dict.fromkeys(noted + found)):
         raise InputError(
-            f"weights must be finite numbers in {model.dtype}, got NaN or infinities in {_listed(found)} of {name!r}; "
+            f"weights must be finite numbers in {model.dtype}, got NaN or infinities in {listed(found)} of {name!r}; "
             "download the model again, or load it with dtype float32"
         )
 
@@ -118,8 +118,3 @@ def _floats_of(weight: Tensor) -> list[Tensor]:
     if state is None:
         return [weight]
     return [state.absmax] if not state.nested else [state.offset, state.state2.absmax]
-
-
-def _listed(names: list[str]) -> str:
-    rest = len(names) - 3
-    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")

@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qriemann.base.chat_template import end_tokens
 from qriemann.base.files import (
     check_finite,
     check_index,
@@ -251,8 +252,7 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
 def _choose_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Gives the tokenizer and the model a pad token that does not end a turn."""
     generation = model.generation_config
-    ends = generation.eos_token_id if generation is not None and generation.eos_token_id is not None else []
-    end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    end_ids = end_tokens(tokenizer, model)
     if tokenizer.pad_token is None or tokenizer.pad_token_id in end_ids:
         vocabulary = tokenizer.get_vocab()
         chosen = next((t for t in _PAD_CANDIDATES if t in vocabulary and vocabulary[t] not in end_ids), None)

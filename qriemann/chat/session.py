@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from qriemann.adapters.saved import adapter_folder, read_adapter
-from qriemann.base.chat_template import render
+from qriemann.base.chat_template import end_tokens, render
 from qriemann.base.load import load_base
 from qriemann.device import describe_device, explaining_memory
 from qriemann.errors import InputError
@@ -136,13 +136,10 @@ class Session:
 
     def _generate(self, messages: list[dict[str, str]], on_text: Callable[[str], None]) -> None:
         ids = torch.tensor([prompt_tokens(self.tokenizer, messages)], device=self.model.device)
-        chosen, stored, limit = self.settings, self.model.generation_config, self._limit()
-        # An answer ends with the model's end tokens and with the one that the tokenizer was trained with.
-        ends = [] if stored is None or stored.eos_token_id is None else stored.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
+        chosen, limit = self.settings, self._limit()
         sampling = chosen.model_dump(include={"temperature", "top_p", "top_k"}) if chosen.temperature > 0 else {}
         config = GenerationConfig(
-            eos_token_id=sorted(ends),
+            eos_token_id=end_tokens(self.tokenizer, self.model),
             pad_token_id=self.tokenizer.pad_token_id,
             max_new_tokens=min(chosen.max_new_tokens, limit - ids.shape[1]) if limit else chosen.max_new_tokens,
             repetition_penalty=chosen.repetition_penalty,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qriemann.checkpoints.manifest import FoundCheckpoint, find_content_defect, find_defect, whole_checkpoint
-from qriemann.errors import InputError
+from qriemann.errors import InputError, listed
 from qriemann.folder import records
 
 
@@ -66,7 +66,7 @@ def check_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None:
     if resume is None:
         found = records.run_files(folder)
         if found and not overwrite:
-            names = ", ".join(path.name for path in found[:3])
+            names = listed(path.name for path in found)
             raise InputError(
                 f"output_dir must not hold a run already, got {folder} with {names}; add --resume to continue it, "
                 "--overwrite to replace it, or name another folder"

@@ -16,7 +16,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.base.chat_template import end_of_turn
+from qriemann.base.chat_template import end_tokens
 from qriemann.data.chat_mask import IGNORED
 
 if TYPE_CHECKING:
@@ -113,14 +113,6 @@ def count_rows(
     _, places, inverse = np.unique(prints, return_index=True, return_inverse=True)
     first = places[inverse]
     return RowAccount(lengths, trained, largest, prints, first, {**arrays, "copy": first < np.arange(len(first))})
-
-
-def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
-    """The tokens that end a turn or a text: the tokenizer's, the generation config's and the chat template's."""
-    generation = getattr(model, "generation_config", None)
-    configured = getattr(generation, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    return sorted(end for end in ends | {end_of_turn(tokenizer)} if end is not None)
 
 
 def choose_rows(rows: RowAccount, limit: int) -> list[int]:

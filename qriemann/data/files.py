@@ -18,14 +18,13 @@ from datasets import Dataset, concatenate_datasets
 from pyarrow import parquet
 
 from qriemann.data.row_formats import find_format
-from qriemann.errors import InputError
+from qriemann.errors import InputError, first_line, listed
 
 #: The column of rows that are JSON text.
 TEXT = "row as JSON"
 #: The endings of files that are read here.
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
-_SHOWN_ERRORS = 3
 # A row after the last one: a quotation mark that is never closed swallows it.
 _LAST = "\x03end of the file"
 
@@ -42,12 +41,6 @@ def read_files(paths: Iterable[Path]) -> tuple[Dataset, list[str]]:
         raise InputError(
             f"the files of one split must have the same columns and types: {first_line(error)}; name one of them"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _read(path: Path, columns: dict[str, None]) -> Dataset:
@@ -80,9 +73,7 @@ def _json_lines(path: Path, columns: dict[str, None]) -> list[str]:
             except (ValueError, RecursionError) as error:
                 problems.append(f"line {number} ({_reason(error)})")
     if problems:
-        more = f" and {len(problems) - _SHOWN_ERRORS} more" if len(problems) > _SHOWN_ERRORS else ""
-        shown = ", ".join(problems[:_SHOWN_ERRORS])
-        raise InputError(f"every line of {path} must be one JSON object, got {shown}{more}; correct them")
+        raise InputError(f"every line of {path} must be one JSON object, got {listed(problems)}; correct them")
     return texts
 
 

@@ -18,9 +18,9 @@ import datasets
 from datasets import Dataset, DatasetDict, Features, List, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
-from qriemann.data.files import ENDINGS, TEXT, first_line, read_files
+from qriemann.data.files import ENDINGS, TEXT, read_files
 from qriemann.data.turns import Row
-from qriemann.errors import InputError
+from qriemann.errors import InputError, first_line
 from qriemann.upstream import literal_folders
 
 _HELD_OUT_SPLITS = ("test", "validation", "eval")

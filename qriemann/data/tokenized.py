@@ -18,13 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from qriemann.data.account import count_rows
 from qriemann.data.chat_mask import IGNORED, TODAY, Example, RowError
-from qriemann.data.files import first_line
 from qriemann.data.row_formats import FORMATS, RowEncoder, RowFormat, find_format
 from qriemann.data.sources import Batch, Source
 from qriemann.data.turns import MARKS, Row
-from qriemann.errors import InputError
+from qriemann.errors import InputError, first_line, listed
 
-_SHOWN_ROWS, _SHOWN_COLUMNS = 3, 12
+_SHOWN_COLUMNS = 12
 # What a row becomes: tokens, and beside them what went wrong, which column rejects the row, and what people should know.
 _MADE = Features(
     {
@@ -298,7 +297,7 @@ def _without_rejected(source: Source, examples: Dataset, allow: Collection[str],
     if not found:
         return examples
     numbers, cells = [number for number, _ in found], dict.fromkeys(cell for _, cell in found)
-    shown, them = ", ".join([*cells][:_SHOWN_ROWS]), "it" if len(found) == 1 else "them"
+    shown, them = listed(cells), "it" if len(found) == 1 else "them"
     said = f"{len(found)} of {len(source.rows)} rows of {source.name} say that they are not to be learnt ({shown}; "
     said += f"{_rows_in_words(numbers)})"
     if "rejected-rows" not in allow or len(found) == len(source.rows):
@@ -319,8 +318,7 @@ def _unused_notices(unused: Counter[str], rows: int) -> list[str]:
     notices = []
     for beginning, names, end in lines:
         shown = [f"{name} ({unused[name]} of {rows} rows)" for name in names]
-        more = f" and {len(shown) - _SHOWN_COLUMNS} more" if len(shown) > _SHOWN_COLUMNS else ""
-        notices += [beginning + ", ".join(shown[:_SHOWN_COLUMNS]) + more + end] if shown else []
+        notices += [beginning + listed(shown, _SHOWN_COLUMNS) + end] if shown else []
     return notices
 
 
@@ -340,6 +338,4 @@ def _raise_first_problem(source: Source, examples: Dataset) -> None:
 def _rows_in_words(indices: Iterable[int]) -> str:
     """ "row 3" or "rows 3, 4, 9 and 20 more", counted from 1 as an editor counts lines."""
     numbers = [index + 1 for index in indices]
-    shown = ", ".join(map(str, numbers[:_SHOWN_ROWS]))
-    more = f" and {len(numbers) - _SHOWN_ROWS} more" if len(numbers) > _SHOWN_ROWS else ""
-    return f"row{'s' if len(numbers) > 1 else ''} {shown}{more}"
+    return f"row{'s' if len(numbers) > 1 else ''} {listed(numbers)}"

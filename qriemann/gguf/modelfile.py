@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from qriemann.base.chat_template import render
-from qriemann.data.chat_mask import end_of_turn
 from qriemann.errors import InputError
-from qriemann.evaluation.trained import Trained
 from qriemann.gguf.vocabulary import begins_with_bos
 
 _SAID = {"system": "Qsystem", "user": "Quser", "assistant": "Qassistant"}
@@ -66,10 +64,3 @@ def make_modelfile(
     lines = [f"FROM ./{file}", no_form if template is None else f'TEMPLATE """{template}"""']
     lines += [f'SYSTEM """{turn["content"]}"""' for turn in asked if turn["role"] == "system"]
     return "\n".join([*lines, *(f'PARAMETER stop "{stop}"' for stop in stops)]) + "\n"
-
-
-def end_tokens(trained: Trained) -> list[str]:
-    """The tokens that end a turn: the tokenizer's, the template's, and those of the generation settings."""
-    tokenizer, more = trained.tokenizer, getattr(trained.model.generation_config, "eos_token_id", None) or []
-    ends = [tokenizer.eos_token_id, end_of_turn(tokenizer), *(more if isinstance(more, list) else [more])]
-    return list(dict.fromkeys(tokenizer.convert_ids_to_tokens(end) for end in ends if end is not None))

@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.data.chat_mask import end_of_turn
+from qriemann.base.chat_template import end_of_turn
 from qriemann.errors import InputError
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from qriemann.adapters.saved_config import check_config
 from qriemann.adapters.spectrum import LayerSpectrum, group_by_kind, read_spectra
-from qriemann.errors import InputError
+from qriemann.errors import InputError, listed
 from qriemann.release.weights import original_weights, tensor_names
 from qriemann.upstream import quiet
 
@@ -75,9 +75,8 @@ def remarks(spectra: list[LayerSpectrum]) -> list[str]:
     lines = []
     for what, layers in flags.items():
         if layers:
-            more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
-            names = ", ".join(layer.name for layer in layers[:3])
-            lines.append(f"{len(layers)} of {len(spectra)} layers are {what}: {names}{more}")
+            names = listed(layer.name for layer in layers)
+            lines.append(f"{len(layers)} of {len(spectra)} layers are {what}: {names}")
     return lines or ["no layer is dead, none is saturated"]
 
 

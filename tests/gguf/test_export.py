@@ -16,6 +16,7 @@ from qriemann.errors import InputError
 from qriemann.gguf.architectures import Layout
 from qriemann.release.export_gguf import export_gguf
 from qriemann.release.push import push
+from qriemann.release.report import write_report
 from tests.gguf.models import byte_tokenizer
 from tests.release.conftest import save_adapter, save_chat_base
 
