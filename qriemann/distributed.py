@@ -34,8 +34,7 @@ def refuse_sharding() -> None:
     for variable, name in _SHARDING.items():
         if parse_flag_from_env(variable):
             raise InputError(
-                f"several GPUs must use data parallel (DDP), got {name}, which shards or flattens the factors; a step "
-                "needs both factors of a layer whole: use accelerate launch --multi_gpu, or torchrun"
+                f"{name} splits the factors, and a step needs both of a layer whole; use accelerate launch --multi_gpu"
             )
 
 

@@ -54,8 +54,7 @@ def _refusing(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     def called(*args: Any, **options: Any) -> Any:
         if _attached(args[0] if args else options["model"]):
             raise InputError(
-                f"{name} must be given plain LoRA layers, got layers on the fixed-rank manifold, whose factors "
-                "alone are not the adapter; call qriemann.detach(model) first"
+                f"{name} knows plain factors alone, and these layers are on the manifold; call qriemann.detach(model) first"
             )
         return function(*args, **options)
 

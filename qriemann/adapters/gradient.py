@@ -87,8 +87,7 @@ def gradient_svd(
     unreached = [name for (name, *_), triplets in zip(layers, found, strict=True) if not triplets.sigma[0] > 0]
     if len(unreached) == len(found):
         raise InputError(
-            f"the loss must have a gradient in the adapted layers, got none in all {len(found)}; is the adapter merged or "
-            "disabled, or is every label masked?"
+            f"the loss has no gradient in all {len(found)} adapted layers; is the adapter merged, or every label masked?"
         )
     if unreached:
         logger.warning("%d layers have no gradient and start at random bases (%s, ...)", len(unreached), unreached[0])
@@ -130,13 +129,11 @@ def _read(
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             got = f"{list(loss.shape)}, requires_grad {loss.requires_grad}" if isinstance(loss, Tensor) else repr(loss)
             raise InputError(
-                f"the loss must be one number with a gradient, got {got}; is the adapter merged or disabled, or gradient "
-                "computation off?"
+                f"the loss must be one number with a gradient, got {got}; is the adapter merged or disabled?"
             )
         if not loss.isfinite().all():
             raise InputError(
-                f"the loss must be finite at the start, got {loss.item()} in batch {index + 1} of {len(batches)}; check "
-                "the data and the compute dtype"
+                f"the loss must be finite at the start, got {loss.item()} in batch {index + 1} of {len(batches)}"
             )
         (loss.sum() * _LOSS_SCALE).backward()
         report()
@@ -195,9 +192,7 @@ class _GradientTap(LoraVariant):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
         if not total.isfinite().all():
-            raise InputError(
-                f"the gradient must be finite at the start, got one that is not in {self._name}; check the compute dtype"
-            )
+            raise InputError(f"the gradient is not finite at the start, in {self._name}; check the compute dtype")
         return total.double()
 
     @staticmethod

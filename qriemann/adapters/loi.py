@@ -118,8 +118,7 @@ def _check_zero(layers: Layers) -> None:
             zero = all(map(torch.equal, variant.point.point(), variant.point.offset))
         if not zero or (bias is not None and bias.any()):
             raise InputError(
-                f"the adapter must still be zero to be initialized, got one that is not in {name}; initialize before the "
-                "first step, or leave the initialization out"
+                f"the adapter must still be zero to be initialized, and {name} is not; initialize before the first step"
             )
 
 

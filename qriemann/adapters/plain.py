@@ -13,8 +13,7 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     for name, module in model.named_modules():
         if getattr(module, "_fixed_rank_loaded", None):
             raise InputError(
-                f"an adapter saved with an offset must be resumed by a method on the manifold, got {name} under plain LoRA; "
-                "resume with the method that saved it"
+                f"{name} was saved with an offset, which plain LoRA has no place for; resume with the method that saved it"
             )
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 

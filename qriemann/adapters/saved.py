@@ -91,8 +91,8 @@ class SavedAdapter:
         if differing := sorted(asked - self.keys) or sorted(added):
             got = "none for" if differing[0] in asked else "also"
             raise InputError(
-                f"an adapter must hold the tensors that its {CONFIG} asks for in {base}, and no others, got {got} "
-                f"{differing[0]} in {self.folder}; copy the adapter again, or {_OTHER_BASE}"
+                f"{self.folder} must hold the tensors that its {CONFIG} asks for in {base}, got {got} {differing[0]}; "
+                f"copy it again, or {_OTHER_BASE}"
             )
         return peft
 
@@ -128,6 +128,5 @@ def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         raise
     except Exception as error:  # Broken files make transformers raise exceptions of any type.
         raise InputError(
-            f"transformers cannot load the tokenizer in {folder}: {first_line(error)}; remove tokenizer_config.json to use "
-            "the base's"
+            f"{folder}: the tokenizer cannot be loaded: {first_line(error)}; without tokenizer_config.json the base's is used"
         ) from error

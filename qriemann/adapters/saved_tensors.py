@@ -76,8 +76,7 @@ def read_content(path: Path, config: Mapping[str, Any], *, finite: bool = True) 
             rows[f"{tokens['module']}.weight"] = _token_rows(tokens["module"], tensor, config, folder)
         elif "lora_" in key or not _NAME.fullmatch(key):
             raise InputError(
-                f"an adapter must be plain LoRA on linear layers, got the tensor {key!r:.80} of {tuple(tensor.shape)} in "
-                f"{folder}; merge it with the tool that trained it"
+                f"{folder}: not plain LoRA on linear layers: tensor {key!r:.80}; merge it with the tool that trained it"
             )
         else:
             replaced[name_in_base(key)] = tensor
@@ -105,9 +104,7 @@ def stored_tensors(path: Path, *, finite: bool = True) -> Iterator[tuple[str, Te
             held = tensor.dtype in _FLOATS
             if not held or (finite and not is_finite(tensor)):
                 got = f"NaN or infinities in {key!r}" if held else f"{key!r:.80} as {tensor.dtype}"
-                raise InputError(
-                    f"{path} must hold finite numbers in floating point, got {got}; copy or train it again"
-                )
+                raise InputError(f"{path} must hold finite numbers in floating point, got {got}; copy it again")
             yield key, tensor.float()
     except InputError:
         raise
@@ -123,8 +120,7 @@ def _weights_of(path: Path, folder: Path) -> Path:
         raise InputError(f"{folder} holds {WEIGHTS} beside the pickle; name the folder to read that file")
     if folder == path and not weights.is_file() and pickle.is_file():
         raise InputError(
-            f"an adapter's weights must be safetensors, got a pickle in {folder}; if you trust its author, name the file "
-            f"itself: {pickle}"
+            f"{folder}: a pickle, where safetensors are wanted; if you trust its author, name the file itself: {pickle}"
         )
     if folder == path and not weights.is_file():
         raise InputError(f"{weights}: no such file; train or copy the adapter again")
@@ -154,8 +150,7 @@ def _token_rows(module: str, values: Tensor, config: Mapping[str, Any], folder: 
         named = next((numbers for name, numbers in named.items() if f".{module}".endswith(f".{name}")), [])
     if values.ndim != 2 or len(named) != values.shape[0]:
         raise InputError(
-            f"an adapter must hold a row for each of the {len(named)} trainable_token_indices of its {CONFIG}, got "
-            f"{tuple(values.shape)} for {module} in {folder}; copy or train it again"
+            f"{folder}: {module} must have {len(named)} rows of trainable tokens, got {tuple(values.shape)}; copy it again"
         )
     return list(named), values
 
@@ -166,13 +161,10 @@ def _factors(name: str, pair: dict[str, Tensor], config: Mapping[str, Any], fold
     if pair.keys() != {"A", "B"} or not pair["A"].shape[0] == pair["B"].shape[1] == rank:
         shapes = {f"lora_{side}": tuple(tensor.shape) for side, tensor in sorted(pair.items())}
         raise InputError(
-            f"every layer must have factors B (m x r) and A (r x n) of the rank r = {rank} that {CONFIG} says, got {shapes} "
-            f"for {name!r} in {folder}; copy or train it again"
+            f"{folder}: {name} must have factors B and A of the rank {rank} that {CONFIG} says, got {shapes}; copy it again"
         )
     alpha = value_for(config.get("alpha_pattern"), name, config["lora_alpha"])
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if not math.isfinite(scaling):
-        raise InputError(
-            f"lora_alpha must be finite, got {alpha!r} for {name!r} in {folder / CONFIG}; correct the file"
-        )
+        raise InputError(f"lora_alpha must be finite, got {alpha!r} for {name!r} in {folder / CONFIG}")
     return LoraFactors(pair["B"], pair["A"], scaling, bias)

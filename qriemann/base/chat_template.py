@@ -22,8 +22,7 @@ def explain(error: BaseException) -> tuple[str, str]:
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
     if isinstance(error, TemplateSyntaxError):
         raise InputError(
-            f"the chat template is not valid Jinja: {reason} (line {error.lineno}); correct it, or name another with "
-            "chat_template_path"
+            f"the chat template is not valid Jinja: {reason} (line {error.lineno}); correct it, or set chat_template_path"
         ) from error
     # A template raises TemplateError itself on purpose, and anything else where a turn lacks what it reads.
     return reason, "correct the turns" + ("" if type(error) is TemplateError else ", or the template")
@@ -66,8 +65,7 @@ def adjust_tokenizer(
         raise InputError(f"chat_template_path: {path}: no such file") from error
     except (OSError, ValueError) as error:
         raise InputError(
-            f"chat_template_path must be a .jinja file or a tokenizer, got {str(path)!r}: {str(error).splitlines()[0]}; "
-            "check the path"
+            f"chat_template_path {path} is neither a .jinja file nor a tokenizer: {str(error).splitlines()[0]}"
         ) from error
     if not template:
         raise InputError(f"chat_template_path must name a chat template, got a tokenizer without one at {str(path)!r}")

@@ -22,6 +22,7 @@ from qriemann.errors import InputError, listed
 from qriemann.upstream import watching_quantization
 
 _INDEX, _TOKENIZER = "model.safetensors.index.json", "tokenizer_config.json"
+_DOWNLOAD = "download the model again, or correct config.json"
 # The keys whose values transformers 5.23 opens as files.
 _NAMES_A_FILE = re.compile(r".*_files?|vocab|merges|init_inputs")
 # transformers writes these, with the paths on the machine that saved the tokenizer, and never reads them.
@@ -57,16 +58,12 @@ def check_loaded(name: str, model: PreTrainedModel, report: dict[str, Any]) -> N
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
-            f"{name}: the files hold no weights for {listed(missing)}, which config.json asks for; download the model "
-            "again, or correct config.json"
+            f"{name}: the files hold no weights for {listed(missing)}, which config.json asks for; {_DOWNLOAD}"
         )
     mismatched = sorted([*report["mismatched_keys"], *_mismatched_4_bit(model)])
     if mismatched:
         shapes = [f"{key} of {tuple(found)} for {tuple(expected)}" for key, found, expected in mismatched]
-        raise InputError(
-            f"weights must have the shapes that config.json asks for, got {listed(shapes)} in {name!r}; download the model "
-            "again, or correct config.json"
-        )
+        raise InputError(f"{name}: {listed(shapes)}, against config.json; {_DOWNLOAD}")
 
 
 @contextmanager
@@ -87,8 +84,7 @@ def check_finite(name: str, model: PreTrainedModel, noted: list[str]) -> None:
     found = [key for key, weight in model.named_parameters() if not all(map(is_finite, _floats_of(weight)))]
     if found := list(dict.fromkeys(noted + found)):
         raise InputError(
-            f"weights must be finite numbers in {model.dtype}, got NaN or infinities in {listed(found)} of {name!r}; "
-            "download the model again, or load it with dtype float32"
+            f"{name}: NaN or infinities in {listed(found)}; download the model again, or load it with dtype float32"
         )
 
 

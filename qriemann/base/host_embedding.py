@@ -43,10 +43,7 @@ def has_tied_embeddings(model: Any) -> bool:
 def refuse_tied_embeddings(model: PreTrainedModel, name: str) -> None:
     """Raises InputError if the output head of `model` is its embedding matrix."""
     if has_tied_embeddings(model):
-        raise InputError(
-            f"offload_embeddings must be false for a model whose output head is its embedding matrix, got true for {name}; "
-            "the head reads the whole matrix at every step"
-        )
+        raise InputError(f"{name}: offload_embeddings must be false where the output head is the embedding matrix")
 
 
 def keep_embeddings_on_host(model: PreTrainedModel, name: str) -> None:

@@ -90,10 +90,7 @@ def load_base(
         raise InputError(f"quantize must be 'nf4', 'fp4' or None (no quantization), got {quantize!r}")
     place = compute_device(device)
     if offload_embeddings and place.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "offload_embeddings must be false with several processes, got true: data parallelism needs every weight on its "
-            "process' GPU; remove the key"
-        )
+        raise InputError("offload_embeddings must be false with several processes, whose GPUs each need every weight")
     chosen_dtype = compute_dtype(place, dtype)
     if dtype is None and place.type == "cuda" and chosen_dtype == torch.float32:
         logger.warning("computing on %s", describe_device(place, chosen_dtype))
@@ -164,8 +161,7 @@ def read_config(
     known = has_causal_lm(config) or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if not known or config.get_text_config() is not config:
         raise InputError(
-            f"model must be a text-only causal language model, got {name!r}, which is a {config.model_type}; give the text "
-            "model of that family"
+            f"{name} is a {config.model_type}, not a text-only causal language model; name the text model of its family"
         )
     return config
 
@@ -173,7 +169,7 @@ def read_config(
 def _require_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError(
-            "quantize='nf4' needs the package bitsandbytes; pip install bitsandbytes, or load with quantize=None"
+            "quantize='nf4' needs bitsandbytes; pip install bitsandbytes, or load with quantize=None"
         )
 
 
@@ -185,8 +181,7 @@ def _source(name: str) -> str:
             return str(folder)
         if (folder / "adapter_config.json").is_file():
             raise InputError(
-                f"model must be a base model, got {name!r}, which holds a LoRA adapter; give the base model that it was "
-                "trained on (base_model_name_or_path in its adapter_config.json)"
+                f"{name} holds a LoRA adapter; name the base of it (base_model_name_or_path in its adapter_config.json)"
             )
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
         remedy = f"; name the file itself, as {folder / ggufs[0]}" if ggufs else ""
@@ -228,8 +223,7 @@ def _stored_quantization(config: Any, source: str) -> Any | None:
     method = str(fields.get("quant_method", "unknown")).split(".")[-1].lower()
     if not (method.startswith("bitsandbytes") and fields.get("load_in_4bit", False)):
         raise InputError(
-            f"a quantized checkpoint must be in bitsandbytes' 4-bit format, got {source!r} quantized by {method}; give "
-            "the unquantized model, and it is quantized to NF4 while it is loaded"
+            f"{source} is quantized by {method}; of these only bitsandbytes' 4-bit format is read: name the unquantized model"
         )
     _require_bitsandbytes()
     return stored

@@ -20,8 +20,7 @@ def protect_quantized_weights(model: torch.nn.Module) -> int:
             continue
         if is_repacked(layer):
             raise InputError(
-                f"4-bit weights must be in the format they were quantized in, got {layer_name} repacked by "
-                "bitsandbytes for inference on this CPU; load the model again, with qriemann.load_base"
+                f"{layer_name} was repacked by bitsandbytes for inference; load the model again, with qriemann.load_base"
             )
         keep_unpacked(layer)
         count += 1

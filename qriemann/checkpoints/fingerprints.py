@@ -187,7 +187,7 @@ def check_same_run(
     refused = {name: text for name, text in changes.items() if name not in allow}
     if refused:
         raise InputError(
-            f"resume must continue the run that wrote {checkpoint}, got {', '.join(refused.values())}; restore that, "
+            f"resume must continue the run that wrote {checkpoint}, got {', '.join(refused.values())}; restore it, "
             f"{remedy.format(' '.join(refused))} if you mean it"
         )
     return [f"{text} (it shaped the start alone)" if name in _OF_THE_START else text for name, text in changes.items()]

@@ -144,9 +144,7 @@ def whole_checkpoint(folder: str | os.PathLike[str], *, asked: str, remedy: str)
     found = newest_checkpoint(folder)
     if found.path is None:
         passed_over = f" ({'; '.join(found.passed_over)})" if found.passed_over else ""
-        raise InputError(
-            f"{asked} must find a complete checkpoint in output_dir, got none in {folder}{passed_over}; {remedy}"
-        )
+        raise InputError(f"{asked} finds no complete checkpoint in {folder}{passed_over}; {remedy}")
     return found
 
 

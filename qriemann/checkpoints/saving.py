@@ -50,8 +50,8 @@ class CompleteCheckpoints(TrainerCallback):
             self._keep, args.save_total_limit = args.save_total_limit, None
         if state.global_step > state.max_steps:
             raise InputError(
-                f"resume must find a checkpoint within the run's {state.max_steps} steps, got one of step "
-                f"{state.global_step}; raise max_steps or num_train_epochs, or name an older one"
+                f"resume must find a checkpoint within the run's {state.max_steps} steps, got step {state.global_step}; "
+                "raise max_steps or num_train_epochs, or name an older one"
             )
         if state.global_step:
             follow_settings(args, state, kwargs["optimizer"], kwargs["lr_scheduler"])

@@ -34,13 +34,10 @@ def starting_point(folder: Path, *, resume: str | None, overwrite: bool, allow: 
         defect = find_defect(found.path)
         if defect is not None and "unverified" not in allow:
             raise InputError(
-                f"resume must be a complete checkpoint folder, got {resume!r}: {defect}; check the path, or add "
-                "--allow unverified if you know that it is whole"
+                f"resume must be a complete checkpoint, got {resume!r}: {defect}; if you know that it is, --allow unverified"
             )
         if (broken := find_content_defect(found.path)) is not None:
-            raise InputError(
-                f"resume must be a checkpoint that can be loaded, got {resume}: {broken}; name an older one"
-            )
+            raise InputError(f"{resume} cannot be resumed from: {broken}; name an older one")
     return found
 
 

@@ -159,8 +159,7 @@ class StepGuard(TrainerCallback):
         if not worst <= DRIFT_LIMIT:
             raise InputError(
                 f"the factors must stay orthonormal, got max |U^T U - I| = {worst:.1e} before step {state.global_step + 1}; "
-                f"{last_complete(str(args.output_dir))}; an optimizer step cannot cause this; look for other code that "
-                "writes to the factors"
+                f"{last_complete(str(args.output_dir))}; some other code writes to the factors"
             )
         if math.isfinite(loss) and math.isfinite(grad_norm):
             if math.isnan(self._counts.total_loss):
@@ -190,9 +189,8 @@ class StepGuard(TrainerCallback):
         self._remember(state, control)
         if self._progress.skipped_in_a_row > self._max_skipped:
             raise InputError(
-                f"loss and gradient must be finite, got {self._progress.skipped_in_a_row} steps in a row up to step "
-                f"{state.global_step} where they were not; {last_complete(str(args.output_dir))}: lower the learning rate, "
-                "look at the rows named above, or raise max_skipped_steps"
+                f"loss and gradient were not finite in {self._progress.skipped_in_a_row} steps in a row up to "
+                f"{state.global_step}; {last_complete(str(args.output_dir))}: lower the rate, or look at the rows named above"
             )
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -201,8 +199,7 @@ class StepGuard(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if 0 < state.global_step <= self._progress.skipped:
             raise InputError(
-                f"loss and gradient must be finite in one step at least, got {state.global_step} steps, all skipped, so "
-                "nothing was trained; lower the learning rate, or look at the rows named above"
+                f"loss and gradient were finite in none of {state.global_step} steps: nothing was trained; lower the rate"
             )
 
     def _remember(self, state: TrainerState, control: TrainerControl) -> None:

@@ -66,8 +66,8 @@ def check_schedule(args: SFTConfig, rate: float) -> None:
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"lr_scheduler_type {args.lr_scheduler_type.value} must come with lr_scheduler_kwargs that it can use, got "
-            f"{args.lr_scheduler_kwargs or 'none'}: {reason:.300}"
+            f"lr_scheduler_type {args.lr_scheduler_type.value} cannot use lr_scheduler_kwargs {args.lr_scheduler_kwargs}: "
+            f"{reason:.300}"
         ) from error
 
 
@@ -95,13 +95,9 @@ def _check_packages(args: SFTConfig) -> None:
             raise InputError(f"report_to must be none, all or among {', '.join(INTEGRATION_TO_CALLBACK)}, got {name!r}")
         if name not in (*get_available_reporting_integrations(), *_UNLISTED):
             package = name.replace("_", "-")
-            raise MissingExtraError(
-                f"report_to {name} needs the package {package}; pip install {package}, or set report_to: none"
-            )
+            raise MissingExtraError(f"report_to {name} needs {package}; pip install {package}, or set report_to: none")
     if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
-        raise MissingExtraError(
-            "use_liger_kernel needs the package liger-kernel; pip install liger-kernel, or leave the key out"
-        )
+        raise MissingExtraError("use_liger_kernel needs liger-kernel; pip install liger-kernel, or leave the key out")
 
 
 def describe_settings(settings: Settings, args: SFTConfig) -> dict[str, Any]:

@@ -27,9 +27,7 @@ def read_config_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict
         problem = " ".join(str(getattr(error, "problem", None) or f"{type(error).__name__}: {error}").split())
         raise InputError(f"{path} is not valid YAML{where}: {problem:.120}") from error
     if not isinstance(content, dict):
-        raise InputError(
-            f"{path} must be a mapping of keys to values, got {type(content).__name__}; write `key: value`"
-        )
+        raise InputError(f"{path} must be a mapping, `key: value`, got {type(content).__name__}")
     environment = content.pop("env", None) or {}
     # No message repeats a value of theirs.
     if not isinstance(environment, dict):
@@ -37,7 +35,7 @@ def read_config_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict
     for name, value in environment.items():
         if not str(name).isidentifier() or not isinstance(value, str | int | float) or "\0" in str(value):
             raise InputError(
-                f"env must map names of letters, digits and _ to texts or numbers in {path}; mend {shown(name)}"
+                f"env in {path} must map names of letters, digits and _ to texts or numbers; mend {shown(name)}"
             )
     return content, {str(name): str(value) for name, value in environment.items()}
 

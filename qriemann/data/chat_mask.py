@@ -207,8 +207,7 @@ class AssistantTokenizer:
                 )
             raise RowError(
                 f"a question that the chat template renders differently once it is answered (turn {index} changes)",
-                "put the text of a system turn into the first user turn, or name another template with "
-                "chat_template_path",
+                "put a system turn's text into the first user turn, or name another template with chat_template_path",
             )
         start = common_prefix_length(self._encode(prompt), ids)
         stop = len(ids) if turn == text else common_prefix_length(self._encode(turn), ids)

@@ -38,9 +38,7 @@ def read_files(paths: Iterable[Path]) -> tuple[Dataset, list[str]]:
     try:
         return concatenate_datasets(parts), [*columns]
     except (ValueError, pa.ArrowInvalid) as error:
-        raise InputError(
-            f"the files of one split must have the same columns and types: {first_line(error)}; name one of them"
-        ) from error
+        raise InputError(f"the files of one split must have the same columns and types: {first_line(error)}") from error
 
 
 def _read(path: Path, columns: dict[str, None]) -> Dataset:
@@ -122,8 +120,7 @@ def _csv(path: Path, columns: dict[str, None]) -> list[str]:
                     names = [name or f"column {place}" for place, name in enumerate(cells, start=1)]
                 elif any(cells[len(names) :]):
                     raise InputError(
-                        f"{path}, line {reader.line_num}, has {len(cells)} cells for {len(names)} columns; put quotation "
-                        "marks around a cell with a comma"
+                        f"{path}, line {reader.line_num}: {len(cells)} cells for {len(names)} columns; quote commas"
                     )
                 elif cells and cells != [_LAST]:
                     texts.append(json.dumps(dict(zip(names, cells, strict=False)), ensure_ascii=False))

@@ -144,9 +144,7 @@ def _pick(splits: Mapping[str, Source], split: str, name: str, key: str, columns
         raise InputError(f"split {split!r} of {name} must hold at least one row, got an empty split; check the dataset")
     for old in columns or {}:
         if old not in source.columns:
-            raise InputError(
-                f"dataset_columns must name columns of {name}, got {old!r}; its columns are {', '.join(source.columns)}"
-            )
+            raise InputError(f"dataset_columns must be among {name}'s {', '.join(source.columns)}, got {old!r}")
     named = f"{name} ({split})"
     if source.is_text:
         return dataclasses.replace(source, name=named, renamed=columns or {})
@@ -215,15 +213,13 @@ def _load_from_hub(name: str, config: str | None) -> DatasetDict:
         raise
     except DatasetNotFoundError as error:
         raise InputError(
-            f"dataset_name: {name}: no such local file, and no such dataset on the Hub; check the name, or log in with "
-            "`hf auth login` if it is private"
+            f"dataset_name: {name}: no such local file or dataset on the Hub; if it is private, `hf auth login` first"
         ) from error
     # A DNS failure, an HTTP error or a refused loading script: all of them are about the name or the connection.
     except Exception as error:
         remedy = "set dataset_config" if "config" in str(error).lower() else "check the name and the connection"
         raise InputError(
-            f"dataset_name: {name} cannot be reached or read: {first_line(error.__cause__ or error)}; {remedy}, or download "
-            "it and name the file"
+            f"dataset_name: {name} cannot be reached or read: {first_line(error.__cause__ or error)}; {remedy}"
         ) from error
 
 
@@ -235,6 +231,5 @@ def _check_cache() -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(
-            f"the cache folder {folder} cannot be written ({error.strerror}); set HF_DATASETS_CACHE, or HF_HOME, to a "
-            "folder that can"
+            f"{folder} cannot be written ({error.strerror}); set HF_DATASETS_CACHE, or HF_HOME, to a folder that can"
         ) from error

@@ -130,8 +130,7 @@ def tokenize_rows(
         return data
     if count >= len(members):
         raise InputError(
-            f"eval_size must leave at least one of the {len(members)} rows of {train.name} to train on, got {eval_size:g}; "
-            "lower it, or set eval_size: 0"
+            f"eval_size must leave one of {train.name}'s {len(members)} rows to train on, got {eval_size:g}; or set it to 0"
         )
     parts = Dataset.from_dict({"member": range(len(members))}).train_test_split(test_size=count, seed=seed)
     trained, tested = (
@@ -148,8 +147,8 @@ def _recognize(source: Source, text_field: str) -> RowFormat:
     row_format = find_format(source.columns, text_field)
     if row_format is None:
         raise InputError(
-            f"{source.name} must have usable columns, got {', '.join(sorted(source.columns)) or 'none'}; accepted "
-            f"are {', or '.join(entry.words for entry in FORMATS)}"
+            f"{source.name} must have usable columns, got {', '.join(sorted(source.columns)) or 'none'}; accepted are "
+            f"{', or '.join(entry.words for entry in FORMATS)}"
         )
     return row_format
 
@@ -225,7 +224,7 @@ def _given_tokens(source: Source) -> Dataset:
         return Dataset.from_list([{name: row.get(name) for name in names} for row in source], features=features)
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise InputError(
-            f"input_ids and labels of {source.name} must be lists of whole numbers: {first_line(error)}; correct them"
+            f"input_ids and labels of {source.name} must be lists of whole numbers: {first_line(error)}"
         ) from error
 
 
@@ -302,8 +301,7 @@ def _without_rejected(source: Source, examples: Dataset, allow: Collection[str],
     said += f"{_rows_in_words(numbers)})"
     if "rejected-rows" not in allow or len(found) == len(source.rows):
         raise InputError(
-            f"{said}; remove {them}, --allow rejected-rows to leave {them} out, or rename the column with dataset_columns "
-            "if it means something else"
+            f"{said}; remove {them}, --allow rejected-rows to leave {them} out, or rename the column with dataset_columns"
         )
     notices.append(f"{said} and are left out")
     return examples.select([index for index, cell in enumerate(examples["rejected"]) if not cell])

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from qriemann.errors import InputError
 
+CONVERT = "merge the adapter, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
+
 
 def _granite(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_attention_scale(config.attention_multiplier)
@@ -96,10 +98,7 @@ class Layout:
     def __init__(self, model: Any) -> None:
         self.config, kind = model.config, model.config.model_type
         if kind not in ARCHITECTURES:
-            raise InputError(
-                f"the base must be one of {', '.join(sorted(ARCHITECTURES))} to become GGUF, got {kind!r}; merge it, and "
-                "convert the folder with llama.cpp's convert_hf_to_gguf.py"
-            )
+            raise InputError(f"GGUF files are written of {', '.join(sorted(ARCHITECTURES))}, got {kind!r}; {CONVERT}")
         self.architecture = ARCHITECTURES[kind]
         self.added = _rope_factors(model)
         self._names = gguf.get_tensor_name_map(self.architecture.id, self.config.num_hidden_layers)
@@ -177,6 +176,4 @@ def _every(period: int, config: Any) -> list[str]:
 def _require(config: Any, key: str, wanted: Any, found: Any = None) -> None:
     found = getattr(config, key, found)
     if found != wanted:
-        raise InputError(
-            f"{key} of a {config.model_type} must be {wanted}, as llama.cpp has it built in, got {found}; it cannot run there"
-        )
+        raise InputError(f"{key} of a {config.model_type} must be {wanted} to run in llama.cpp, got {found}")

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qriemann.base.chat_template import end_of_turn
 from qriemann.errors import InputError
+from qriemann.gguf.architectures import CONVERT
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -37,9 +38,7 @@ def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase
         raise InputError(f"the tokenizer must be byte-pair encoding to become GGUF, got {model['type']}")
     tokens = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(tokens) >= size:
-        raise InputError(
-            f"the base must have a row of embeddings for each of the tokenizer's {max(tokens) + 1} tokens, got {size} rows"
-        )
+        raise InputError(f"the base has {size} rows of embeddings for the tokenizer's {max(tokens) + 1} tokens")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     sentencepiece = bool(model["byte_fallback"])
     if sentencepiece:
@@ -112,9 +111,7 @@ def _pre_tokenizer(core: dict[str, Any]) -> str:
     normalizers = {part["type"] for part in _parts(core["normalizer"])} - {"NFC"}
     if name is None or normalizers or any(part.get("add_prefix_space") for part in parts):
         raise InputError(
-            "llama.cpp must have the way in which the tokenizer cuts a text before it merges, and none that is known here is "
-            f"{how or 'no way at all'!r:.200}; merge the adapter, and convert the folder with llama.cpp's "
-            "convert_hf_to_gguf.py"
+            f"llama.cpp has no name for how the tokenizer cuts a text, {how or 'not at all'!r:.200}; {CONVERT}"
         )
     return name
 

@@ -159,9 +159,7 @@ def write_files(
     places = {exact_type: scratch, **dict.fromkeys(types or (), folder)}
     needed, free = sum(size_of(layout, shapes, kind) for kind in places), shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(
-            f"{folder.parent} has {decimal(free)} free, and the files need {decimal(needed)}; name another output"
-        )
+        raise InputError(f"{folder.parent} has {decimal(free)} free, and the files need {decimal(needed)}")
 
     def tensor_of(key: str) -> Tensor:
         stored = tensors[twin.get(key, key)]
@@ -183,11 +181,6 @@ def _check_adapter(trained: Trained) -> None:
     adapter = trained.adapter
     more = [f"{name}.bias" for name, layer in adapter.layers.items() if layer.bias is not None]
     if more := [*adapter.replaced, *adapter.rows, *more]:
-        raise InputError(
-            f"a GGUF adapter holds low-rank factors alone, got {more[0]}; export the merged model, --to gguf"
-        )
+        raise InputError(f"a GGUF adapter holds low-rank factors alone, got {more[0]}; use --to gguf")
     if trained.tied and trained.tied[0].removesuffix(".weight") in adapter.layers:
-        raise InputError(
-            "the head is the embeddings in this base, and llama.cpp cannot adapt one alone; export the merged model, "
-            "--to gguf"
-        )
+        raise InputError("the head is the embeddings in this base, and llama.cpp cannot adapt one alone; use --to gguf")

@@ -111,10 +111,7 @@ class AutoBatch(TrainerCallback):
         longest = longest_rows(dataloader.dataset, self._rows_per_step)
         lengths = [len(row["input_ids"]) for row in longest]
         if process_count() > 1 and "attention_mask" not in dataloader.collate_fn(longest[:1]):
-            raise InputError(
-                "auto_batch does not work with packing or padding_free in several processes, which must take the same number "
-                "of parts; leave it out, and set per_device_train_batch_size and gradient_accumulation_steps to what fits"
-            )
+            raise InputError("auto_batch does not work with packing or padding_free in several processes; leave it out")
         device = self._trainer.args.device
         free, held = free_bytes(device), self._held_later()
         chosen, need, slope = 0, held, 0.0
@@ -130,8 +127,7 @@ class AutoBatch(TrainerCallback):
         chosen = -largest_over_processes(-chosen)
         if not chosen:
             raise InputError(
-                f"a single row of {lengths[0]} tokens does not fit into {free / GIB:.2f} GiB; "
-                f"{cheapest_change(self._trainer.args, 1)}"
+                f"{lengths[0]} tokens do not fit into {free / GIB:.2f} GiB; {cheapest_change(self._trainer.args, 1)}"
             )
         return BatchFit(
             rows=chosen,

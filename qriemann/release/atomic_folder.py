@@ -43,9 +43,7 @@ def written_or_nothing(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         # safetensors wraps the system's error in one of its own.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise InputError(
-                f"there is no room left on the disk of {partial.parent}; nothing was kept, name another output"
-            ) from error
+            raise InputError(f"the disk of {partial.parent} is full; nothing was kept, name another output") from error
         raise
 
 

@@ -215,8 +215,7 @@ def _uploads(found: ModelFolder, card: str, base: str | None) -> list[Upload]:
     for upload in uploads:
         for line, what in find_private(_text(upload), paths=places):
             raise InputError(
-                f"{upload.name}, line {line}, holds {what}, which must not go up; remove it there, and if it was a "
-                "credential, revoke it"
+                f"{upload.name}, line {line}, holds {what}, which must not go up; remove it (and revoke a credential)"
             )
     return uploads
 

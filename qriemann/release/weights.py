@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qriemann.base.paths import EMBEDDED_MODEL, refuse_outside
 from qriemann.base.tensors import Tensors
-from qriemann.errors import InputError
+from qriemann.errors import InputError, first_line
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -28,10 +28,7 @@ def read_checkpoint(folder: Path) -> Tensors:
         with safe_open(folder / _SINGLE, "pt") as file:
             files = dict.fromkeys(file.keys(), _SINGLE)
     else:
-        raise InputError(
-            f"{folder} has neither {_SINGLE} nor its index; load the base with transformers and save it with "
-            "save_pretrained"
-        )
+        raise InputError(f"{folder} has neither {_SINGLE} nor its index; save the base again with save_pretrained")
 
     def read(name: str) -> Tensor:
         with safe_open(folder / files[name], "pt") as file:
@@ -76,7 +73,7 @@ def original_weights(base: str, revision: str | None = None) -> Tensors:
     folder = path if path.is_dir() else _download(base, revision)
     if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
         raise InputError(
-            f"the base {base!r} is stored quantized; name the original model with --base, or merge into nf4-dequantized"
+            f"the base {base!r} is stored quantized; name the original with --base, or merge into nf4-dequantized"
         )
     return read_checkpoint(folder)
 
@@ -89,8 +86,7 @@ def _download(base: str, revision: str | None) -> Path:
         return Path(snapshot_download(base, revision=revision, allow_patterns=wanted, ignore_patterns=not_wanted))
     except (OSError, ValueError) as error:  # among them every error of the Hub's client
         raise InputError(
-            f"the base {base!r} is neither a local folder nor a .gguf file, and cannot be had from the Hub: "
-            f"{str(error).splitlines()[0]}; name another with --base"
+            f"the base {base!r} is not here and cannot be had from the Hub: {first_line(error)}; name another with --base"
         ) from error
 
 
@@ -102,8 +98,7 @@ def tensor_names(modules: Iterable[str], weights: Mapping[str, Tensor], prefix: 
         short = full.removeprefix(f"{prefix}.")
         if full not in weights and short not in weights:
             raise InputError(
-                f"the base's checkpoint has no tensor {full}, which the adapter changes; merge into nf4-dequantized, which "
-                "reads the loaded model"
+                f"the base's checkpoint has no tensor {full}, which the adapter changes; merge into nf4-dequantized"
             )
         names[module] = full if full in weights else short
     return names

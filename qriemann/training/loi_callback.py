@@ -22,7 +22,6 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from qriemann.adapters.attach import Start
 from qriemann.adapters.loi import check_options, locally_optimal_, preserved_rng
 from qriemann.adapters.saved_rank import describe_saved_rank
-from qriemann.config.values import nearest
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import fixed_rank_parameters
 from qriemann.memory.auto_batch import rows_at_once
@@ -83,18 +82,14 @@ class LocallyOptimalInit(FixedRankCallback):
             return
         if not points:
             raise InputError(
-                f"{_NAME} must have an adapter on the fixed-rank manifold, got plain factors; give the trainer "
-                "optimizer_cls_and_kwargs=qriemann.for_trainer('riemannion'), or leave the initialization out"
+                f"{_NAME} needs an adapter on the manifold, as qriemann.for_trainer('riemannion') makes it"
             )
         seed = args.seed if self._seed is None else self._seed
         with preserved_rng():
             size = rows_at_once(args, state)
             batches = draw_batches(kwargs["train_dataloader"], self._batches, size, seed + args.process_index)
         if 0 < len(batches) < self._batches:
-            raise InputError(
-                f"batches must be at most what the training data has, got {self._batches} of {len(batches)} batches of "
-                f"{size}; lower batches"
-            )
+            raise InputError(f"batches must be at most the data's {len(batches)} of {size} rows, got {self._batches}")
         passes = 2 * (self._options["power_iterations"] + 1)
         console.print(f"{_NAME}: {passes} passes over {self._batches} batches")
         started = time.perf_counter()
@@ -135,7 +130,5 @@ def recipe_callbacks(
     ]
     for key in options or ():
         if key not in known:
-            raise InputError(
-                f"init_kwargs must be among {', '.join(known)}, got {key!r}; did you mean {nearest(key, known)!r}?"
-            )
+            raise InputError(f"init_kwargs must be among {', '.join(known)}, got {key!r}")
     return [LocallyOptimalInit(**(options or {}), start=start, alpha=alpha)]  # type: ignore[arg-type]

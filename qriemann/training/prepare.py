@@ -265,8 +265,7 @@ def _tokenize(
     )
     if data.held_out is None and evaluated and "eval_strategy" in settings.written:
         raise InputError(
-            f"eval_strategy {args.eval_strategy.value} needs held-out rows; set eval_size, dataset_test_split or "
-            "dataset_eval_name, or eval_strategy: no"
+            f"eval_strategy {args.eval_strategy.value} needs held-out rows: set eval_size, or else eval_strategy: no"
         )
     return data
 

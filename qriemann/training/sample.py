@@ -16,13 +16,11 @@ def draw_batches(loader: DataLoader, count: int, batch_size: int, seed: int) -> 
     dataset: Any = getattr(loader, "dataset", None)
     if dataset is None:
         raise InputError(
-            f"the trainer's data must come from a torch DataLoader, got {type(loader).__name__}; pass the batches to "
-            "qriemann.locally_optimal_ before training"
+            f"the data must come from a torch DataLoader, got {type(loader).__name__}; use qriemann.locally_optimal_"
         )
     if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
         raise InputError(
-            "the training data must be readable more than once, got an IterableDataset that is its own iterator; "
-            "the batches looked at would be missing from training"
+            "the training data is an iterator that can be read once, and what is looked at before would be missing from it"
         )
     own = DataLoader(
         dataset,

@@ -125,8 +125,7 @@ class _Recorder:
         defect = find_numeric_defect(self.trainer.model)
         if defect is not None:
             raise InputError(
-                f"no adapter was saved: after the last step it has {defect}, and what is saved must be finite with "
-                "orthonormal factors; lower the learning rate, or look at the rows of the last steps"
+                f"no adapter was saved: in the end it has {defect}; lower the learning rate, or look at the last rows"
             )
         save_adapter(self.trainer, self.folder)
 

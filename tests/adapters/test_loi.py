@@ -232,7 +232,7 @@ def unreached(model: nn.Module, ids: Tensor) -> Tensor:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no batch": ({"batches": []}, "batches must hold at least one batch, got none"),
     "a NaN loss": ({"loss_fn": not_a_number}, "the loss must be finite at the start, got nan in batch 2 of 3"),
-    "a gradient that overflows": ({"loss_fn": overflowing}, "the gradient must be finite .* in base_model"),
+    "a gradient that overflows": ({"loss_fn": overflowing}, "the gradient is not finite .* in base_model"),
     "no gradient": ({"loss_fn": unreached}, "must have a gradient in the adapted layers, got none in all 14"),
     "no labels": (
         {"batches": [{"input_ids": BATCHES[0]}], "loss_fn": None},

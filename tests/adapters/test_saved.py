@@ -87,7 +87,7 @@ def lie_about_sizes(folder: Path) -> None:
 
 Q_A, Q_B = (f"{PREFIX}self_attn.q_proj.lora_{side}.weight" for side in "AB")
 WRONG = {
-    "a pickle that nobody asked for": (pickle_instead, "got a pickle"),
+    "a pickle that nobody asked for": (pickle_instead, "a pickle, where safetensors are wanted"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), WEIGHTS),
     "a file cut short": (lambda f: os.truncate(f / WEIGHTS, 3000), "not a complete safetensors file"),
     "a header that lies about sizes": (lie_about_sizes, "not a complete safetensors file"),

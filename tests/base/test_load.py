@@ -317,7 +317,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "an adapter": (
         lambda f: (f / "config.json").rename(f / "adapter_config.json"),
         "",
-        "which holds a LoRA adapter",
+        "holds a LoRA adapter",
     ),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "", "config.json"),
     "an empty configuration": (lambda f: (f / "config.json").write_text("{}"), "", "model_type"),

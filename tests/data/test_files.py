@@ -172,7 +172,9 @@ def test_local_files_need_no_cache_and_a_cache_that_cannot_be_written_is_named(t
     (tmp_path / "rows").mkdir()
     write_rows(chat_rows(2), "rows/train.jsonl")
     assert len(rows_of(tmp_path / "rows")) == 2
-    with pytest.raises(InputError, match=f"the cache folder {place} cannot be written .*HF_DATASETS_CACHE, or HF_HOME"):
+    with pytest.raises(
+        InputError, match=f"cannot be written {place} cannot be written .*HF_DATASETS_CACHE, or HF_HOME"
+    ):
         load_sources("someone/on-the-hub")
 
 

@@ -120,7 +120,7 @@ def test_whatever_can_be_merged_is_in_the_merged_file(options, tmp_path: Path):
     result = export_gguf(adapter, tmp_path / "tiny", types=["f32"])
     assert result.accepted
     assert result.report["exact"]["largest_difference"] < 1e-4
-    with pytest.raises(InputError, match="export the merged model, --to gguf"):
+    with pytest.raises(InputError, match="use --to gguf"):
         export_gguf(adapter, tmp_path / "lora", to="gguf-adapter")
 
 

@@ -198,7 +198,7 @@ def test_a_recipe_asks_for_it_by_one_key_and_run_json_keeps_the_choice(tmp_path,
 
 
 def test_a_recipe_whose_longest_row_does_not_fit_ends_before_anything_is_written(tmp_path, recipe):
-    with pytest.raises(InputError, match="a single row"):
+    with pytest.raises(InputError, match="tokens do not fit"):
         train(prepare(recipe), callbacks=[NoRoom()])
     assert not (tmp_path / "out").exists()
 
