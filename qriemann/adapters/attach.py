@@ -16,11 +16,10 @@ from qriemann.adapters.lora_layers import lora_layers
 from qriemann.adapters.saved_rank import config_owners, describe_saved_rank
 from qriemann.adapters.spectrum import factored_svd
 from qriemann.base import load as base
-from qriemann.base.quantized import protect_quantized_weights
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters
 from qriemann.geometry.point import FixedRankPoint, point_from_factors, random_orthonormal
-from qriemann.upstream import keep_input_dtype
+from qriemann.upstream import keep_input_dtype, protect_quantized_weights
 
 logger = logging.getLogger(__name__)
 

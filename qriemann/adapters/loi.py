@@ -18,10 +18,10 @@ from qriemann.adapters.gradient import GradientSVD, Layers, gradient_svd
 from qriemann.adapters.layer import FixedRankVariant
 from qriemann.adapters.lora_layers import lora_layers
 from qriemann.adapters.saved_rank import describe_saved_rank
-from qriemann.base.quantized import protect_quantized_weights
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter
 from qriemann.geometry.point import FixedRankPoint
+from qriemann.upstream import protect_quantized_weights
 
 
 def locally_optimal_(

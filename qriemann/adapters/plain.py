@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from qriemann.adapters.attach import report_low_precision
-from qriemann.base.quantized import protect_quantized_weights
 from qriemann.errors import InputError
+from qriemann.upstream import protect_quantized_weights
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qriemann.base.paths import entries, refuse_outside
 from qriemann.errors import InputError
+from qriemann.folder.files import entries, refuse_outside
 
 CONFIG = "adapter_config.json"
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qriemann.adapters.saved_config import CONFIG, value_for
-from qriemann.base.finite import is_finite
+from qriemann.base.tensors import is_finite
 from qriemann.errors import InputError, first_line
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"

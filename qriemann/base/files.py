@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from qriemann.base.finite import is_finite
-from qriemann.base.paths import entries, refuse_outside
+from qriemann.base.tensors import is_finite
 from qriemann.errors import InputError, listed
+from qriemann.folder.files import entries, refuse_outside
 from qriemann.upstream import watching_quantization
 
 _INDEX, _TOKENIZER = "model.safetensors.index.json", "tokenizer_config.json"

@@ -29,10 +29,17 @@ from qriemann.base.files import (
 from qriemann.base.gguf import load_gguf, resolve_gguf
 from qriemann.base.host_embedding import keep_embeddings_on_host
 from qriemann.base.load_errors import explained
-from qriemann.base.quantized import protect_quantized_weights
 from qriemann.device import compute_device, compute_dtype, describe_device, explaining_memory
 from qriemann.errors import InputError, MissingExtraError
-from qriemann.upstream import gguf_parsed_once, has_causal_lm, is_4_bit, quiet, set_compute_dtype, set_name
+from qriemann.upstream import (
+    gguf_parsed_once,
+    has_causal_lm,
+    is_4_bit,
+    protect_quantized_weights,
+    quiet,
+    set_compute_dtype,
+    set_name,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -92,7 +92,7 @@ def find_content_defect(folder: Path) -> str | None:
     from transformers.trainer_pt_utils import safe_globals
 
     from qriemann.adapters.saved_tensors import stored_tensors
-    from qriemann.base.finite import find_not_finite
+    from qriemann.base.tensors import find_not_finite
 
     try:
         for path in sorted(folder.rglob("*.safetensors")):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qriemann.base.finite import find_not_finite
+from qriemann.base.tensors import find_not_finite
 from qriemann.checkpoints.continued import find_best_again, follow_settings, is_new_best
 from qriemann.checkpoints.manifest import commit, last_complete, rotate
 from qriemann.distributed import wait_for_all

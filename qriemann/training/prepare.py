@@ -46,7 +46,6 @@ from qriemann.folder.lock import refuse_if_held
 from qriemann.optim.methods import find_method
 from qriemann.training.display import PlainView, make_view
 from qriemann.training.loi_callback import recipe_callbacks
-from qriemann.training.publishing import push_target
 from qriemann.training.rate_callback import MeasuredRate
 from qriemann.training.rows_page import describe_rows
 from qriemann.training.seam import for_trainer
@@ -127,7 +126,7 @@ def prepare(
         if not settings.use_cpu:
             refuse_unused_gpu()
         args = training_arguments(settings)
-        push_to = push_target(settings, model)
+        push_to = _push_target(settings, model)
         optimizer = _optimizer(settings, args)
         check_schedule(args, optimizer[1]["lr"])
         initialization = recipe_callbacks(
@@ -197,6 +196,20 @@ def prepare(
         push_to=push_to,
         started=started,
     )
+
+
+def _push_target(settings: Settings, model: Any) -> str | None:
+    """The repository to push to at the end; None for none."""
+    trl = settings.trl
+    repository = settings.push
+    if repository is None and trl.get("push_to_hub"):
+        repository = trl.get("hub_model_id") or Path(settings.output_dir).name
+    if repository is not None:
+        from qriemann.release.push import check_push
+
+        base = settings.model_name_or_path if model is None else model.name_or_path
+        check_push(repository, base or "", settings.hub_base_id)
+    return repository
 
 
 def _read_rows(

@@ -17,8 +17,8 @@ from qriemann.upstream.models import attention_of as attention_of
 from qriemann.upstream.models import has_causal_lm as has_causal_lm
 from qriemann.upstream.models import is_4_bit as is_4_bit
 from qriemann.upstream.models import is_repacked as is_repacked
-from qriemann.upstream.models import keep_unpacked as keep_unpacked
 from qriemann.upstream.models import name_of as name_of
+from qriemann.upstream.models import protect_quantized_weights as protect_quantized_weights
 from qriemann.upstream.models import set_attention as set_attention
 from qriemann.upstream.models import set_compute_dtype as set_compute_dtype
 from qriemann.upstream.models import set_name as set_name

@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from qriemann import InputError, Riemannion, attach, locally_optimal_
-from qriemann.base.quantized import protect_quantized_weights
 from qriemann.geometry.parameter import orthonormality_drift
+from qriemann.upstream import protect_quantized_weights
 from tests.dense import best_approximation, tangent_projection
 from tests.models import (
     assert_unchanged,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import qriemann
 from qriemann import InputError, attach
-from qriemann.base.quantized import protect_quantized_weights
+from qriemann.upstream import protect_quantized_weights
 from tests.models import (
     load_nf4,
     logits,
