@@ -1,9 +1,8 @@
 """Data parallel: every process holds the whole 4-bit base and adapter, and takes the same step on the same summed blocks.
 
-The tangent blocks are the factors' gradients, so DDP averages them as it would any gradient. Every process then repeats
-the step: it is the same arithmetic on the same numbers, so factors and momentum stay equal to the bit, and only the
-blocks travel. Sharing the step gains nothing: on the 210 adapters of a 135M Llama, two CPU processes would each save
-half of a step of 256 ms and spend 119 ms to exchange the new factors and momentum.
+DDP averages the tangent blocks as it would any gradient. Every process repeats the step, the same arithmetic on the same
+numbers, so factors and momentum stay equal to the bit. Sharing the step gains nothing: on 210 adapters of a 135M Llama, two
+CPU processes would each save half of a step of 256 ms and spend 119 ms to exchange the new factors and momentum.
 """
 
 from collections.abc import Callable

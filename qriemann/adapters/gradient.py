@@ -2,8 +2,7 @@
 
 A tap replaces a layer's adapter: it passes the layer's output through and computes G V or G^T U in its backward, for a basis
 of any width. So one pass over the batches applies G or its transpose in all layers at once, and 2 (q + 1) passes are a
-randomized singular value decomposition with q power iterations. The bases of the last two iterations are kept together (a
-block Krylov space), which finds more in the same passes where singular values fall slowly.
+randomized SVD with q power iterations. The bases of the last two are kept together, a block Krylov space [MM15].
 
 [H11] Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011), Algorithms 4.4 and 5.1.
 [MM15] Musco, Musco, "Randomized block Krylov methods for stronger and faster approximate SVD", NeurIPS 2015.

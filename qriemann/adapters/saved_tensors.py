@@ -1,8 +1,4 @@
-"""The weights in an adapter's folder, read without PEFT.
-
-Refused, with the reason in one line: pickles that were not named, incomplete files, numbers that are not finite, and factors
-whose shapes or ranks do not match the configuration.
-"""
+"""The weights in an adapter's folder, read without PEFT."""
 
 import math
 import os
@@ -51,13 +47,7 @@ class Content(NamedTuple):
 
 
 def read_content(path: Path, config: Mapping[str, Any], *, finite: bool = True) -> Content:
-    """The content of an adapter's weights.
-
-    Args:
-        path: the folder, or the `adapter_model.bin` in it.
-        config: from `check_config`.
-        finite: refuse numbers that are not.
-    """
+    """The content of an adapter's folder, or of the `adapter_model.bin` in it, checked against its configuration."""
     folder = adapter_folder(path)
     keys: list[str] = []
     factors: dict[str, dict[str, Tensor]] = {}

@@ -19,9 +19,7 @@ class LayerSpectrum:
     """One layer's change D of its weight W.
 
     Attributes:
-        name: of the layer in the base.
         sigma: singular values of D, largest first; NaN where the factors are not finite.
-        rank: of the factors.
         relative_norm: ||D|| / ||W|| in the Frobenius norm; None without the base.
     """
 
@@ -72,11 +70,7 @@ def group_by_kind(spectra: list[LayerSpectrum]) -> dict[str, list[LayerSpectrum]
 
 
 def read_spectra(path: str | os.PathLike[str]) -> list[LayerSpectrum]:
-    """The spectrum of every layer of the plain LoRA adapter in a folder, in the model's order.
-
-    Args:
-        path: as `read_adapter` takes it. Factors that are not finite are not refused: their layer's values are NaN.
-    """
+    """The spectrum of every layer of a saved adapter, in the model's order; NaN where factors are not finite."""
     path = Path(path).expanduser()
     content = read_content(path, check_config(adapter_folder(path), "inspect"), finite=False)
     spectra = []

@@ -26,13 +26,7 @@ _SHARE = 0.5
 
 @dataclass(frozen=True)
 class DenseWeights:
-    """What became of the dequantized copies of a model.
-
-    Attributes:
-        held: whether the layers compute with copies; False where memory was short.
-        layers: how many 4-bit layers there are to copy.
-        bytes: what their copies take.
-    """
+    """What became of the dequantized copies of a model."""
 
     held: bool
     layers: int

@@ -1,8 +1,4 @@
-"""GGUF files: which file a name stands for, and how it becomes an ordinary model.
-
-transformers can keep a file's quantized blocks, but such a model can be neither trained through nor saved. So the weights are
-dequantized here, and `load_base` quantizes them again to NF4.
-"""
+"""GGUF files: which file a name stands for, and how it becomes an ordinary model."""
 
 import copy
 import importlib.util

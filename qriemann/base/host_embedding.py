@@ -1,11 +1,7 @@
 """Input embeddings whose matrix stays in host memory: rows are looked up there and sent to the model's device.
 
-A step reads a few thousand of the matrix's hundred thousand rows and, because it is frozen, writes none; in an 8B Llama it
-would occupy 1.05 GB of the card. The price is one copy of the rows (batch x length x width) and one wait for the token ids in
-each forward pass.
-
-The matrix is not pinned: the CPU gathers the rows first, so pinning would not speed up the transfer, and small machines have
-little memory to lock.
+A step reads a few thousand of the matrix's hundred thousand rows and writes none; in an 8B Llama it would occupy 1.05 GB of
+the card. The price is one copy of the rows (batch x length x width) and one wait for the token ids in each forward pass.
 """
 
 from collections.abc import Callable

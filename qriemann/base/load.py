@@ -1,11 +1,8 @@
 """A frozen chat model in 4 bit, and its tokenizer, ready for an adapter to be trained on it.
 
 The linear layers are stored as NF4 with double quantization (bitsandbytes, on CPUs as on GPUs); embeddings, norms and
-the output head keep their float dtype. A GGUF file is dequantized and quantized again: transformers can keep its
-blocks, but a model kept that way can be neither trained through nor saved.
-
-The honest trade-off: quantizing twice (Q4_1, then NF4) loses a little more than quantizing once. In exchange every
-source gives the same kind of layer, the one that PEFT, TRL and the Trainer know.
+the output head keep their float dtype. A GGUF file is dequantized and quantized again, which loses a little more than
+quantizing once: transformers can keep its blocks, but such a model can be neither trained through nor saved.
 """
 
 import importlib.util

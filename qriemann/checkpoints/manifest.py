@@ -1,10 +1,9 @@
 """A folder counts as a checkpoint once `manifest.json`, written last, lists every file's size and SHA-256.
 
-transformers' Trainer writes a checkpoint into its final folder, file by file, so a folder named checkpoint-N proves
-nothing. The proof is `manifest.json`: every file and its folder are flushed to disk first, then the manifest is flushed
-under another name and renamed into place. That rename is the moment the checkpoint exists. A failure before it, a power
-cut included, leaves a folder that does not count; a change to a file after it no longer matches the sums. So no second
-folder and no subclass of the trainer is needed, and older checkpoints are deleted only after that moment.
+The Trainer writes a checkpoint into its final folder, file by file, so a folder named checkpoint-N proves nothing. Every file
+is flushed to disk first, then the manifest is flushed under another name and renamed into place: that is the moment the
+checkpoint exists. A failure before it, a power cut included, leaves a folder that does not count; a later change to a file no
+longer matches the sums. Older checkpoints are deleted only after that moment.
 
 The command line imports this module before torch, which takes seconds; only `find_content_defect` needs it.
 """

@@ -1,9 +1,4 @@
-"""Makes a stock trainer safe to interrupt with one call: `qriemann.protect(trainer)`.
-
-trainer = SFTTrainer(...)
-qriemann.protect(trainer)
-trainer.train(resume_from_checkpoint=True)
-"""
+"""Makes a stock trainer safe to interrupt with one call: `qriemann.protect(trainer)`."""
 
 import functools
 import logging

@@ -1,8 +1,7 @@
 """Makes what a step sees a function of seed and step: its random numbers, and the rows of its batches.
 
-The trainer restores the generators' state when it resumes. That is exact only while nothing else draws from them: an
-evaluation at the end of an epoch, a callback, a sampler whose permutation depends on the state at the epoch's start.
-Seeded anew at every step, a step draws the same numbers in every process that reaches it.
+The trainer restores the generators' state when it resumes, which is exact only while nothing else draws from them: an
+evaluation, a callback, a sampler. Seeded anew at every step, a step draws the same numbers in every process that reaches it.
 """
 
 import copy

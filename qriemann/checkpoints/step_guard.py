@@ -2,10 +2,7 @@
 
 A skipped step leaves no trace, as if its batches had not been in the data: parameters and optimizer state keep every
 bit, the schedule does not advance, the next step draws the random numbers that this one would have drawn, and the
-reported means leave it out. It only counts as one of the run's steps, so that a run ends. All accumulated batches of an
-optimizer step go together.
-
-Factors off the manifold stop the run before the step, which would silently bring them back.
+reported means leave it out. It only counts as one of the run's steps, so that a run ends.
 """
 
 import copy

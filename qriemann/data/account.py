@@ -1,8 +1,4 @@
-"""What the tokens of all rows say of them: which are masked, cut, end untrained, are there twice, or are in both splits.
-
-`tokenize_rows` leaves rows out by it, `find_defects` judges it, and the page of `check --html` shows it: all give the same
-counts.
-"""
+"""What the tokens of all rows say of them: which are masked, cut, end untrained, are there twice, or are in both splits."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Reads the rows of a local file as they are written: no type is inferred, no cell changes, nothing is cached.
 
-Rows of JSON and CSV stay JSON text, one object a row, until they are tokenized. Arrow would give a column one type and every
-object the same keys: "007" becomes 7, and a tool's arguments gain the keys of all other tools. A Parquet file has types of
-its own.
+Rows of JSON and CSV stay JSON text, one object a row, until they are tokenized: Arrow would give a column one type and every
+object the same keys, so "007" becomes 7, and a tool's arguments gain the keys of all other tools.
 """
 
 import codecs

@@ -1,8 +1,4 @@
-"""Finds the splits of a local file, a folder or a Hub dataset, and gives their rows as plain objects.
-
-Local files are read by `files`; `datasets` reads what else there is. What goes wrong becomes an error that a user can act on:
-which splits exist, whether the Hub was reached, whether the cache can be written.
-"""
+"""Finds the splits of a local file, a folder or a Hub dataset, and gives their rows as plain objects."""
 
 import dataclasses
 import functools

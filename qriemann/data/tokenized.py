@@ -1,8 +1,7 @@
 """Token ids and labels for a stock `SFTTrainer`, from rows of any accepted format.
 
-`SFTTrainer` leaves a dataset that already has `input_ids` and `labels` as it is, apart from truncation and packing. So the
-mask is decided here, for every row, before anything is written. A row without a trained token is an error that names the
-row, because it would silently contribute nothing.
+`SFTTrainer` leaves a dataset that has `input_ids` and `labels` as it is, apart from truncation and packing. So the mask is
+decided here, for every row, before anything is written.
 """
 
 import hashlib

@@ -1,11 +1,8 @@
 """The proof that what was written is what was trained.
 
-Two independent looks at the files. Weights: each tensor read back must be the base's plus what PEFT says the adapter adds,
-rounded as the files are. Behaviour: a fresh process loads the folder with transformers alone, and its next-token
-distributions are compared with those that the base of training with the adapter gave before.
-
-The first finds any damage, however small its effect. The second measures the cost of leaving the base that the adapter was
-trained on, which no check of weights can: quantization moves the base further than many adapters do.
+Weights: each tensor read back must be the base's plus what PEFT says the adapter adds, rounded as the files are. That finds
+any damage. Behaviour: a fresh process loads the folder with transformers alone, and its next-token distributions are compared
+with those of the trained model. That measures the cost of leaving the base that the adapter was trained on.
 """
 
 import json

@@ -1,7 +1,6 @@
 """What must not leave this machine with a model: credentials are refused, local paths become names.
 
-The honest trade-off: no scan finds every secret. This one knows the usual shapes and the values of this process' own
-environment, and what it is run on is a short list of files that a model needs, not whatever lies in the folder.
+No scan finds every secret. This one knows the usual shapes and the values of this process' own environment.
 """
 
 import os

@@ -1,7 +1,6 @@
 """What a run leaves in its folder: `metrics.jsonl` (one line per log event), `run.json`, `loss.png`, checkpoints.
 
-Each file is replaced in one move, so neither a reader nor a crash sees half of one; only `metrics.jsonl` grows line by
-line.
+Each file but the growing `metrics.jsonl` is replaced in one move, so neither a reader nor a crash sees half of one.
 """
 
 from __future__ import annotations

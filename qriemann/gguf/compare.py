@@ -1,7 +1,6 @@
 """What llama.cpp makes of a file, held against the trained model.
 
-Teacher-forced: both get the same tokens, and their next-token distributions are compared. Free-running text says nothing,
-because a near tie flips it.
+Both get the same tokens, and their next-token distributions are compared: in free-running text a near tie flips the rest.
 """
 
 import contextlib

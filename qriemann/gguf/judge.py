@@ -1,8 +1,7 @@
 """The verdict on GGUF files, and the ladder of their types.
 
-Two questions, answered apart. Does llama.cpp compute what was trained? That is asked of a file that rounds nothing: a layer
-whose rows are permuted wrongly or a scaling that is off is lost in the noise of a 4-bit file. And what does each smaller type
-cost? That is the ladder.
+Does llama.cpp compute what was trained? That is asked of a file that rounds nothing: a wrongly permuted layer is lost in the
+noise of a 4-bit file. And what does each smaller type cost? That is the ladder.
 """
 
 import importlib.metadata

@@ -1,8 +1,7 @@
-"""The tokenizer of the training as a GGUF file holds it.
+"""The tokenizer of the training as a GGUF file holds it: the one that the rows went through.
 
-What is written is the tokenizer that the rows went through, not the one that the base's publisher may have written into a
-GGUF file of it: transformers reads some of those otherwise than llama.cpp does (SmolLM2's splits two spaces before a digit
-into two tokens in transformers, into one in llama.cpp), and the model has learned what it was fed.
+A publisher's GGUF file of the base may have another: transformers reads some otherwise than llama.cpp does (SmolLM2's splits
+two spaces before a digit into two tokens in transformers, into one in llama.cpp), and the model has learned what it was fed.
 """
 
 import json

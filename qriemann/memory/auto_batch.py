@@ -1,8 +1,7 @@
 """Finds how many rows fit into memory at once, and cuts each step's rows into parts of that size.
 
-The dataloader hands over all rows of an optimizer step. Neither the rows nor their order nor the loss, a mean over the tokens
-of the whole step, depend on the cut. A step that runs out of memory is repeated in smaller parts: nothing of it has reached
-the optimizer yet.
+Neither the rows of a step nor their order nor the loss, a mean over the tokens of the whole step, depend on the cut. A step
+that runs out of memory is repeated in smaller parts: nothing of it has reached the optimizer yet.
 """
 
 import contextlib

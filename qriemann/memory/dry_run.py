@@ -1,7 +1,6 @@
 """Takes the longest batches through the real model before the first step, to find out whether they fit.
 
-Every function leaves gradients, random generators and the trainer's counters as they were, so a run gives the same bits with
-and without a dry run.
+A run gives the same bits with and without: gradients, random generators and the trainer's counters stay as they were.
 """
 
 import time

@@ -1,7 +1,6 @@
 """What a run stores, and what its steps allocate beyond that, from the model's configuration alone.
 
-Stored tensors are added up; a step is counted on the meta device. Two numbers are assumptions, because no GPU was there to
-measure them: what the driver and the libraries take, and the workspace of an optimizer step.
+Assumed, because no GPU was there to measure it: what the driver and the libraries take, and an optimizer step's workspace.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a run needs on its card, from the model's configuration alone, before anything is downloaded.
-
-footprint.py counts bytes; this file finds what fits, and what to change if something does not.
-"""
+"""What a run needs on its card, what fits, and what to change if something does not; footprint.py counts the bytes."""
 
 from __future__ import annotations
 

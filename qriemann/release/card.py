@@ -1,7 +1,7 @@
 """The model card: README.md of an adapter or a merged model, with what the training recorded about it.
 
-What a person wrote into the card stays: only the part between two marks is ours, and the fields of the metadata that we know.
-The card that PEFT and the Trainer leave, mostly headings with nothing under them, is replaced.
+What a person wrote stays: ours are the part between two marks and the metadata's fields that we know. The card that PEFT and
+the Trainer leave, mostly headings with nothing under them, is replaced.
 """
 
 import re

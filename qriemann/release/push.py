@@ -1,8 +1,7 @@
 """`push`: uploads an adapter or a merged model to the Hub in one commit, with huggingface_hub's own client.
 
-One commit makes a failed push harmless: until then the repository stays as it was. The Hub knows large files that arrived by
-their hash, so the same command continues without sending them again. Only files that a model needs go up; optimizer states,
-checkpoints and `training_args.bin` (a pickle with local paths) stay.
+A failed push leaves the repository as it was, and the same command continues without sending large files again. Only files
+that a model needs go up; optimizer states, checkpoints and `training_args.bin` (a pickle with local paths) stay.
 """
 
 import json

@@ -1,13 +1,4 @@
-"""Locally optimal initialization inside a stock trainer: a callback that runs before the first step.
-
-    trainer = SFTTrainer(
-        ...,
-        optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion"),
-        callbacks=[qriemann.LocallyOptimalInit(batches=8)],
-    )
-
-The optimizer has put the adapter on the manifold by then, at random bases; the callback moves every point in place.
-"""
+"""Locally optimal initialization inside a stock trainer: a callback that moves every point before the first step."""
 
 import inspect
 import time

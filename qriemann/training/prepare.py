@@ -1,9 +1,4 @@
-"""From settings to everything that a run is made of, read and checked; nothing is written.
-
-settings = qriemann.load_settings("run.yaml")
-prepared = qriemann.prepare(settings)
-qriemann.check(prepared), or qriemann.train(prepared)
-"""
+"""From settings to everything that a run is made of, read and checked; nothing is written."""
 
 from __future__ import annotations
 
@@ -297,10 +292,7 @@ def _optimizer(settings: Settings, args: SFTConfig) -> tuple[type, dict[str, Any
 
 
 def _fitted_arguments(args: SFTConfig, rate: float, data: TokenizedData, *, resuming: bool) -> SFTConfig:
-    """Adjusts the arguments to the data.
-
-    AutoBatch, StepGuard and CompleteCheckpoints later change `trainer.args` in place.
-    """
+    """A copy of the arguments that fits the data."""
     fitted = copy.copy(args)
     # The trainer takes the rate from the optimizer; this is for its records and loggers.
     fitted.learning_rate = rate

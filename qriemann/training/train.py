@@ -1,7 +1,4 @@
-"""Trains what was prepared and leaves the adapter with its records in the output folder.
-
-`SFTTrainer` is TRL's own class; this project enters through `peft_config`, `optimizer_cls_and_kwargs` and `callbacks`.
-"""
+"""Trains what was prepared and leaves the adapter with its records in the output folder."""
 
 import errno
 from collections.abc import Sequence
