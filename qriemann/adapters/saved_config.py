@@ -16,12 +16,7 @@ COMMANDS = ("inspect", "chat", "eval", "merge", "export")
 
 
 class Kind(NamedTuple):
-    """Adapters that only some commands read.
-
-    Attributes:
-        instead: what to do with them otherwise.
-        found: whether a key's value makes an adapter one of this kind.
-    """
+    """Adapters that only some commands read."""
 
     instead: str = "merge it with the tool that trained it"
     commands: tuple[str, ...] = ()

@@ -16,11 +16,7 @@ _ALL_LINEAR = "all-linear"
 
 
 def adapter_config(settings: Any, *, offset: bool) -> LoraConfig:
-    """PEFT's configuration of an adapter that is saved with rank lora_r.
-
-    Args:
-        offset: the adapter starts with an offset, which doubles the rank that is saved: it gets half of each rank.
-    """
+    """PEFT's configuration of an adapter that is saved with rank lora_r; beside an offset it gets half of each rank."""
     parts = 2 if offset else 1
     alpha = settings.lora_r if settings.lora_alpha is None else settings.lora_alpha
     ranks = {"lora_r": settings.lora_r, **(settings.rank_pattern or {})}

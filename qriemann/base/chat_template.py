@@ -29,11 +29,7 @@ def explain(error: BaseException) -> tuple[str, str]:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
-    """The conversation as the template writes it, up to where the assistant begins.
-
-    Raises:
-        InputError: the template refuses the messages or is broken.
-    """
+    """The conversation as the template writes it, up to where the assistant begins."""
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
     except Exception as error:
@@ -46,8 +42,7 @@ def adjust_tokenizer(
 ) -> None:
     """Gives the tokenizer the end token and chat template that `SFTTrainer` would give it after tokenization.
 
-    Args:
-        chat_template_path: a .jinja file, or a tokenizer whose template is taken; None keeps its own.
+    `chat_template_path` is a .jinja file, or a tokenizer whose template is taken; None keeps its own.
     """
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():

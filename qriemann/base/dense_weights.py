@@ -94,9 +94,6 @@ def hold_dense(model: nn.Module) -> DenseWeights | None:
     """Holds the 4-bit weights of `model` dequantized as well, where they are on the CPU and memory allows.
 
     Gives what dequantizing at each use gives, bit for bit. Calling it again copies only what has no copy.
-
-    Returns:
-        What is held, or None without 4-bit layers that a copy would make faster.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, bnb.nn.Linear4bit) and _can_be_held(layer)]
     if not layers:

@@ -69,11 +69,7 @@ def _parts(path: Path) -> list[Path]:
 def load_gguf(
     path: Path, plan: dict[str, Any], options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a GGUF file: dequantized, then loaded again like an ordinary checkpoint.
-
-    Args:
-        plan: how and where the second load keeps the weights, `dtype` among it.
-    """
+    """Model and tokenizer of a GGUF file: dequantized, then loaded again like an ordinary checkpoint."""
     parts = _parts(path)
     folder, file = str(parts[0].parent), parts[0].name
     with gguf_parsed_once(parts):

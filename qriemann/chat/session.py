@@ -43,11 +43,7 @@ class Settings(BaseModel, validate_assignment=True):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     def change(self, name: str, value: str) -> None:
-        """Sets one of them from what a person wrote.
-
-        Raises:
-            InputError: an unknown name, or a value out of range.
-        """
+        """Sets one of them from what a person wrote."""
         names = type(self).model_fields
         if name not in names:
             raise InputError(f"a setting must be one of {', '.join(names)}, got {name!r}")
@@ -59,12 +55,7 @@ class Settings(BaseModel, validate_assignment=True):
 
 @dataclass
 class Session:
-    """A model and a conversation with it.
-
-    Attributes:
-        base: that the adapter is on; None for a merged model.
-        notes: what a person should know before the first question.
-    """
+    """A model and a conversation with it."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -178,15 +169,9 @@ def load_session(
     """A session with an adapter on its base, or with a merged model.
 
     Args:
-        folder: of either.
         base: instead of the one that the adapter names; as `load_base` takes it.
         quantize: "nf4" or "none". None is what the adapter was trained on, NF4 if nothing says so, and for a merged model
             the format that it is stored in.
-        system: the system prompt.
-        device: as `load_base` takes it.
-
-    Raises:
-        InputError: neither is in the folder, or the base cannot be had.
     """
     found = read_folder(adapter_folder(folder))
     label = found.path.resolve().name

@@ -41,11 +41,7 @@ _CHUNK = 2**24
 
 
 def fingerprints(settings: Mapping[str, Any], model: Any, data_print: str | None) -> dict[str, Any]:
-    """What a checkpoint says about the run that wrote it.
-
-    Args:
-        settings: of the run; those that shape no step are left out.
-    """
+    """What a checkpoint says about the run that wrote it."""
     model_config = model.config.to_dict() if isinstance(getattr(model, "config", None), PreTrainedConfig) else {}
     base, base_floats = _base_fingerprints(model)
     prints = {
@@ -165,8 +161,6 @@ def check_same_run(
 
     Args:
         checkpoint: one without a manifest, or of an older version, says less or nothing.
-        now: from `fingerprints`.
-        allow: names of settings, and `data`, `base` and `processes`.
         remedy: what to do instead of restoring it; {} stands for the names.
     """
     before = {**now, **(read_manifest(checkpoint) or {}).get("run", {})}

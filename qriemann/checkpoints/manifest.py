@@ -41,9 +41,6 @@ class FoundCheckpoint:
 def commit(folder: Path, step: int, run: Mapping[str, Any] | None = None) -> None:
     """Turns the files of a folder into a checkpoint.
 
-    Args:
-        run: what a run that resumes from here must have in common with this one; see `fingerprints`.
-
     Raises:
         OSError: the disk is full or refuses; the folder does not count then.
     """
@@ -154,15 +151,9 @@ def last_complete(folder: str | os.PathLike[str]) -> str:
 
 
 def rotate(folder: Path, keep: int, *, spare: Collection[Path] = ()) -> list[str]:
-    """Deletes old checkpoints, and unfinished ones older than the newest.
+    """Deletes old checkpoints, and unfinished ones older than the newest; returns a line for each that could not be deleted.
 
-    Keeps the `keep` completed last and the last that a run can resume from.
-
-    Args:
-        spare: checkpoints that stay whatever their age.
-
-    Returns:
-        One line for each folder that could not be deleted.
+    Keeps the `keep` completed last, the last that a run can resume from, and those to `spare`.
     """
     folders = checkpoint_folders(folder)
     committed = _by_completion(folders)

@@ -32,9 +32,6 @@ class CompleteCheckpoints(TrainerCallback):
 
     A point that left the manifold, or a trained tensor or optimizer state that is not finite, stops the run before its
     checkpoint is complete.
-
-    Attributes:
-        begun: whether the trainer has loaded everything that it resumes from.
     """
 
     def __init__(self, report: Callable[[str], None], run: Mapping[str, Any] | None = None) -> None:
@@ -108,10 +105,7 @@ def save_failed(folder: Path, error: BaseException) -> InputError:
 
 
 def find_numeric_defect(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> str | None:
-    """Names numbers that are not finite or factors that are not orthonormal, which must not be saved; None without any.
-
-    Cost: one pass over these tensors, and one host synchronization for each.
-    """
+    """Names numbers that are not finite or factors that are not orthonormal, which must not be saved; None without any."""
     points = fixed_rank_parameters(model.parameters())
     content: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     names: dict[Tensor, str] = {parameter: name for name, parameter in content.items()}

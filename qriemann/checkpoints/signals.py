@@ -14,11 +14,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StoppedBySignal(KeyboardInterrupt):
-    """A run ended by a signal.
-
-    Attributes:
-        exit_status: 128 + the signal's number, as shells report it.
-    """
+    """A run ended by a signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)

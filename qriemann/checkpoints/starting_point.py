@@ -91,11 +91,7 @@ def _has_manifests(folder: Path) -> bool:
 
 
 def begin_run(folder: Path, *, resume: str | None, overwrite: bool, step: int, described: dict[str, Any]) -> None:
-    """Clears what an earlier run wrote beyond the starting point, and writes `run.json`.
-
-    Args:
-        described: content of `run.json`; its `resumed_from` is empty where `auto` found nothing.
-    """
+    """Clears what an earlier run wrote beyond the starting point, and writes `run.json`."""
     if resume:
         # A run that starts anew logs the evaluation before its first step again, too.
         records.rewind_metrics(folder, step if described["resumed_from"] else -1)

@@ -59,12 +59,7 @@ class RowAccount:
 
 @dataclass(frozen=True)
 class Account:
-    """The account of all rows of a run.
-
-    Attributes:
-        left_out: rows with nothing to train, one entry per source.
-        ends: the tokens that end a turn or a text.
-    """
+    """The account of all rows of a run."""
 
     train: RowAccount
     held_out: RowAccount | None
@@ -76,11 +71,7 @@ class Account:
 def take_account(
     data: TokenizedData, tokenizer: PreTrainedTokenizerBase, model: Any, max_length: int | None = None
 ) -> Account:
-    """The account of the rows as they will be trained.
-
-    Args:
-        data: before truncation and packing.
-    """
+    """The account of the rows as they will be trained."""
     ends, size = end_tokens(tokenizer, model), model.get_input_embeddings().weight.shape[0]
 
     def count(dataset: Dataset) -> RowAccount:

@@ -118,9 +118,6 @@ class AssistantTokenizer:
     def unwritten(self, messages: Sequence[Message], options: dict[str, Any], *, split: bool = False) -> set[str]:
         """The keys of turns, and "tools", that change nothing in what the template writes.
 
-        Args:
-            split: whether each answer became a row of its own.
-
         Cost: one rendering for each of those keys; none where turns have role and content alone.
         """
         names = _names(messages) - {"role", "content"} | ({"tools"} if options.get("tools") else set())

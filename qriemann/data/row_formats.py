@@ -68,11 +68,7 @@ class RowEncoder:
         return examples
 
     def completion(self, row: Row, turns: Sequence[tuple[str, Message]], prompt: str) -> list[Example]:
-        """A prompt and its completion as plain strings.
-
-        Args:
-            turns: column and turn, the completion last.
-        """
+        """A prompt and its completion as plain strings."""
         completion, place = str(turns[-1][1]["content"]), len(turns) - 1
         if not completion.strip():
             raise RowError("an empty completion", "fill it or remove the row")
@@ -99,7 +95,6 @@ class RowFormat:
 
     Attributes:
         columns: which a dataset must have; an empty name is the run's `text_field`.
-        words: the columns, for the message that lists what is accepted.
         convert: makes the examples of a row; None where the rows hold tokens.
     """
 

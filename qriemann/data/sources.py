@@ -109,12 +109,9 @@ def load_sources(
     """The training rows, and the held-out rows if this dataset or a second one has them.
 
     Args:
-        name: a Hub id, a local file or a local folder.
         config: the configuration of a Hub dataset, or of a folder that is a copy of one.
-        train_split: the split to train on; a file is one split, called train.
         test_split: the split to hold out; None takes test, validation or eval if one exists.
         eval_name: a second dataset or file to hold out, instead of a split.
-        columns: maps columns to their new names.
 
     Raises:
         InputError: the dataset does not exist, cannot be reached or read, or lacks the split, or the split is empty.

@@ -43,8 +43,6 @@ class TokenizedData:
 
     Attributes:
         train, held_out: `input_ids` and `labels`, -100 where a token is not trained.
-        row_format: the name of the training rows' format.
-        notices: what the user should know about the rows, one line each.
         unused: how many rows hold something under a column or a turn's key (`messages[].name`) that is not trained.
         numbers: for each row of `train` that of its source's row, counted from 0.
         left_out: rows with nothing to train, as `input_ids`, `labels` and `row`; those of the training rows' source first.
@@ -77,15 +75,9 @@ def tokenize_rows(
     """Tokens and labels of the training rows and the held-out ones.
 
     Args:
-        train: rows in any accepted format.
         held_out: likewise; None to take `eval_size` of the training rows.
-        tokenizer: with a chat template, if the rows are conversations.
-        loss_on: "assistant" or "all" tokens.
-        text_field: the column of plain texts.
         max_length: in tokens; rows with nothing to train before it are dropped, with a notice. None for no limit.
         eval_size: the share (below 1) or the number of training rows to hold out; 0 for none.
-        seed: of the choice of held-out rows.
-        num_proc: processes that tokenize.
         max_held_out: upper bound of the rows that a share `eval_size` holds out.
         allow: leave rows out, with a notice, instead of refusing them: those without a trained token
             (`no-trained-token`), and those whose own columns say that they are not to be learnt (`rejected-rows`).

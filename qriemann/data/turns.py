@@ -32,11 +32,7 @@ ANSWERS = frozenset({"tool_calls", "reasoning_content", "reasoning", "thinking"}
 
 
 class Row(dict[str, Any]):
-    """The cells of a row; it remembers which of them were read.
-
-    Attributes:
-        dropped: turn keys, as `messages[].name`, and `tools` that the chat template does not write.
-    """
+    """The cells of a row; it remembers which of them were read."""
 
     def __init__(self, cells: dict[str, Any]) -> None:
         super().__init__(cells)

@@ -40,13 +40,7 @@ _WEIGHT_RTOL = {"float32": 1e-6, "float16": 1e-4, "bfloat16": 1e-4, "nf4": 1e-3}
 
 @dataclass(frozen=True)
 class Written:
-    """A folder to be judged.
-
-    Attributes:
-        weights: the largest relative difference of a tensor from base plus adapter, and that tensor's name, empty if
-            none was read back.
-        max_kl: largest mean KL to the trained model that is accepted, nats a token.
-    """
+    """A folder to be judged."""
 
     folder: Path
     into: str
@@ -145,11 +139,7 @@ def load_and_record(
 def worst_weight(
     expected: Callable[[str], Tensor], names: Iterable[str], read: Callable[[str], Tensor | None]
 ) -> tuple[float, str]:
-    """The largest relative Frobenius difference of a tensor that was read back, and its name; infinite if one is missing.
-
-    Args:
-        expected: what the tensor of a name should be, in the precision of the files.
-    """
+    """The largest relative Frobenius difference of a tensor that was read back, and its name; infinite if one is missing."""
     worst = (0.0, next(iter(names)))
     for name in names:
         right, found = expected(name).float(), read(name)

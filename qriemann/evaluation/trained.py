@@ -102,11 +102,7 @@ class Trained:
                 raise InputError(f"lora_bias must be of layers with a bias to be merged, got {name} without one")
 
     def as_trained(self, name: str, stored: Tensor, *, by_peft: bool = False) -> Tensor:
-        """A tensor of a checkpoint with what training changed, float32 where a layer's adapter is in it.
-
-        Args:
-            by_peft: has PEFT compute the adapter's part, for the proof, instead of the files' factors.
-        """
+        """A tensor of a checkpoint with what training changed, float32 where a layer's adapter is in it."""
         module, _, kind = name.rpartition(".")
         tensor, layer = self.adapter.replacement(name, stored), self.adapter.layers.get(module)
         if layer is None:

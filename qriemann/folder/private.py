@@ -32,11 +32,7 @@ def hide_credentials(text: str) -> str:
 
 
 def find_private(text: str, *, paths: Iterable[Path] = ()) -> list[tuple[int, str]]:
-    """Credentials and local paths in a text, each as its line and what it is, never what it says.
-
-    Args:
-        paths: further places on this machine whose name must not appear, beside the home and the working folder.
-    """
+    """Credentials and local paths in a text, each as its line and what it is, never what it says."""
     found = [(match.start(), "a credential") for match in _CREDENTIAL.finditer(text)]
     found += [(text.index(value), f"the value of {name}") for name, value in _own_secrets() if value in text]
     places = {str(place) for path in (Path.home(), Path.cwd(), *paths) for place in (path, path.resolve())}

@@ -140,9 +140,6 @@ def recorded_base(folder: Path) -> dict[str, Any]:
     """How the base of the adapter in a folder was loaded when it was trained, as a run's record has it.
 
     Empty where nothing says so: the adapter is from another tool, or was trained by a script and saved outside a checkpoint.
-
-    Args:
-        folder: of a run, of one of its checkpoints, or of an adapter that `export` wrote or `push` uploaded.
     """
     of_checkpoint = read_json(folder / MANIFEST).get("run")
     loaded = of_checkpoint.get("loaded") if isinstance(of_checkpoint, dict) else None

@@ -89,11 +89,7 @@ ARCHITECTURES = {
 
 
 class Layout:
-    """Where and how a GGUF file holds the tensors of one model.
-
-    Args:
-        model: loaded, for its configuration and its rotary frequencies.
-    """
+    """Where and how a GGUF file holds the tensors of one model."""
 
     def __init__(self, model: Any) -> None:
         self.config, kind = model.config, model.config.model_type

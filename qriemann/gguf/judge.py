@@ -39,12 +39,7 @@ def prove(
     max_kl: float | None,
     console: Console,
 ) -> tuple[dict[str, Any], list[Verdict]]:
-    """The report's part on what llama.cpp found, and the verdict on each file; a file that is too far is renamed.
-
-    Args:
-        own_base: the base's own GGUF file, to try an adapter on; None if it has none.
-        max_kl: as in `export_gguf`.
-    """
+    """The report's part on what llama.cpp found, and the verdict on each file; a file that is too far is renamed."""
     if max_kl is None:
         max_kl = max(_KL_FLOOR, _KL_SHARE * recording.untrained["mean_kl"])
     precision = _PRECISION[files.exact_type]

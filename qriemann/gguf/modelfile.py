@@ -52,11 +52,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def make_modelfile(
     file: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], asked: Sequence[Mapping[str, str]] = ()
 ) -> str:
-    """The content of a Modelfile for the GGUF file beside it.
-
-    Args:
-        asked: a conversation as training had them, for its system prompt.
-    """
+    """The content of a Modelfile for the GGUF file beside it."""
     template = go_template(tokenizer) if tokenizer.chat_template else None
     no_form = (
         "# The chat template has no Go form that is known: Ollama takes the one that it knows for the file, or none."

@@ -123,8 +123,6 @@ class Files:
 
     Attributes:
         exact: the model or the base in `exact_type`: f32, or f16 where that does not fit into memory. For the proof alone.
-        adapter: the adapter to it; None if the model is merged.
-        ladder: the merged files by type.
     """
 
     exact: Path
@@ -142,12 +140,7 @@ def write_files(
     types: Sequence[str] | None,
     console: Console,
 ) -> Files:
-    """Writes the files of one export.
-
-    Args:
-        scratch: for what only the proof needs.
-        types: of the merged files; None for the adapter alone.
-    """
+    """Writes the files of one export."""
     if types is None:
         _check_adapter(trained)
     trained.check_mergeable()

@@ -39,9 +39,7 @@ class BatchFit:
     """The choice for one device.
 
     Attributes:
-        rows_per_step: of one device.
         tokens: at most this many at once if rows are laid end to end (packing).
-        longest_tokens: of the longest row.
         needed_gib, free_gib: what the longest rows took beyond what was held, and what there was.
         fallbacks: how often the choice has been halved since.
     """
@@ -73,11 +71,6 @@ class AutoBatch(TrainerCallback):
 
     A step of a device has per_device_train_batch_size times gradient_accumulation_steps rows, as they are when this is made.
     When training begins, the longest rows go through forward and backward a few times; a resumed run keeps its choice.
-
-    Args:
-        trainer: an `SFTTrainer` whose training has not begun; its `training_step` is wrapped, and this callback goes before
-            its others.
-        report: called with the choice, and again whenever it is halved; logs it by default.
 
     Raises:
         InputError: when training begins, if one row does not fit, or if the data or the processes do not allow a cut.

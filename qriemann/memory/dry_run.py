@@ -34,7 +34,6 @@ class Measured:
 
     Attributes:
         rows, tokens: of the batch, and of its longest row, padding included.
-        seconds: wall clock.
         peak_gib: of the process so far: allocated on a GPU, resident on a CPU.
         card_gib: of a GPU, with what the allocator reserves beyond that and the CUDA context; 0 on a CPU.
         counted: most bytes allocated at once beyond what was held before; None if they were not counted.
@@ -49,12 +48,7 @@ class Measured:
 
 
 class DryRun(TrainerCallback):
-    """Refuses packed samples that see each other, and batches that do not fit, when a trainer's training begins.
-
-    Args:
-        data: the rows before the trainer truncates and packs them.
-        training_batch: take the longest training batch; not needed with `AutoBatch`, which measures by itself.
-    """
+    """Refuses packed samples that see each other, and batches that do not fit, when a trainer's training begins."""
 
     def __init__(
         self,

@@ -46,7 +46,6 @@ class Workload:
     Attributes:
         start: of an adapter on the manifold; None for plain factors.
         per_device_eval_batch_size: 0 without evaluation.
-        dense_copies: a run on a CPU holds its 4-bit weights dequantized as well.
     """
 
     on_gpu: bool
@@ -110,11 +109,7 @@ def read_run(settings: Settings, *, dense_copies: bool = True) -> tuple[Footprin
 
 
 class Footprint:
-    """The bytes of one model with one adapter under any workload; models and counts are kept for the next question.
-
-    Attributes:
-        left_out: the line of `without_experts`, once a model was made.
-    """
+    """The bytes of one model with one adapter under any workload; models and counts are kept for the next question."""
 
     def __init__(self, name: str, shape: PreTrainedConfig, adapter: LoraConfig) -> None:
         if hasattr(shape, "quantization_config"):

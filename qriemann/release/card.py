@@ -50,7 +50,6 @@ def make_card(
     """The card's text; what this project writes into it names no place on this machine.
 
     Args:
-        found: the folder; a card that it holds already keeps what a person wrote into it.
         base_id: Hub id of the base; None takes the recorded base if that is one.
         license: of the base, under the keys of a card's metadata; one that a person wrote into the card stays.
     """

@@ -54,11 +54,7 @@ _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 @dataclass(frozen=True)
 class Upload:
-    """One file that goes up.
-
-    Attributes:
-        content: the file as it lies on disk, or what is sent in its place.
-    """
+    """One file that goes up."""
 
     name: str
     content: Path | bytes
@@ -75,7 +71,6 @@ class PushResult:
 
     Attributes:
         url: of the commit; None of a dry run.
-        uploads: the files, the card among them.
         kept: names in the folder that stay on this machine.
     """
 

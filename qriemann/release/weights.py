@@ -46,7 +46,6 @@ def write_checkpoint(
     Args:
         like: shape and dtype of each tensor, on the meta device.
         tensors_of: what the file holds for a name: the tensor, or the parts of a 4-bit one.
-        shard_bytes: upper bound of a file, unless one tensor alone is larger.
     """
     plan = split_torch_state_dict_into_shards(dict(like), max_shard_size=shard_bytes)
     files: dict[str, str] = {}
@@ -60,11 +59,7 @@ def write_checkpoint(
 
 
 def original_weights(base: str, revision: str | None = None) -> Tensors:
-    """The weights of a base, not quantized.
-
-    Args:
-        base: as `load_base` takes it. A GGUF file is dequantized to float32 in host memory; anything else is read lazily.
-    """
+    """The weights of a base that `load_base` takes, not quantized; those of a GGUF file as float32 in host memory."""
     path = Path(base).expanduser()
     if base == EMBEDDED_MODEL or path.is_file():
         from qriemann.base.load import load_base

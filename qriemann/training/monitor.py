@@ -21,7 +21,6 @@ class Monitor(TrainerCallback):
     """Measures a run and records it; the trainer's own progress callbacks are to be removed.
 
     Args:
-        device: whose peak memory counts.
         on_begin: called with the first step before anything is recorded; the place for the first write of a run.
     """
 

@@ -19,9 +19,7 @@ class TrainerCounts:
 
     Attributes:
         loss_sum: the tensor that losses are added to since the last log.
-        total_loss: the sum of all losses that were logged.
         last_logged_step, first_step: the step of the last log, and the one that the run began with.
-        batch_size: rows a device takes in one batch.
     """
 
     loss_sum = _attribute("_tr_loss")
