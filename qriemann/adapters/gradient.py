@@ -86,7 +86,7 @@ def gradient_svd(
     unreached = [name for (name, *_), triplets in zip(layers, found, strict=True) if not triplets.sigma[0] > 0]
     if len(unreached) == len(found):
         raise InputError(
-            f"the loss has no gradient in all {len(found)} adapted layers; is the adapter merged, or every label masked?"
+            f"the loss has no gradient in any of {len(found)} adapted layers; is the adapter merged, or every label masked?"
         )
     if unreached:
         logger.warning("%d layers have no gradient and start at random bases (%s, ...)", len(unreached), unreached[0])

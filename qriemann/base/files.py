@@ -63,7 +63,7 @@ def check_loaded(name: str, model: PreTrainedModel, report: dict[str, Any]) -> N
     mismatched = sorted([*report["mismatched_keys"], *_mismatched_4_bit(model)])
     if mismatched:
         shapes = [f"{key} of {tuple(found)} for {tuple(expected)}" for key, found, expected in mismatched]
-        raise InputError(f"{name}: {listed(shapes)}, against config.json; {_DOWNLOAD}")
+        raise InputError(f"{name}: other shapes than config.json asks for, {listed(shapes)}; {_DOWNLOAD}")
 
 
 @contextmanager

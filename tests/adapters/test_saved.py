@@ -99,8 +99,8 @@ WRONG = {
         lambda f: change(f, Q_A, torch.ones(4, 64).to(torch.float8_e4m3fn)),
         "torch.float8_e4m3fn",
     ),
-    "factors of two ranks": (lambda f: change(f, Q_A, torch.ones(3, 64)), "rank r = 4"),
-    "another rank than the configuration says": (lambda f: edit_json(f / CONFIG, r=8), "rank r = 8"),
+    "factors of two ranks": (lambda f: change(f, Q_A, torch.ones(3, 64)), "of the rank 4"),
+    "another rank than the configuration says": (lambda f: edit_json(f / CONFIG, r=8), "of the rank 8"),
     "a factor alone": (lambda f: change(f, Q_B, None), "factors B"),
     "a factor of three dimensions": (lambda f: change(f, Q_A, torch.ones(4, 64, 1)), "plain LoRA"),
     "a tensor of another method": (
