@@ -119,7 +119,7 @@ def _csv(path: Path, columns: dict[str, None]) -> list[str]:
                     names = [name or f"column {place}" for place, name in enumerate(cells, start=1)]
                 elif any(cells[len(names) :]):
                     raise InputError(
-                        f"{path}, line {reader.line_num}: {len(cells)} cells for {len(names)} columns; quote cells with commas"
+                        f"{path}, line {reader.line_num}: {len(cells)} cells for {len(names)} columns; quote any with commas"
                     )
                 elif cells and cells != [_LAST]:
                     texts.append(json.dumps(dict(zip(names, cells, strict=False)), ensure_ascii=False))
