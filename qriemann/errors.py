@@ -27,3 +27,13 @@ def listed(items: Iterable[object], most: int = 3) -> str:
     """The items with commas between, those beyond the first few as a number."""
     words = [str(item) for item in items]
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """The error and what led to it, the innermost last."""
+    found: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in found:
+        found.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return found

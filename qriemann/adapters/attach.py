@@ -19,7 +19,8 @@ from qriemann.base import load as base
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters
 from qriemann.geometry.point import FixedRankPoint, point_from_factors, random_orthonormal
-from qriemann.upstream import keep_input_dtype, protect_quantized_weights
+from qriemann.upstream import protect_quantized_weights
+from qriemann.upstream.tuners import keep_input_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qriemann.adapters.layer import float32_product
 from qriemann.errors import InputError
-from qriemann.upstream import LoraVariant
+from qriemann.upstream.tuners import LoraVariant
 
 logger = logging.getLogger(__name__)
 

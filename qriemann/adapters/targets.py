@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qriemann.base.host_embedding import HostEmbedding
 from qriemann.errors import InputError
-from qriemann.upstream import get_pattern_key, name_of, names_of_experts
+from qriemann.upstream import name_of
+from qriemann.upstream.tuners import get_pattern_key, names_of_experts
 
 _ALL_LINEAR = "all-linear"
 

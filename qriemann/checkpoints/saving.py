@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from qriemann.base.tensors import find_not_finite
 from qriemann.checkpoints.continued import find_best_again, follow_settings, is_new_best
@@ -39,9 +39,7 @@ class CompleteCheckpoints(TrainerCallback):
         self._keep: int | None = None
         self._completed_step: int | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The trainer deletes older checkpoints before the new one is known to be whole.
         if args.save_total_limit:
             self._keep, args.save_total_limit = args.save_total_limit, None
@@ -55,16 +53,16 @@ class CompleteCheckpoints(TrainerCallback):
             find_best_again(args, state, self._report)
         self.begun = True
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.load_best_model_at_end and self._completed_step != state.global_step:
             control.should_save |= is_new_best(args, state, kwargs["metrics"])
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # Saving this step again would overwrite its complete checkpoint.
         if control.should_save and self._completed_step == state.global_step:
             control.should_save = False
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         defect = find_numeric_defect(kwargs["model"], kwargs["optimizer"])
         if defect is not None:
             raise InputError(

@@ -116,7 +116,7 @@ class StepGuard(TrainerCallback):
         """Steps far outside the recent band, likewise."""
         return self._progress.spikes
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress = progress = _Progress(**state.stateful_callbacks.get(_KEY, {}))
         # NaN (the mean of no steps) until a step is taken.
         self._counts.total_loss = math.nan
@@ -128,20 +128,16 @@ class StepGuard(TrainerCallback):
         # The trainer's last mean is over the steps since the resume.
         self._loss_resumed = progress.loss_sum
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         place = _order_seed(args), int(state.epoch or 0), state.global_step
         pin_epoch(kwargs["train_dataloader"], *place, args.gradient_accumulation_steps, args.process_index)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         seed_generators(args.seed, state.global_step - self._progress.skipped, args.process_index)
         self._loss_before = self._counts.loss_sum.clone()
         self._metric_lengths = {name: len(values) for name, values in self._counts.metrics.items()}
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # A trainer that resumes a finished run of max_steps takes one more step.
         if state.global_step >= state.max_steps:
             self._undo_step(kwargs["optimizer"], kwargs["lr_scheduler"])
@@ -176,7 +172,7 @@ class StepGuard(TrainerCallback):
         self._counts.first_step += 1
         self._tell("skipped", loss, grad_norm, kwargs["train_dataloader"])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._schedule is not None:
             _restore_schedule(kwargs["optimizer"], kwargs["lr_scheduler"], *self._schedule)
             self._schedule = None
@@ -190,10 +186,10 @@ class StepGuard(TrainerCallback):
                 f"{state.global_step}; {last_complete(str(args.output_dir))}: lower the rate, or look at the rows named above"
             )
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._remember(state, control)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if 0 < state.global_step <= self._progress.skipped:
             raise InputError(
                 f"loss and gradient were finite in none of {state.global_step} steps: nothing was trained; lower the rate"

@@ -88,9 +88,7 @@ class AutoBatch(TrainerCallback):
         trainer.callback_handler.callbacks.insert(0, self)
         self.fit: BatchFit | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         kept = state.stateful_callbacks.get(AUTO_BATCH_KEY)
         self._keep(BatchFit(**kept) if kept else self._choose(kwargs["train_dataloader"]), state)
 

@@ -63,9 +63,7 @@ class DryRun(TrainerCallback):
         self.training_batch = training_batch
         trainer.callback_handler.callbacks.insert(0, self)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         defects = mixed_samples(self.trainer, self.data)
         if self.training_batch:
             measured = measure_training_batch(self.trainer)

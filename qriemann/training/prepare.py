@@ -124,9 +124,7 @@ def prepare(
         push_to = _push_target(settings, model)
         optimizer = _optimizer(settings, args)
         check_schedule(args, optimizer[1]["lr"])
-        initialization = recipe_callbacks(
-            settings.init, settings.init_kwargs, start=settings.start, alpha=settings.alpha
-        )
+        initialization = recipe_callbacks(settings.init, settings.init_kwargs)
         measured = [MeasuredRate(note=view.note)] if settings.measures_rate else []
         # Asking for the device is what joins the processes of a launcher.
         device = args.device
