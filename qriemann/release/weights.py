@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qriemann.base.gguf import EMBEDDED_MODEL
+from qriemann.base import EMBEDDED_MODEL
 from qriemann.base.tensors import Tensors
 from qriemann.errors import InputError, first_line
 from qriemann.folder.files import refuse_outside

@@ -126,7 +126,7 @@ def test_a_resumed_run_keeps_the_choice_and_ends_in_the_bits_of_an_uninterrupted
 
 
 def test_a_row_that_does_not_fit_by_itself_is_refused_with_its_length(tmp_path):
-    with pytest.raises(InputError, match=r"single row of 8 tokens does not fit.*activation_checkpointing"):
+    with pytest.raises(InputError, match=r"8 tokens do not fit.*activation_checkpointing"):
         trained(tmp_path, auto=True, memory=ShortMemory(0))
 
 
