@@ -119,5 +119,5 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(tokenizer, message):
 
 
 def test_more_tokens_than_rows_of_embeddings_are_refused():
-    with pytest.raises(InputError, match="a row of embeddings for each of the tokenizer's 267 tokens, got 100"):
+    with pytest.raises(InputError, match="100 rows of embeddings for the tokenizer's 267 tokens"):
         write_vocabulary(gguf.GGUFWriter(None, "llama"), byte_tokenizer(), 100)

@@ -222,7 +222,7 @@ def test_more_batches_than_there_are_is_refused_with_both_numbers(streaming, tmp
     trainer = sft_trainer(tiny_llama(), tmp_path, callbacks=[LocallyOptimalInit(7)])
     if streaming:
         trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
-    with pytest.raises(InputError, match="batches must be at most what the training data has, got 7 of 6 batches of 4"):
+    with pytest.raises(InputError, match="batches must be at most the data's 6 of 4 rows, got 7"):
         trainer.train()
     assert "locally optimal initialization" not in capsys.readouterr().err
 
