@@ -243,7 +243,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_the_last_checkpoint_n
     settings = {"save_strategy": "steps", "save_steps": 2, "protection": {"max_skipped_steps": 2}}
     trainer, _ = sequential_trainer(tmp_path, rows, **settings)
     poison_a_word(trainer)
-    with pytest.raises(InputError, match=r"3 steps in a row up to 5.*checkpoint-4"):
+    with pytest.raises(InputError, match=r"3 steps in a row up to step 5.*checkpoint-4"):
         trainer.train()
 
 
