@@ -183,7 +183,7 @@ class StepGuard(TrainerCallback):
         if self._progress.skipped_in_a_row > self._max_skipped:
             raise InputError(
                 f"loss and gradient were not finite in {self._progress.skipped_in_a_row} steps in a row up to "
-                f"step {state.global_step}; {last_complete(str(args.output_dir))}: lower the rate, or look at the rows named above"
+                f"step {state.global_step}; {last_complete(str(args.output_dir))}: lower the rate, or look at the rows above"
             )
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
