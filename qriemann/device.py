@@ -13,6 +13,9 @@ import torch
 from qriemann.errors import InputError, ShortMemoryError
 
 GIB = 2**30
+#: Multiplies a loss whose gradients would underflow in float16, as those of a mean over thousands of tokens do; a power of
+#: two changes no digit in the other dtypes.
+LOSS_SCALE = 2.0**10
 
 # cuInit's answers on a machine without a usable card: none there or all hidden, and a stub in the place of the driver.
 _NO_DEVICE, _STUB = 100, 34

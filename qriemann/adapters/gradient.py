@@ -21,6 +21,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from qriemann.adapters.layer import float32_product
+from qriemann.device import LOSS_SCALE
 from qriemann.errors import InputError
 from qriemann.upstream.tuners import LoraVariant
 
@@ -30,10 +31,6 @@ Layers = Sequence[tuple[str, LoraLayer, str]]
 
 # An earlier direction is used if its part outside the later basis is this long: rounding errors are divided by the length.
 _NEAR = 0.1
-
-# In float16 the gradients of a mean over thousands of tokens would underflow. Singular vectors do not depend on the scale,
-# and a power of two changes no digit in the other dtypes.
-_LOSS_SCALE = 2.0**10
 
 
 class GradientSVD(NamedTuple):
@@ -134,7 +131,7 @@ def _read(
             raise InputError(
                 f"the loss must be finite at the start, got {loss.item()} in batch {index + 1} of {len(batches)}"
             )
-        (loss.sum() * _LOSS_SCALE).backward()
+        (loss.sum() * LOSS_SCALE).backward()
         report()
 
 

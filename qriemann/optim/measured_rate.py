@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from qriemann.device import LOSS_SCALE
 from qriemann.distributed import process_count, sum_over_processes
 from qriemann.errors import InputError
 from qriemann.optim.adapter import ON_ADAPTER
@@ -28,8 +29,6 @@ _CLOSE = 0.05
 # Far beyond the wanted change the answers saturate, and far below it bfloat16 rounds them by as much.
 _SLOPES = (1.0, 4.0)
 _FARTHEST = 100.0
-# In float16 the gradients of a mean over thousands of tokens would underflow.
-_LOSS_SCALE = 2.0**10
 
 
 class NoSuchRateError(InputError):
@@ -77,12 +76,12 @@ def measure_rate(
     try:
         before = []
         for batch in batches:
-            (loss(batch) * _LOSS_SCALE).backward()
+            (loss(batch) * LOSS_SCALE).backward()
             with torch.no_grad():
                 before.append(log_probabilities(batch).cpu())
         for parameter in parameters:
             if parameter.grad is not None:
-                sum_over_processes(parameter.grad.div_(_LOSS_SCALE * len(batches) * process_count()))
+                sum_over_processes(parameter.grad.div_(LOSS_SCALE * len(batches) * process_count()))
 
         def restore() -> None:
             with torch.no_grad():

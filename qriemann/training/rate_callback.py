@@ -27,6 +27,7 @@ from qriemann.errors import InputError
 from qriemann.memory.auto_batch import rows_at_once
 from qriemann.optim.measured_rate import CHANGE, NoSuchRateError, adapter_groups, measure_rate
 from qriemann.training.sample import draw_batches, lean_loss
+from qriemann.training.seam import unwrapped
 
 # The state of a trainer's checkpoints holds the rate under this key.
 _KEY = "qriemann_measured_rate"
@@ -61,7 +62,10 @@ class MeasuredRate(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer, schedule = _inner(kwargs["optimizer"], "optimizer"), _inner(kwargs["lr_scheduler"], "scheduler")
+        optimizer, schedule = (
+            unwrapped(kwargs["optimizer"], "optimizer"),
+            unwrapped(kwargs["lr_scheduler"], "scheduler"),
+        )
         # A schedule may begin with a warm-up from zero.
         firsts = [group.get("initial_lr", group["lr"]) for group in adapter_groups(optimizer)]
         scheduled = [group["lr"] for group in adapter_groups(optimizer)]
@@ -77,8 +81,8 @@ class MeasuredRate(TrainerCallback):
         if hasattr(schedule, "base_lrs"):
             schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
             schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+        # Not args.learning_rate, which is what the user asked for and what a resumed run is compared by.
         state.stateful_callbacks[_KEY] = {"rate": rate}
-        args.learning_rate = rate
 
     def _measure(
         self, args: TrainingArguments, state: TrainerState, optimizer: Any, model: Any, loader: DataLoader
@@ -110,11 +114,9 @@ class MeasuredRate(TrainerCallback):
         return rate
 
 
-def _inner(wrapped: Any, name: str) -> Any:
-    """What accelerate wraps."""
-    while hasattr(wrapped, name):
-        wrapped = getattr(wrapped, name)
-    return wrapped
+def measured_rate(state: TrainerState) -> float | None:
+    """The rate that a training goes by, if it was measured."""
+    return state.stateful_callbacks.get(_KEY, {}).get("rate")
 
 
 def _log_probabilities(model: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ def draw_batches(loader: DataLoader, count: int, batch_size: int, seed: int) -> 
     dataset: Any = getattr(loader, "dataset", None)
     if dataset is None:
         raise InputError(
-            f"the data must come from a torch DataLoader, got {type(loader).__name__}; use qriemann.locally_optimal_"
+            f"the data must come from a torch DataLoader, got {type(loader).__name__}, to be looked at before training"
         )
     if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
         raise InputError(

@@ -87,6 +87,12 @@ class FixedRankCallback(TrainerCallback):
 
 def fixed_rank_optimizer(optimizer: Any) -> FixedRankOptimizer | None:
     """The optimizer under accelerate's wrappers, if it steps on the manifold."""
-    while optimizer is not None and not isinstance(optimizer, FixedRankOptimizer):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
+    inner = unwrapped(optimizer, "optimizer")
+    return inner if isinstance(inner, FixedRankOptimizer) else None
+
+
+def unwrapped(wrapped: Any, attribute: str) -> Any:
+    """What accelerate wraps: the innermost optimizer or scheduler, which each wrapper holds under that name."""
+    while hasattr(wrapped, attribute):
+        wrapped = getattr(wrapped, attribute)
+    return wrapped

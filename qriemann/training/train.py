@@ -29,6 +29,7 @@ from qriemann.training.display import PlainView, make_view
 from qriemann.training.monitor import Monitor
 from qriemann.training.outcome import TrainResult, describe_run, figures, show_result, since, summarize
 from qriemann.training.prepare import Prepared
+from qriemann.training.rate_callback import measured_rate
 from qriemann.training.trainer import build_trainer
 from qriemann.upstream import quiet
 
@@ -187,5 +188,5 @@ class _Recorder:
             "skipped": self.guard.skipped_steps,
             "spikes": self.guard.spikes,
         }
-        rate = {"learning_rate": self.trainer.args.learning_rate}
-        return {**self.described, **rate, "steps": {**taken, "events": events}}
+        rate = measured_rate(self.trainer.state) or self.trainer.args.learning_rate
+        return {**self.described, "learning_rate": rate, "steps": {**taken, "events": events}}

@@ -3,8 +3,7 @@
 step       times one optimizer step on all adapters of a model
 train      trains the same base with qriemann and with stock TRL, PEFT and AdamW
 beds       runs a plan of hundreds to thousands of steps on a bed where they are cheap
-study      runs a plan: every method at its best learning rate, several seeds
-report     writes the tables and plots of a study from its rows
+report     writes the table and the picture of the beds from their rows
 on_a_card  proves on one GPU, in minutes, that what is right on a CPU is right there, and what it costs
 """
 
@@ -19,14 +18,13 @@ _MODULES = {
     "step": "bench_step",
     "train": "bench_train",
     "beds": "beds",
-    "study": "study",
     "report": "report",
     "on_a_card": "on_a_card",
 }
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit status: 0 for success, 2 for bad input, 3 for a study with runs left, 130 for an interrupted one."""
+    """The exit status: 0 for success, 2 for bad input, 3 for a plan with runs left, 130 for an interrupted one."""
     command = arguments[0] if arguments else ""
     if command not in _MODULES:
         asked = command in ("-h", "--help")

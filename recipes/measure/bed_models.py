@@ -67,6 +67,10 @@ class Bed:
         self._rows: list[Row] = []
         self._cached: list[Tensor] = []
 
+    @property
+    def _device(self) -> torch.device:
+        return self.tail.lm_head.weight.device
+
     @torch.no_grad()
     def keep(self, rows: Sequence[Row], cache: Path | None = None) -> None:
         """Makes `rows` those of the bed; computes the states that enter the tail, or reads them from `cache`."""
@@ -78,8 +82,10 @@ class Bed:
             found: dict[int, Tensor] = {}
             order = sorted(range(len(rows)), key=lengths.__getitem__)
             for chosen in (order[start : start + 32] for start in range(0, len(order), 32)):
-                states = self._lower(_padded([rows[i] for i in chosen]), use_cache=False).last_hidden_state
-                found |= {i: state[: lengths[i]].clone() for i, state in zip(chosen, states, strict=True)}
+                states = self._lower(
+                    _padded([rows[i] for i in chosen]).to(self._device), use_cache=False
+                ).last_hidden_state
+                found |= {i: state[: lengths[i]].cpu() for i, state in zip(chosen, states, strict=True)}
             flat = torch.cat([found[i] for i in range(len(rows))])
             if cache is not None:
                 cache.parent.mkdir(parents=True, exist_ok=True)
@@ -92,15 +98,16 @@ class Bed:
     def batch(self, chosen: Sequence[int]) -> Batch:
         """The rows of these numbers."""
         rows = [self._rows[i] for i in chosen]
+        device = self._device
         if self._cached:
             states = nn.utils.rnn.pad_sequence([self._cached[i] for i in chosen], batch_first=True)
         else:
-            states = self._lower.embed_tokens(_padded(rows))
+            states = self._lower.embed_tokens(_padded(rows).to(device))
         length = states.shape[1]
         places = [b * length + at for b, row in enumerate(rows) for at in range(row.start - 1, len(row.ids) - 1)]
         targets = [token for row in rows for token in row.ids[row.start :]]
         owner = [b for b, row in enumerate(rows) for _ in row.ids[row.start :]]
-        return Batch(states, *map(torch.tensor, (places, targets, owner)))
+        return Batch(states.to(device), *(torch.tensor(found, device=device) for found in (places, targets, owner)))
 
     def logits(self, batch: Batch) -> Tensor:
         """Of the trained tokens, float32; the head sees no other token."""
@@ -113,7 +120,7 @@ def _padded(rows: Sequence[Row]) -> Tensor:
     return nn.utils.rnn.pad_sequence([torch.tensor(row.ids[:-1]) for row in rows], batch_first=True)
 
 
-# As the sums and word lists of the studies; each word is one token of the embedded model.
+# Each word is one token of the embedded model.
 _WORDS = """
 apple arm baby bag ball bank bed bee bell bird boat body bone book box boy bread bridge brother camera card cat chair
 child church city clock cloud coat corn cup day dog door dream ear earth egg eye face farm father field fire fish floor

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from bed_models import Bed
 
+from qriemann import locally_optimal_
 from qriemann.optim.measured_rate import measure_rate
 from qriemann.optim.methods import METHODS, resolve_options
 
@@ -22,7 +23,8 @@ class Training:
     """The settings of one run.
 
     Attributes:
-        method: of METHODS, with its `options`; `start` and `alpha` are among them.
+        method: of METHODS, with its `options`; `start` and `alpha` are among them, and two of the bed's own: `loi`, batches
+            whose gradient informs the start, and `warmup`, steps over which the rate rises to `lr`.
         lr: the first one, which falls linearly to zero over `steps`; "auto" measures it, and 0 steps do no more.
         rank, scale: of the adapter, `scale` being lora_alpha / rank.
         seed: of the start and of the order of the rows.
@@ -54,8 +56,9 @@ def train(bed: Bed, run: Training, training: Sequence[int], held_out: Sequence[i
     )
     adapted = get_peft_model(bed.tail, config)
     try:
-        given = {"lr": run.lr} if run.lr != "auto" else {}
-        optimizer = METHODS[run.method].optimizer(adapted, **resolve_options(run.method, {**run.options, **given}))
+        options = dict(run.options) | ({"lr": run.lr} if run.lr != "auto" else {})
+        loi, warmup = options.pop("loi", 0), options.pop("warmup", 0)
+        optimizer = METHODS[run.method].optimizer(adapted, **resolve_options(run.method, options))
         wall, cpu = time.perf_counter(), time.process_time()
         order = torch.Generator().manual_seed(run.seed)
         turns: list[int] = []
@@ -64,12 +67,17 @@ def train(bed: Bed, run: Training, training: Sequence[int], held_out: Sequence[i
         while len(turns) < count * run.batch:
             turns += torch.randperm(len(training), generator=order).tolist()
         batches = [[training[turn] for turn in turns[i * run.batch :][: run.batch]] for i in range(count)]
+        if loi:
+            seen = [bed.batch(chosen) for chosen in batches[:loi]]
+            locally_optimal_(
+                adapted, seen, lambda _, batch: _loss(bed, batch), start=run.options["start"], seed=run.seed
+            )
         measured = {}
         if run.lr == "auto":
             rate, changes = measure_rate(
                 optimizer,
                 [bed.batch(chosen) for chosen in batches[:measured_on]],
-                lambda batch: F.cross_entropy(bed.logits(batch), batch.targets),
+                lambda batch: _loss(bed, batch),
                 lambda batch: bed.logits(batch).float().log_softmax(1),
             )
             measured = {"changes": changes}
@@ -78,9 +86,8 @@ def train(bed: Bed, run: Training, training: Sequence[int], held_out: Sequence[i
         losses = []
         for step, chosen in enumerate(batches[: run.steps]):
             for group, first in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = first * (1 - step / run.steps)
-            batch = bed.batch(chosen)
-            loss = F.cross_entropy(bed.logits(batch), batch.targets)
+                group["lr"] = first * min(1 - step / run.steps, (step + 1) / (warmup or 1))
+            loss = _loss(bed, bed.batch(chosen))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -115,6 +122,10 @@ def evaluate(bed: Bed, rows: Sequence[int], *, size: int = 32) -> dict[str, floa
         wrong = batch.row[logits.argmax(1) != batch.targets]
         right += len(batch.states) - len(wrong.unique())
     return {"loss": total / tokens, "exact": right / len(rows)}
+
+
+def _loss(bed: Bed, batch: Any) -> torch.Tensor:
+    return F.cross_entropy(bed.logits(batch), batch.targets)
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -115,8 +115,8 @@ def runs_of(plan: Plan) -> list[dict[str, Any]]:
     return runs
 
 
-def run_plan(plan: Plan, results: Path, *, deadline: float = float("inf")) -> bool:
-    """Runs what is missing and begins none after `deadline`, on the monotonic clock; returns whether the plan is complete."""
+def run_plan(plan: Plan, results: Path, *, device: str = "cpu", deadline: float = float("inf")) -> bool:
+    """Runs what is missing, but begins none after `deadline` (monotonic clock); returns whether the plan is complete."""
     from bed_train import Training, train
 
     made_for, bed = None, None
@@ -127,7 +127,7 @@ def run_plan(plan: Plan, results: Path, *, deadline: float = float("inf")) -> bo
             return False
         needs = {key: run.get(key) for key in ("task", "layers", "width", "depth")}
         if needs != made_for:
-            bed, made_for = make_bed(run, results / "work"), needs
+            bed, made_for = make_bed(run, results / "work", device), needs
         of_training = {item.name: run[item.name] for item in fields(Training)}
         held_out = range(plan.held_out)
         line = run | train(bed, Training(**of_training), range(plan.held_out, plan.held_out + plan.rows), held_out)
@@ -141,7 +141,7 @@ def run_plan(plan: Plan, results: Path, *, deadline: float = float("inf")) -> bo
     return True
 
 
-def make_bed(run: dict[str, Any], work: Path) -> Any:
+def make_bed(run: dict[str, Any], work: Path, device: str = "cpu") -> Any:
     """The bed of a run with the task's rows, the held-out ones first."""
     from bed_models import Bed, chat_rows, symbol_rows, toy
 
@@ -150,13 +150,13 @@ def make_bed(run: dict[str, Any], work: Path) -> Any:
     count = 2 * held_out + run["rows"]
     cache = None
     if run["bed"] == "toy":
-        model = toy(run["width"], run["depth"], steps=run["pretraining"], cache=work)
+        model = toy(run["width"], run["depth"], steps=run["pretraining"], cache=work).to(device)
         rows = symbol_rows([run["task"]], count)
     else:
         from qriemann import load_base
 
         # The backward pass of torch's fused attention in bf16 is a third of a CPU's step on rows so short.
-        model, tokenizer = load_base(run["base"], dtype=run["dtype"], device="cpu", attn_implementation="eager")
+        model, tokenizer = load_base(run["base"], dtype=run["dtype"], device=device, attn_implementation="eager")
         rows = chat_rows(run["task"], count, tokenizer)
     del rows[slice(held_out) if run["test"] else slice(held_out, 2 * held_out)]
     depth = model.config.num_hidden_layers
@@ -180,6 +180,7 @@ def digest(settings: Any) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", type=Path, metavar="PLAN.yaml", help="run what is missing")
     parser.add_argument("--results", type=Path, metavar="DIR", help="default: recipes/results/beds")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="begin no run after so many; the same command continues")
 
@@ -196,7 +197,7 @@ def main(options: argparse.Namespace) -> int:
     results.mkdir(parents=True, exist_ok=True)
     try:
         with quiet():
-            return 0 if all(run_plan(plan, results, deadline=deadline) for plan in plans) else 3
+            return 0 if all(run_plan(plan, results, device=options.device, deadline=deadline) for plan in plans) else 3
     except KeyboardInterrupt:
         print("beds: the same command continues", file=sys.stderr)
         raise

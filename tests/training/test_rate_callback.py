@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 import qriemann
 from qriemann import InputError, MeasuredRate
 from qriemann.optim.measured_rate import measure_rate
+from qriemann.training.rate_callback import measured_rate
 from tests.models import counting_rows, tiny_llama, token_batch, trainer_settings, with_lora, word_tokenizer
 from tests.recipe_fixtures import chat_llama, make_tokenizer, train_on
 
@@ -87,7 +88,7 @@ def test_a_run_with_a_measured_rate_is_to_the_bit_the_run_with_that_number(tmp_p
     chosen = MeasuredRate(0.01, rows=8)
     own = {"seed": 3} if method == "riemannion" else {}
     measured, its = run(tmp_path / "a", qriemann.for_trainer(method, **own), [chosen], warmup_steps=warmup)
-    rate = measured.args.learning_rate
+    rate = measured_rate(measured.state)
     _, plain = run(tmp_path / "b", qriemann.for_trainer(method, lr=rate, **own), [], warmup_steps=warmup)
     assert all(map(torch.equal, its.start, plain.start))
     assert torch.equal(its.random, plain.random)
@@ -95,12 +96,45 @@ def test_a_run_with_a_measured_rate_is_to_the_bit_the_run_with_that_number(tmp_p
     assert not all(map(torch.equal, its.start, its.end))
 
 
+class Stop(TrainerCallback):
+    """Ends the first training after its second step, with a checkpoint."""
+
+    def __init__(self):
+        self.done = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and not self.done:
+            self.done = control.should_training_stop = control.should_save = True
+
+
+def test_a_training_is_resumed_by_the_trainer_that_it_was_interrupted_in(tmp_path):
+    def trainer(name, *callbacks):
+        made = SFTTrainer(
+            model=tiny_llama(),
+            processing_class=word_tokenizer(),
+            args=SFTConfig(**trainer_settings(tmp_path / name, max_steps=4)),
+            train_dataset=counting_rows(),
+            peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+            optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion", seed=3),
+            callbacks=[MeasuredRate(0.01, rows=8), *callbacks],
+        )
+        qriemann.protect(made)
+        return made
+
+    whole, cut = trainer("whole"), trainer("cut", Stop())
+    whole.train()
+    cut.train()
+    cut.train(resume_from_checkpoint=True)
+    ends = [[p for p in t.model.parameters() if p.requires_grad] for t in (whole, cut)]
+    assert all(map(torch.equal, *ends))
+
+
 def test_what_is_trained_beside_the_adapter_keeps_its_rate(tmp_path):
     method = qriemann.for_trainer("riemannion", adamw_lr=3e-4, seed=3)
     trainer, _ = run(tmp_path, method, [MeasuredRate(0.01, rows=8)], {"modules_to_save": ["lm_head"]})
     adapter, rest = trainer.optimizer.param_groups
     assert (adapter["on_adapter"], rest["on_adapter"]) == (True, False)
-    assert adapter["initial_lr"] == trainer.args.learning_rate != 5e-3
+    assert adapter["initial_lr"] == measured_rate(trainer.state) != 5e-3
     assert rest["initial_lr"] == 3e-4
 
 
@@ -132,13 +166,9 @@ def test_the_recipe_records_the_rate_and_a_resumed_run_keeps_it(tmp_path):
     whole = train("whole")
     written = json.loads((tmp_path / "whole/run.json").read_text())
     assert written["config"]["learning_rate"] == "auto"
-    assert written["learning_rate"] == whole.trainer.args.learning_rate != 5e-3
+    assert written["learning_rate"] == measured_rate(whole.trainer.state) != 5e-3
     rates = [line["learning_rate"] for line in whole.trainer.state.log_history if "learning_rate" in line]
     assert max(rates) == pytest.approx(written["learning_rate"])
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 2
 
     tokenizer_model = chat_llama(tokenizer, initializer_range=0.3)
     train_on(settings("cut"), model=tokenizer_model, tokenizer=tokenizer, callbacks=[Stop()])
