@@ -98,14 +98,6 @@ class Recording:
     untrained: Differences
 
 
-def record(trained: Trained, rows: Rows, path: Path) -> Recording:
-    """Writes the trained model's logits to the file."""
-    logits = {str(index): row.contiguous() for index, row in reload.logits_of_rows(trained.peft, rows.rows)}
-    save_file(logits, path)
-    with trained.untrained() as model:
-        return Recording(path, rows.rows, reload.differences(model, rows.rows, path))
-
-
 def load_and_record(
     saved: SavedAdapter,
     base: str | None,
@@ -123,7 +115,10 @@ def load_and_record(
         rows = trained.proof_rows(data, console, max_tokens)
         console.print(f"Recording the trained model on {rows.source}, {rows.tokens} tokens ...", highlight=False)
         with explaining_memory("recording the trained model", "shorten the longest rows of --data"):
-            return trained, rows, record(trained, rows, path)
+            logits = {str(index): row.contiguous() for index, row in reload.logits_of_rows(trained.peft, rows.rows)}
+            save_file(logits, path)
+            with trained.untrained() as model:
+                return trained, rows, Recording(path, rows.rows, reload.differences(model, rows.rows, path))
 
     try:
         return attempt(None)
