@@ -263,7 +263,8 @@ def test_what_is_given_reaches_the_optimizer():
 
 
 @pytest.mark.parametrize(
-    ("lora", "line"), [({"use_dora": True}, r"q_proj uses Dora"), ({"r": 48}, r"r=48 for \S*k_proj \(32 x 64\)")]
+    ("lora", "line"),
+    [({"use_dora": True}, r"q_proj uses Dora"), ({"r": 48}, r"for \S*k_proj \(32 x 64\), got 48")],
 )
 def test_a_refused_adapter_stops_the_trainer_with_the_layers_name(lora, line, tmp_path):
     trainer = sft_trainer(tiny_llama(), tmp_path, "zero", lora=lora)
