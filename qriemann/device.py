@@ -1,9 +1,8 @@
 """Where a process computes and in which dtype, and what it says when memory is short: decided here for every command."""
 
-from __future__ import annotations
-
 import ctypes
 import os
+import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -20,15 +19,13 @@ LOSS_SCALE = 2.0**10
 
 # cuInit's answers on a machine without a usable card: none there or all hidden, and a stub in the place of the driver.
 _NO_DEVICE, _STUB = 100, 34
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _ON_CPU = "compute on the CPU with use_cpu: true (for other commands, set CUDA_VISIBLE_DEVICES=-1)"
 
 
 def compute_device(name: torch.device | str | None = None) -> torch.device:
-    """The named device; by default this process' GPU, or the CPU where there is none.
-
-    Raises:
-        InputError: the device is not on this machine, or its driver is there and torch cannot use it.
-    """
+    """The named device; by default this process' GPU, or the CPU where there is none."""
     prefer_expandable_segments()
     if name is None:
         if torch.cuda.is_available():
@@ -50,9 +47,6 @@ def compute_dtype(device: torch.device, wanted: torch.dtype | str | None = None)
 
     Before Ampere (compute capability 8.0) bfloat16 is emulated, slower than float32. Without a GPU, `plan` takes one that
     has it.
-
-    Raises:
-        InputError: `wanted` is no float dtype of 2 or 4 bytes.
     """
     if wanted is None or wanted == "auto":
         return torch.bfloat16 if device.type == "cuda" and _has_bfloat16(device) else torch.float32
@@ -129,6 +123,17 @@ def prefer_expandable_segments() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
+def keep_freed_memory() -> None:
+    """Lets this process keep what it frees, where its allocator is glibc's: each step needs the same memory again.
+
+    Otherwise every large tensor is a mapping of its own, whose pages the kernel clears at each allocation.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        allocator = ctypes.CDLL(None)
+        allocator.mallopt(_M_MMAP_MAX, 0)
+        allocator.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on the CPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -152,11 +157,7 @@ def explaining_memory(what: str, change: str | Callable[[], str]) -> Iterator[No
     """Turns an allocation that fails in the block into one line.
 
     Args:
-        what: what the block does, such as "loading NAME".
         change: the cheapest change that needs less memory, or a function that finds it.
-
-    Raises:
-        ShortMemoryError: the line.
     """
     try:
         yield

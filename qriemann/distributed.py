@@ -1,12 +1,9 @@
 """Data parallel: every process holds the whole 4-bit base and adapter, and takes the same step on the same summed blocks.
 
-The tangent blocks are the factors' gradients, so DDP averages them as it would any gradient. Every process then repeats
-the step: it is the same arithmetic on the same numbers, so factors and momentum stay equal to the bit, and only the
-blocks travel. Sharing the step gains nothing: on the 210 adapters of a 135M Llama, two CPU processes would each save
-half of a step of 256 ms and spend 119 ms to exchange the new factors and momentum.
+DDP averages the tangent blocks as it would any gradient. Every process repeats the step, the same arithmetic on the same
+numbers, so factors and momentum stay equal to the bit. Sharing the step gains nothing: on 210 adapters of a 135M Llama, two
+CPU processes would each save half of a step of 256 ms and spend 119 ms to exchange the new factors and momentum.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -36,8 +33,7 @@ def refuse_sharding() -> None:
     for variable, name in _SHARDING.items():
         if parse_flag_from_env(variable):
             raise InputError(
-                f"several GPUs must use data parallel (DDP), got {name}, which shards or flattens the factors; a step "
-                "needs both factors of a layer whole: use accelerate launch --multi_gpu, or torchrun"
+                f"{name} splits the factors, and a step needs both of a layer whole; use accelerate launch --multi_gpu"
             )
 
 

@@ -1,7 +1,5 @@
 """How a command ends: one line and an exit status for what the user can mend, a traceback for a bug, never a credential."""
 
-from __future__ import annotations
-
 import io
 import sys
 import traceback

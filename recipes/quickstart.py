@@ -119,8 +119,7 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
     from qriemann.folder import records
     from qriemann.training.display import make_view
     from qriemann.training.prepare import prepare
-    from qriemann.training.publishing import publish
-    from qriemann.training.train import train
+    from qriemann.training.train import publish, train
 
     view = make_view("auto")
     console = view.console

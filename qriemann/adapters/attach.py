@@ -1,7 +1,5 @@
 """Puts the LoRA layers of a PEFT model on the fixed-rank manifold, and keeps what they save a plain LoRA adapter."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math
@@ -18,11 +16,11 @@ from qriemann.adapters.lora_layers import lora_layers
 from qriemann.adapters.saved_rank import config_owners, describe_saved_rank
 from qriemann.adapters.spectrum import factored_svd
 from qriemann.base import load as base
-from qriemann.base.quantized import protect_quantized_weights
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters
 from qriemann.geometry.point import FixedRankPoint, point_from_factors, random_orthonormal
-from qriemann.upstream import keep_input_dtype
+from qriemann.upstream import protect_quantized_weights
+from qriemann.upstream.tuners import keep_input_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +77,11 @@ def _check_offset_can_be_saved(model: nn.Module, layers: list[tuple[str, LoraLay
     empty = [name for name, layer, adapter in layers if not layer.lora_B[adapter].weight.detach().any()]
     if empty and len(empty) < len(layers):
         raise InputError(
-            f"start='offset' must be given an adapter that is zero in every layer or in none, got {len(empty)} zero layers "
-            f"of {len(layers)} ({empty[0]}, ...); use start='zero'"
+            f"start='offset' needs an adapter that is zero in every layer or in none; {len(empty)} of {len(layers)} are zero"
         )
     if empty and not config_owners(model):
         raise InputError(
-            f"start='offset' must be given the model that holds the adapter's config, got a {type(model).__name__} without "
-            "peft_config; pass the whole model, or use start='zero'"
+            f"start='offset' needs the model that holds the adapter's config; a {type(model).__name__} has none"
         )
 
 
@@ -164,15 +160,12 @@ def truncate_(model: nn.Module) -> dict[str, float]:
     """
     points = fixed_rank_parameters(model.parameters())
     if not points:
-        raise InputError(
-            "model must have an adapter on the fixed-rank manifold, got none; call qriemann.attach(model) first"
-        )
+        raise InputError("model has no adapter on the fixed-rank manifold; call qriemann.attach(model) first")
     errors = dict.fromkeys((point.name for point in points), 0.0)
     for point in points:
         if point.offset is None:
             continue
-        b, a = (factor.double().cpu().numpy() for factor in lora_factors(point))
-        u, sigma, v = map(torch.from_numpy, factored_svd(b, a))
+        u, sigma, v = factored_svd(*(factor.cpu() for factor in lora_factors(point)))
         kept = slice(point.rank)
         truncated = FixedRankPoint(u[:, kept], torch.diag(sigma[kept]), v[:, kept])
         point.assign(_move(truncated, point.u.device))
@@ -239,8 +232,7 @@ def _take_saved_factors(module: Any, state_dict: dict[str, Any], prefix: str, *a
         with_offset = b.shape[1] == 2 * rank
         if attached and b.shape[1] != (rank if variant.point.offset is None else 2 * rank):
             raise InputError(
-                f"an adapter must be loaded into one of the same start, got rank {b.shape[1]} for {prefix[:-1]}, which "
-                f"has rank {rank} and {'no' if variant.point.offset is None else 'an'} offset; load it into a fresh model"
+                f"{prefix[:-1]} has another start than the adapter of rank {b.shape[1]}; load it into a fresh model"
             )
         if not attached and not with_offset:
             continue

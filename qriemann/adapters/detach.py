@@ -5,8 +5,6 @@ go through `get_delta_weight`, the layer's `merge` and `unmerge` or a state dict
 factors themselves are refused.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from qriemann.adapters.layer import FixedRankVariant, lora_factors
 from qriemann.adapters.saved_rank import forget_own_rank
 from qriemann.errors import InputError
-from qriemann.upstream import replace_peft_functions
+from qriemann.upstream.tuners import replace_peft_functions
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -30,9 +28,6 @@ def detach(model: nn.Module) -> nn.Module:
 
     Args:
         model: one that `attach` or a method on the manifold has changed; any other is left as it is.
-
-    Returns:
-        The model.
     """
     attached = _attached(model)
     for module, adapter in attached:
@@ -43,13 +38,7 @@ def detach(model: nn.Module) -> nn.Module:
 
 def refuse_other_use_of_factors() -> None:
     """Makes PEFT's functions that use the factors themselves refuse attached layers; calling it again does nothing."""
-    # The inner ones, where a script may have imported the outer ones before.
-    places = {
-        "tuners.lora.model:LoraModel.add_weighted_adapter": "add_weighted_adapter",
-        "utils.hotswap:hotswap_adapter_from_state_dict": "hotswap_adapter",
-        "utils.hotswap:_convert_scalings_to_tensor": "prepare_model_for_compiled_hotswap",
-    }
-    replace_peft_functions({place: functools.partial(_refusing, name=name) for place, name in places.items()})
+    replace_peft_functions(_refusing)
 
 
 def _refusing(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -59,8 +48,7 @@ def _refusing(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     def called(*args: Any, **options: Any) -> Any:
         if _attached(args[0] if args else options["model"]):
             raise InputError(
-                f"{name} must be given plain LoRA layers, got layers on the fixed-rank manifold, whose factors "
-                "alone are not the adapter; call qriemann.detach(model) first"
+                f"{name} knows plain factors alone, and these layers are on the manifold; call qriemann.detach(model) first"
             )
         return function(*args, **options)
 

@@ -2,14 +2,11 @@
 
 A tap replaces a layer's adapter: it passes the layer's output through and computes G V or G^T U in its backward, for a basis
 of any width. So one pass over the batches applies G or its transpose in all layers at once, and 2 (q + 1) passes are a
-randomized singular value decomposition with q power iterations. The bases of the last two iterations are kept together (a
-block Krylov space), which finds more in the same passes where singular values fall slowly.
+randomized SVD with q power iterations. The bases of the last two are kept together, a block Krylov space [MM15].
 
 [H11] Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011), Algorithms 4.4 and 5.1.
 [MM15] Musco, Musco, "Randomized block Krylov methods for stronger and faster approximate SVD", NeurIPS 2015.
 """
-
-from __future__ import annotations
 
 import itertools
 import logging
@@ -26,7 +23,7 @@ from torch import Tensor, nn
 from qriemann.adapters.layer import float32_product
 from qriemann.device import LOSS_SCALE
 from qriemann.errors import InputError
-from qriemann.upstream import LoraVariant
+from qriemann.upstream.tuners import LoraVariant
 
 logger = logging.getLogger(__name__)
 
@@ -63,20 +60,8 @@ def gradient_svd(
 ) -> list[GradientSVD]:
     """The leading singular triplets of each layer's gradient at the base model, summed over the batches.
 
-    Modes, `.grad` and the layers' variants are restored; random generators are not.
-
-    Args:
-        model: a PEFT model; its adapter is ignored, as if it were zero.
-        layers: (name, layer, adapter), as `lora_layers` returns them.
-        batches: read 2 (power_iterations + 1) times, moved to the model's device one by one.
-        loss_fn: called with (model, batch).
-        oversampling: columns beyond 2 r.
-        power_iterations: q.
-        seed: of the sketch, and of random operations in the model.
-        progress: called after each batch with the number of batches done and the total, over all passes.
-
-    Raises:
-        InputError: a loss or a gradient that is not finite, or no gradient in any layer.
+    The adapter is ignored, as if it were zero. Modes, `.grad` and the layers' variants are restored; random generators are
+    not. For the arguments see `locally_optimal_`; `layers` come from `lora_layers`.
     """
     taps = _make_taps(layers, oversampling, torch.Generator().manual_seed(seed))
     passes = 2 * (power_iterations + 1)
@@ -98,15 +83,14 @@ def gradient_svd(
     unreached = [name for (name, *_), triplets in zip(layers, found, strict=True) if not triplets.sigma[0] > 0]
     if len(unreached) == len(found):
         raise InputError(
-            f"the loss must have a gradient in the adapted layers, got none in all {len(found)}; is the adapter merged or "
-            "disabled, or is every label masked?"
+            f"the loss has no gradient in any of {len(found)} adapted layers; is the adapter merged, or every label masked?"
         )
     if unreached:
         logger.warning("%d layers have no gradient and start at random bases (%s, ...)", len(unreached), unreached[0])
     return found
 
 
-def _make_taps(layers: Layers, oversampling: int, generator: torch.Generator) -> list[_GradientTap]:
+def _make_taps(layers: Layers, oversampling: int, generator: torch.Generator) -> "list[_GradientTap]":
     taps, narrow = [], []
     for name, layer, adapter in layers:
         rows, columns, wanted = layer.out_features, layer.in_features, 2 * layer.r[adapter] + oversampling
@@ -141,13 +125,11 @@ def _read(
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             got = f"{list(loss.shape)}, requires_grad {loss.requires_grad}" if isinstance(loss, Tensor) else repr(loss)
             raise InputError(
-                f"the loss must be one number with a gradient, got {got}; is the adapter merged or disabled, or gradient "
-                "computation off?"
+                f"the loss must be one number with a gradient, got {got}; is the adapter merged or disabled?"
             )
         if not loss.isfinite().all():
             raise InputError(
-                f"the loss must be finite at the start, got {loss.item()} in batch {index + 1} of {len(batches)}; check "
-                "the data and the compute dtype"
+                f"the loss must be finite at the start, got {loss.item()} in batch {index + 1} of {len(batches)}"
             )
         (loss.sum() * LOSS_SCALE).backward()
         report()
@@ -206,9 +188,7 @@ class _GradientTap(LoraVariant):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
         if not total.isfinite().all():
-            raise InputError(
-                f"the gradient must be finite at the start, got one that is not in {self._name}; check the compute dtype"
-            )
+            raise InputError(f"the gradient is not finite at the start, in {self._name}; check the compute dtype")
         return total.double()
 
     @staticmethod

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
 from qriemann.geometry.parameter import Bases, FixedRankParameter
-from qriemann.upstream import LoraVariant
+from qriemann.upstream.tuners import LoraVariant
 
 
 class _Dropout(NamedTuple):

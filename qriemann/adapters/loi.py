@@ -3,8 +3,6 @@
 [R25] Bogachev et al., "RiemannLoRA / Riemannion: a unified Riemannian framework for LoRA", arXiv 2507.12142.
 """
 
-from __future__ import annotations
-
 import numbers
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,10 +18,10 @@ from qriemann.adapters.gradient import GradientSVD, Layers, gradient_svd
 from qriemann.adapters.layer import FixedRankVariant
 from qriemann.adapters.lora_layers import lora_layers
 from qriemann.adapters.saved_rank import describe_saved_rank
-from qriemann.base.quantized import protect_quantized_weights
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter
 from qriemann.geometry.point import FixedRankPoint
+from qriemann.upstream import protect_quantized_weights
 
 
 def locally_optimal_(
@@ -120,8 +118,7 @@ def _check_zero(layers: Layers) -> None:
             zero = all(map(torch.equal, variant.point.point(), variant.point.offset))
         if not zero or (bias is not None and bias.any()):
             raise InputError(
-                f"the adapter must still be zero to be initialized, got one that is not in {name}; initialize before the "
-                "first step, or leave the initialization out"
+                f"the adapter must still be zero to be initialized, and {name} is not; initialize before the first step"
             )
 
 

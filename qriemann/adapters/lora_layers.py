@@ -1,7 +1,5 @@
 """The LoRA layers of a PEFT model that can be put on the manifold, each checked before any is changed."""
 
-from __future__ import annotations
-
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,11 +10,7 @@ from qriemann.errors import InputError
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer, str]]:
-    """Name, layer and adapter of every layer to put on the manifold.
-
-    Raises:
-        InputError: there is none, or one cannot be put there; it is named.
-    """
+    """Name, layer and adapter of every layer to put on the manifold."""
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
@@ -28,8 +22,7 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer, str]]:
         found.append((name, module, adapter))
     if not found:
         raise InputError(
-            "model must be a PEFT model with a LoRA adapter on at least one linear layer, got none; "
-            "call peft.get_peft_model(model, LoraConfig(target_modules='all-linear')) first"
+            "model must have a LoRA adapter on a linear layer; call peft.get_peft_model(model, LoraConfig(...)) first"
         )
     return found
 
@@ -56,23 +49,20 @@ def _check_layer(name: str, module: LoraLayer, adapter: str) -> None:
     kind = type(module).__name__
     if adapter not in module.lora_A or not (isinstance(module, Linear) or kind in ("Linear4bit", "Linear8bitLt")):
         raise InputError(
-            f"{name} is a LoRA {kind} layer; only linear layers are on the fixed-rank manifold: "
-            "leave it out of target_modules"
+            f"{name} is a LoRA {kind} layer; only linear layers are on the manifold: leave it out of target_modules"
         )
     rank, (rows, columns) = module.r[adapter], (module.out_features, module.in_features)
     if rank > min(rows, columns):
         raise InputError(
-            f"rank must be at most min(out_features, in_features) of every layer, got r={rank} for {name} "
-            f"({rows} x {columns}); lower r, or set rank_pattern for this layer"
+            f"the rank must be at most {min(rows, columns)} for {name} ({rows} x {columns}), got {rank}; see rank_pattern"
         )
     factors = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     for other in module.lora_A.keys() - {adapter} if variant is not None else ():
         theirs = module.lora_A[other].weight, module.lora_B[other].weight
         if all(a.shape == b.shape and torch.equal(a.to(b), b) for a, b in zip(factors, theirs, strict=True)):
             raise InputError(
-                f"no other adapter may copy the factors of an attached one, got {other!r} on {name}: U and V without S are "
-                "not the adapter (TRL makes its reference of an adapter in this way); save the adapter, and give the "
-                "trainer one that PeftModel.from_pretrained(..., is_trainable=True) loads"
+                f"adapter {other!r} copies the factors of an attached one on {name} (as TRL makes its reference), and U and "
+                "V alone are not the adapter; save it, and train what PeftModel.from_pretrained(..., is_trainable=True) loads"
             )
     for factor in factors:
         if factor.is_meta or not factor.isfinite().all():

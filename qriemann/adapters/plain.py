@@ -1,26 +1,19 @@
 """Ordinary LoRA adapters, prepared for an optimizer over their factors."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 
 from qriemann.adapters.attach import report_low_precision
-from qriemann.base.quantized import protect_quantized_weights
 from qriemann.errors import InputError
+from qriemann.upstream import protect_quantized_weights
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Every trainable parameter of `model` with its name.
-
-    Raises:
-        InputError: the adapter was loaded from a checkpoint with an offset, which plain factors of its rank cannot hold.
-    """
+    """Every trainable parameter of `model` with its name."""
     for name, module in model.named_modules():
         if getattr(module, "_fixed_rank_loaded", None):
             raise InputError(
-                f"an adapter saved with an offset must be resumed by a method on the manifold, got {name} under plain LoRA; "
-                "resume with the method that saved it"
+                f"{name} was saved with an offset, which plain LoRA has no place for; resume with the method that saved it"
             )
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 

@@ -3,23 +3,20 @@
 Every command that puts an adapter on its base reads it here; `saved_tensors` and `saved_config` say what is refused.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.adapters.saved_config import CONFIG, check_config
-from qriemann.adapters.saved_tensors import LoraFactors, adapter_folder, first_line, name_in_base, read_content
+from qriemann.adapters.saved_tensors import LoraFactors, adapter_folder, name_in_base, read_content
 from qriemann.base.files import load_tokenizer
-from qriemann.errors import InputError
+from qriemann.errors import InputError, first_line
 from qriemann.upstream import quiet
 
 _OTHER_BASE = "name the base that the adapter was trained on with --base"
@@ -30,9 +27,7 @@ class SavedAdapter:
     """The content of an adapter's folder.
 
     Attributes:
-        config: as PEFT reads it.
         layers: the change of each layer, by the module's name in the base.
-        keys: the names of all tensors in its file.
         replaced: whole tensors that were trained (`modules_to_save`, biases), by their name in the base.
         rows: of the embeddings that were trained alone (`trainable_token_indices`): their numbers and values, by the name of
             the tensor in the base.
@@ -68,26 +63,14 @@ class SavedAdapter:
         return f"the adapter has {trained.shape[0] - before[0]} tokens more than the base, which gets their embeddings"
 
     def base(self, override: str | None) -> str:
-        """The base to load: `override`, or the one that the configuration names.
-
-        Raises:
-            InputError: there is neither.
-        """
+        """The base to load: `override`, or the one that the configuration names."""
         name = override or self.config.base_model_name_or_path
         if not name:
             raise InputError(f"{self.folder / CONFIG} names no base model; name it with --base")
         return name
 
     def put_on(self, model: PreTrainedModel, base: str) -> PeftModel:
-        """The model with the adapter, in eval mode, computed by PEFT.
-
-        Args:
-            model: the base; its layers are wrapped in place.
-            base: its name, for messages.
-
-        Raises:
-            InputError: the adapter does not fit.
-        """
+        """The model with the adapter, in eval mode, computed by PEFT."""
         self.grow_vocabulary(model)
         ends = {id(layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
         ends_named = {f"{name}.weight" for name, module in model.named_modules() if id(module) in ends}
@@ -108,8 +91,8 @@ class SavedAdapter:
         if differing := sorted(asked - self.keys) or sorted(added):
             got = "none for" if differing[0] in asked else "also"
             raise InputError(
-                f"an adapter must hold the tensors that its {CONFIG} asks for in {base}, and no others, got {got} "
-                f"{differing[0]} in {self.folder}; copy the adapter again, or {_OTHER_BASE}"
+                f"{self.folder} must hold the tensors that its {CONFIG} asks for in {base}, got {got} {differing[0]}; "
+                f"copy it again, or {_OTHER_BASE}"
             )
         return peft
 
@@ -131,25 +114,11 @@ def read_adapter(path: str | os.PathLike[str], command: str = "merge") -> SavedA
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # PEFT does not check the types of most values.
         raise InputError(f"PEFT cannot read {folder / CONFIG}: {first_line(error)}; check the file") from error
-    layers = {
-        name: LoraFactors(_tensor(b), _tensor(a), scaling, None if bias is None else _tensor(bias))
-        for name, (b, a, scaling, bias) in content.layers.items()
-    }
-    replaced = {name: _tensor(array) for name, array in content.replaced.items()}
-    rows = {name: (numbers, _tensor(array)) for name, (numbers, array) in content.rows.items()}
-    return SavedAdapter(folder, config, content.keys, layers, replaced, rows)
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array).float()
+    return SavedAdapter(folder, config, *content)
 
 
 def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved with the adapter, which has the template and end token of the training; None without one.
-
-    Raises:
-        InputError: it cannot be loaded.
-    """
+    """The tokenizer saved with the adapter, which has the template and end token of the training; None without one."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
     try:
@@ -159,6 +128,5 @@ def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         raise
     except Exception as error:  # Broken files make transformers raise exceptions of any type.
         raise InputError(
-            f"transformers cannot load the tokenizer in {folder}: {first_line(error)}; remove tokenizer_config.json to use "
-            "the base's"
+            f"{folder}: the tokenizer cannot be loaded: {first_line(error)}; without tokenizer_config.json the base's is used"
         ) from error

@@ -1,7 +1,5 @@
 """The `adapter_config.json` of a plain LoRA adapter, trained by any tool: which command reads it, before PEFT acts on it."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re
@@ -9,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qriemann.base.paths import entries, refuse_outside
 from qriemann.errors import InputError
+from qriemann.folder.files import entries, refuse_outside
 
 CONFIG = "adapter_config.json"
 
@@ -18,77 +16,37 @@ COMMANDS = ("inspect", "chat", "eval", "merge", "export")
 
 
 class Kind(NamedTuple):
-    """Adapters that not every command reads, told by one key of their configuration.
+    """Adapters that only some commands read."""
 
-    Attributes:
-        key: of `adapter_config.json`.
-        instead: what to do with the others.
-        commands: that read it; the others refuse it by name.
-        found: whether the key's value makes an adapter one of this kind.
-    """
-
-    key: str
     instead: str = "merge it with the tool that trained it"
     commands: tuple[str, ...] = ()
     found: Callable[[Any], bool] = bool
 
-    def __str__(self) -> str:
-        return self.key
 
-
-# Training warns of these; see `unread`.
-KINDS = (
+# With one of these keys the trained function is not W + scaling B A on linear layers.
+_OTHER_FUNCTIONS = """alora_invocation_tokens arrow_config kasa_config layer_replication megatron_config monteclora_config
+    target_parameters use_bdlora use_dora use_qalora velora_config"""
+# By the key of `adapter_config.json` that tells them.
+KINDS = {
     # A sequence classifier, a reward model: its factors are plain, but it is no language model.
-    Kind(
-        "task_type",
+    "task_type": Kind(
         "load and merge it with PEFT's class for that task; inspect shows its factors",
         ("inspect",),
         lambda task: task not in (None, "CAUSAL_LM"),
     ),
     # These starts change the base's own weights, which the folder does not hold.
-    Kind(
-        "init_lora_weights",
+    "init_lora_weights": Kind(
         "it changes the base's own weights, so save it as PEFT converts it to plain LoRA",
         found=lambda start: str(start).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")),
     ),
-    # With one of these the trained function is not W + scaling B A on linear layers.
-    *map(
-        Kind,
-        [
-            "alora_invocation_tokens",
-            "arrow_config",
-            "kasa_config",
-            "layer_replication",
-            "megatron_config",
-            "monteclora_config",
-            "target_parameters",
-            "use_bdlora",
-            "use_dora",
-            "use_qalora",
-            "velora_config",
-        ],
-    ),
-)
+    **dict.fromkeys(_OTHER_FUNCTIONS.split(), Kind()),
+}
 # The types of the values that are computed with; PEFT checks none.
 _TYPES = {"r": int, "lora_alpha": int | float, "rank_pattern": dict | None, "alpha_pattern": dict | None}
 
 
-def unread(config: Mapping[str, Any]) -> list[Kind]:
-    """The kinds of an adapter that not every command reads."""
-    return [kind for kind in KINDS if kind.found(config.get(kind.key))]
-
-
 def check_config(folder: Path, command: str) -> dict[str, Any]:
-    """The content of the configuration of the plain LoRA adapter in the folder; PEFT is not imported.
-
-    Args:
-        folder: of the adapter.
-        command: the one of `COMMANDS` that reads it.
-
-    Raises:
-        InputError: there is none, it is broken or of a kind that the command does not read, or it names files outside the
-            folder.
-    """
+    """The checked `adapter_config.json` in the folder, for one of `COMMANDS`; PEFT is not imported."""
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"{path}: no such file, so the folder holds no adapter; check the path")
@@ -106,16 +64,15 @@ def check_config(folder: Path, command: str) -> dict[str, Any]:
         raise InputError(f"an adapter must be LoRA, got {content.get('peft_type')!r} in {path}; merge it with PEFT")
     # PEFT's own defaults for keys that the file leaves out.
     content = {"r": 8, "lora_alpha": 8, **content}
-    for name, kind in _TYPES.items():
-        if not isinstance(content.get(name), kind):
+    for name, wanted in _TYPES.items():
+        if not isinstance(content.get(name), wanted):
             raise InputError(f"{name} must not be {content.get(name)!r:.80} in {path}; correct the file")
-    refused = [kind for kind in unread(content) if command not in kind.commands]
-    if refused:
-        key, instead = refused[0].key, refused[0].instead
-        raise InputError(
-            f"an adapter must be plain LoRA on linear layers of a causal language model, got {key}={content[key]!r:.80} in "
-            f"{path}; {instead}"
-        )
+    for key, kind in KINDS.items():
+        if kind.found(content.get(key)) and command not in kind.commands:
+            raise InputError(
+                f"an adapter must be plain LoRA on linear layers of a causal language model, got {key}="
+                f"{content[key]!r:.80} in {path}; {kind.instead}"
+            )
     return content
 
 

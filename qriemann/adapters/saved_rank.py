@@ -1,7 +1,5 @@
 """The rank in an adapter's saved configuration: twice that of the layers where a frozen offset is saved with the point."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from typing import Any

@@ -1,12 +1,5 @@
-"""The weights in an adapter's folder, as NumPy arrays: `inspect` and `report` need not wait for torch.
+"""The weights in an adapter's folder, read without PEFT."""
 
-Refused, with the reason in one line: pickles that were not named, incomplete files, numbers that are not finite, and factors
-whose shapes or ranks do not match the configuration.
-"""
-
-from __future__ import annotations
-
-import json
 import math
 import os
 import re
@@ -14,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from qriemann.adapters.saved_config import CONFIG, value_for
-from qriemann.errors import InputError
+from qriemann.base.tensors import is_finite
+from qriemann.errors import InputError, first_line
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
@@ -27,20 +22,19 @@ _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.-]+)\.lora_(?P<sid
 _TOKENS = re.compile(r"base_model\.model\.(?P<module>[\w.-]+)\.token_adapter\.trainable_tokens_delta")
 # What PEFT puts into the names of tensors of a module that it wraps.
 _WRAPPED = re.compile(r"\.(token_adapter|base_layer|modules_to_save)\b")
-# bfloat16, which NumPy lacks, is the upper half of a float32.
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class LoraFactors(NamedTuple):
     """The change of one linear layer: scaling B A of its weight, scaling times `bias` of its bias.
 
-    B is m x r and A is r x n. They are NumPy arrays here and tensors in a `SavedAdapter`.
+    B is m x r and A is r x n.
     """
 
-    b: Any
-    a: Any
+    b: Tensor
+    a: Tensor
     scaling: float
-    bias: Any = None
+    bias: Tensor | None = None
 
 
 class Content(NamedTuple):
@@ -48,26 +42,17 @@ class Content(NamedTuple):
 
     keys: frozenset[str]
     layers: dict[str, LoraFactors]
-    replaced: dict[str, np.ndarray]
-    rows: dict[str, tuple[list[int], np.ndarray]]
+    replaced: dict[str, Tensor]
+    rows: dict[str, tuple[list[int], Tensor]]
 
 
 def read_content(path: Path, config: Mapping[str, Any], *, finite: bool = True) -> Content:
-    """The content of an adapter's weights.
-
-    Args:
-        path: the folder, or the `adapter_model.bin` in it.
-        config: from `check_config`.
-        finite: refuse numbers that are not.
-
-    Raises:
-        InputError: there are no plain LoRA factors, or they do not fit the configuration.
-    """
+    """The content of an adapter's folder, or of the `adapter_model.bin` in it, checked against its configuration."""
     folder = adapter_folder(path)
     keys: list[str] = []
-    factors: dict[str, dict[str, np.ndarray]] = {}
-    replaced: dict[str, np.ndarray] = {}
-    rows: dict[str, tuple[list[int], np.ndarray]] = {}
+    factors: dict[str, dict[str, Tensor]] = {}
+    replaced: dict[str, Tensor] = {}
+    rows: dict[str, tuple[list[int], Tensor]] = {}
     for key, tensor in stored_tensors(_weights_of(path, folder), finite=finite):
         if ".original_module." in key:
             # Of a grown vocabulary PEFT saves what `modules_to_save` replaces as well.
@@ -81,8 +66,7 @@ def read_content(path: Path, config: Mapping[str, Any], *, finite: bool = True) 
             rows[f"{tokens['module']}.weight"] = _token_rows(tokens["module"], tensor, config, folder)
         elif "lora_" in key or not _NAME.fullmatch(key):
             raise InputError(
-                f"an adapter must be plain LoRA on linear layers, got the tensor {key!r:.80} of {tensor.shape} in "
-                f"{folder}; merge it with the tool that trained it"
+                f"{folder}: not plain LoRA on linear layers: tensor {key!r:.80}; merge it with the tool that trained it"
             )
         else:
             replaced[name_in_base(key)] = tensor
@@ -103,30 +87,20 @@ def name_in_base(key: str) -> str:
     return _WRAPPED.sub("", key.removeprefix("base_model.model."))
 
 
-def stored_tensors(path: Path, *, finite: bool = True) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a safetensors file or a pickle, one at a time; bfloat16 as float32.
-
-    Raises:
-        InputError: the file is incomplete, or holds anything but (finite) floating-point numbers.
-    """
+def stored_tensors(path: Path, *, finite: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file or a pickle, one at a time, in float32."""
     try:
-        for key, dtype, array in _unpickled(path) if path.name == PICKLE else _mapped(path):
-            if array is None or (finite and not np.isfinite(array).all()):
-                got = f"{key!r:.80} as {dtype}" if array is None else f"NaN or infinities in {key!r}"
-                raise InputError(
-                    f"{path} must hold finite numbers of {', '.join(_DTYPES)}, got {got}; copy or train it again"
-                )
-            yield key, array
+        for key, tensor in _stored(path):
+            held = tensor.dtype in _FLOATS
+            if not held or (finite and not is_finite(tensor)):
+                got = f"NaN or infinities in {key!r}" if held else f"{key!r:.80} as {tensor.dtype}"
+                raise InputError(f"{path} must hold finite numbers in floating point, got {got}; copy it again")
+            yield key, tensor.float()
     except InputError:
         raise
-    except Exception as error:  # safetensors, NumPy and the unpickler raise their own types.
+    except Exception as error:  # safetensors and the unpickler raise their own types.
         kind = "pickle of tensors alone" if path.name == PICKLE else "complete safetensors file"
         raise InputError(f"{path} is not a {kind}: {first_line(error)}; copy or train it again") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The exception's type and the first line of what it says."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
 
 
 def _weights_of(path: Path, folder: Path) -> Path:
@@ -136,81 +110,51 @@ def _weights_of(path: Path, folder: Path) -> Path:
         raise InputError(f"{folder} holds {WEIGHTS} beside the pickle; name the folder to read that file")
     if folder == path and not weights.is_file() and pickle.is_file():
         raise InputError(
-            f"an adapter's weights must be safetensors, got a pickle in {folder}; if you trust its author, name the file "
-            f"itself: {pickle}"
+            f"{folder}: a pickle, where safetensors are wanted; if you trust its author, name the file itself: {pickle}"
         )
     if folder == path and not weights.is_file():
         raise InputError(f"{weights}: no such file; train or copy the adapter again")
     return weights if folder == path else pickle
 
 
-def _mapped(path: Path) -> Iterator[tuple[str, str, np.ndarray | None]]:
-    """Name, dtype and content of each tensor, mapped from the file; None for a dtype that cannot hold a factor."""
-    # It refuses an incomplete file, and cannot read bfloat16 without torch.
-    with safe_open(path, "np"):
-        pass
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        start = file.tell()
-    header.pop("__metadata__", None)
-    for key, entry in header.items():
-        dtype, shape = entry["dtype"], tuple(entry["shape"])
-        array: np.ndarray | None = None
-        if dtype in _DTYPES:
-            # NumPy maps nothing of no bytes.
-            place = {"offset": start + entry["data_offsets"][0], "shape": shape}
-            array = np.asarray(np.memmap(path, _DTYPES[dtype], "c", **place) if 0 not in shape else np.zeros(shape))
-            if dtype == "BF16":
-                array = (array.astype(np.uint32) << 16).view(np.float32)
-        yield key, dtype, array
-
-
-def _unpickled(path: Path) -> Iterator[tuple[str, str, np.ndarray | None]]:
-    # Only torch reads a pickle, by an unpickler that makes tensors and nothing else.
-    import torch
-
+def _stored(path: Path) -> Iterator[tuple[str, Tensor]]:
+    if path.name != PICKLE:
+        with safe_open(path, "pt") as file:
+            for key in file.offset_keys():
+                yield key, file.get_tensor(key)
+        return
+    # By an unpickler that makes tensors and nothing else.
     content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise TypeError(f"it holds a {type(content).__name__}")
     for key, tensor in content.items():
-        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise TypeError(f"it holds {key!r:.80}")
-        held = tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-        yield (
-            key,
-            str(tensor.dtype),
-            tensor.to(torch.promote_types(tensor.dtype, torch.float32)).numpy() if held else None,
-        )
+        yield key, tensor
 
 
-def _token_rows(
-    module: str, values: np.ndarray, config: Mapping[str, Any], folder: Path
-) -> tuple[list[int], np.ndarray]:
+def _token_rows(module: str, values: Tensor, config: Mapping[str, Any], folder: Path) -> tuple[list[int], Tensor]:
     """The numbers of the tokens whose embeddings were trained alone, and these embeddings."""
     named = config.get("trainable_token_indices") or []
     if isinstance(named, dict):
         named = next((numbers for name, numbers in named.items() if f".{module}".endswith(f".{name}")), [])
     if values.ndim != 2 or len(named) != values.shape[0]:
         raise InputError(
-            f"an adapter must hold a row for each of the {len(named)} trainable_token_indices of its {CONFIG}, got "
-            f"{values.shape} for {module} in {folder}; copy or train it again"
+            f"{folder}: {module} must have {len(named)} rows of trainable tokens, got {tuple(values.shape)}; copy it again"
         )
     return list(named), values
 
 
-def _factors(name: str, pair: dict[str, np.ndarray], config: Mapping[str, Any], folder: Path) -> LoraFactors:
+def _factors(name: str, pair: dict[str, Tensor], config: Mapping[str, Any], folder: Path) -> LoraFactors:
     rank = value_for(config.get("rank_pattern"), name, config["r"])
     bias = pair.pop("B bias", None) if config.get("lora_bias") else None
     if pair.keys() != {"A", "B"} or not pair["A"].shape[0] == pair["B"].shape[1] == rank:
-        shapes = {f"lora_{side}": tensor.shape for side, tensor in sorted(pair.items())}
+        shapes = {f"lora_{side}": tuple(tensor.shape) for side, tensor in sorted(pair.items())}
         raise InputError(
-            f"every layer must have factors B (m x r) and A (r x n) of the rank r = {rank} that {CONFIG} says, got {shapes} "
-            f"for {name!r} in {folder}; copy or train it again"
+            f"{folder}: {name} must have factors B and A of the rank {rank} that {CONFIG} says, got {shapes}; copy it again"
         )
     alpha = value_for(config.get("alpha_pattern"), name, config["lora_alpha"])
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if not math.isfinite(scaling):
-        raise InputError(
-            f"lora_alpha must be finite, got {alpha!r} for {name!r} in {folder / CONFIG}; correct the file"
-        )
+        raise InputError(f"lora_alpha must be finite, got {alpha!r} for {name!r} in {folder / CONFIG}")
     return LoraFactors(pair["B"], pair["A"], scaling, bias)

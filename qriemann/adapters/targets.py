@@ -10,31 +10,21 @@ from transformers.pytorch_utils import Conv1D
 
 from qriemann.base.host_embedding import HostEmbedding
 from qriemann.errors import InputError
-from qriemann.upstream import get_pattern_key, name_of, names_of_experts
+from qriemann.upstream import name_of
+from qriemann.upstream.tuners import get_pattern_key, names_of_experts
 
 _ALL_LINEAR = "all-linear"
 
 
 def adapter_config(settings: Any, *, offset: bool) -> LoraConfig:
-    """PEFT's configuration of an adapter that is saved with rank lora_r.
-
-    Args:
-        settings: anything with the attributes lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save,
-            use_rslora, rank_pattern and alpha_pattern.
-        offset: the adapter starts with an offset, which doubles the rank that is saved: it gets half of each rank.
-
-    Raises:
-        InputError: a rank is odd that has to be halved.
-    """
+    """PEFT's configuration of an adapter that is saved with rank lora_r; beside an offset it gets half of each rank."""
     parts = 2 if offset else 1
     alpha = settings.lora_r if settings.lora_alpha is None else settings.lora_alpha
     ranks = {"lora_r": settings.lora_r, **(settings.rank_pattern or {})}
     for name, rank in ranks.items():
         # check_targets says what else may be wrong with a rank.
         if offset and isinstance(rank, int) and rank % 2:
-            raise InputError(
-                f"{name} must be even with start: offset, whose point has half of the saved rank, got {rank}"
-            )
+            raise InputError(f"{name} must be even with start: offset, which gives the point half of it, got {rank}")
     names = list(settings.lora_target_modules)
     # One word names a layer, as several do; anything else alone is PEFT's: a pattern for the whole path, or all-linear.
     alone = len(names) == 1 and (names[0] == _ALL_LINEAR or not re.fullmatch(r"[\w.]+", names[0]))
@@ -63,9 +53,6 @@ def without_experts(model: Any, config: LoraConfig) -> tuple[LoraConfig, str | N
 
     Fused experts are parameters of three dimensions. PEFT takes some names of linear layers for them, too, and all-linear
     would match gates of one output, which have no rank.
-
-    Args:
-        model: the base, before PEFT wraps it.
     """
     linear, experts = _linear_layers(model), names_of_experts(model)
     target = config.target_modules
@@ -115,30 +102,20 @@ def _last(name: str) -> str:
 
 
 def check_targets(model: nn.Module, config: LoraConfig) -> None:
-    """Raises unless every name in the configuration matches a layer and every rank fits its layer.
-
-    Raises:
-        InputError: naming what would match, or the layer whose rank is too high.
-    """
+    """Raises unless every name in the configuration matches a layer and every rank fits its layer."""
     matched = _matched(model, config.target_modules, _linear_layers(model))
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, number in getattr(config, key).items():
             if not any(get_pattern_key([pattern], name) == pattern for name in matched):
-                raise InputError(
-                    f"every key of {key} must match a layer with an adapter, got {pattern!r}; these layers have one: "
-                    f"{_names(matched)}"
-                )
+                raise InputError(f"every key of {key} must match an adapted layer ({_names(matched)}), got {pattern!r}")
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise InputError(
-                    f"every value of {key} must be an integer of at least 1, got {number!r} for {pattern!r}"
-                )
+                raise InputError(f"every value of {key} must be an integer >= 1, got {number!r} for {pattern!r}")
     for name, module in matched.items():
         rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
         rows, columns = shape_of(module)
         if rank > min(rows, columns):
             raise InputError(
-                f"the rank must be at most min(out_features, in_features) = {min(rows, columns)} of {name} ({rows} x "
-                f"{columns}), got {rank}; lower lora_r or name this layer in rank_pattern"
+                f"the rank must be at most {min(rows, columns)} for {name} ({rows} x {columns}), got {rank}; see rank_pattern"
             )
     for wanted in config.modules_to_save or []:
         meant = [m for name, m in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
@@ -146,8 +123,7 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
             raise InputError(f"every name in lora_modules_to_save must be a module of the model, got {wanted!r}")
         if any(isinstance(module, HostEmbedding) for module in meant):
             raise InputError(
-                f"lora_modules_to_save must not name the input embeddings with offload_embeddings, got {wanted!r}; in host "
-                "memory they are frozen; remove one of the two keys"
+                f"lora_modules_to_save {wanted} and offload_embeddings exclude each other; remove one of the two keys"
             )
 
 
@@ -176,8 +152,8 @@ def _matched(model: Any, target: Any, linear: dict[str, nn.Module]) -> dict[str,
 
 def _refuse(target: Any, inner: dict[str, nn.Module], model: nn.Module) -> None:
     raise InputError(
-        f"lora_target_modules must match at least one linear layer of {name_of(model) or type(model).__name__}, got "
-        f"{target!r}; its linear layers are {_names(inner)}, or write {_ALL_LINEAR}"
+        f"lora_target_modules must match a linear layer of {name_of(model) or type(model).__name__}, got {target!r}; it has "
+        f"{_names(inner)}, or write {_ALL_LINEAR}"
     )
 
 

@@ -1,9 +1,8 @@
 """A tokenizer's chat template: which one it is, the prompts that it writes, and what it says when it fails."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
@@ -19,27 +18,18 @@ def template_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def explain(error: BaseException) -> tuple[str, str]:
-    """What a chat template said when it failed, in one line, and the remedy.
-
-    Raises:
-        InputError: the template itself is no valid Jinja, whatever the conversation.
-    """
+    """What a chat template said when it failed, in one line, and the remedy."""
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
     if isinstance(error, TemplateSyntaxError):
         raise InputError(
-            f"the chat template is not valid Jinja: {reason} (line {error.lineno}); correct it, or name another with "
-            "chat_template_path"
+            f"the chat template is not valid Jinja: {reason} (line {error.lineno}); correct it, or set chat_template_path"
         ) from error
     # A template raises TemplateError itself on purpose, and anything else where a turn lacks what it reads.
     return reason, "correct the turns" + ("" if type(error) is TemplateError else ", or the template")
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
-    """The conversation as the template writes it, up to where the assistant begins.
-
-    Raises:
-        InputError: the template refuses the messages or is broken.
-    """
+    """The conversation as the template writes it, up to where the assistant begins."""
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
     except Exception as error:
@@ -52,13 +42,7 @@ def adjust_tokenizer(
 ) -> None:
     """Gives the tokenizer the end token and chat template that `SFTTrainer` would give it after tokenization.
 
-    Args:
-        tokenizer: changed in place.
-        eos_token: in its vocabulary; None keeps its own.
-        chat_template_path: a .jinja file, or a tokenizer whose template is taken; None keeps its own.
-
-    Raises:
-        InputError: the token is not in the vocabulary, or the template cannot be read.
+    `chat_template_path` is a .jinja file, or a tokenizer whose template is taken; None keeps its own.
     """
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
@@ -76,8 +60,7 @@ def adjust_tokenizer(
         raise InputError(f"chat_template_path: {path}: no such file") from error
     except (OSError, ValueError) as error:
         raise InputError(
-            f"chat_template_path must be a .jinja file or a tokenizer, got {str(path)!r}: {str(error).splitlines()[0]}; "
-            "check the path"
+            f"chat_template_path {path} is neither a .jinja file nor a tokenizer: {str(error).splitlines()[0]}"
         ) from error
     if not template:
         raise InputError(f"chat_template_path must name a chat template, got a tokenizer without one at {str(path)!r}")
@@ -97,6 +80,17 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
     return next((token for token in after if token in special_ids(tokenizer)), None)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
+    """The tokens that end a turn or a text: the tokenizer's, the generation config's and the chat template's."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [
+        tokenizer.eos_token_id,
+        end_of_turn(tokenizer),
+        *(configured if isinstance(configured, list) else [configured]),
+    ]
+    return sorted({end for end in ends if end is not None})
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

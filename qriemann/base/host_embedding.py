@@ -1,14 +1,8 @@
 """Input embeddings whose matrix stays in host memory: rows are looked up there and sent to the model's device.
 
-A step reads a few thousand of the matrix's hundred thousand rows and, because it is frozen, writes none; in an 8B Llama it
-would occupy 1.05 GB of the card. The price is one copy of the rows (batch x length x width) and one wait for the token ids in
-each forward pass.
-
-The matrix is not pinned: the CPU gathers the rows first, so pinning would not speed up the transfer, and small machines have
-little memory to lock.
+A step reads a few thousand of the matrix's hundred thousand rows and writes none; in an 8B Llama it would occupy 1.05 GB of
+the card. The price is one copy of the rows (batch x length x width) and one wait for the token ids in each forward pass.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -23,11 +17,7 @@ _HOST = torch.device("cpu")
 
 
 class HostEmbedding(nn.Module):
-    """Mixed into the class of an embedding, so that whatever that class does with the rows it still does.
-
-    Attributes:
-        place: the device of the model, where the rows go.
-    """
+    """Mixed into the class of an embedding, so that whatever that class does with the rows it still does."""
 
     place: torch.device
 
@@ -49,22 +39,11 @@ def has_tied_embeddings(model: Any) -> bool:
 def refuse_tied_embeddings(model: PreTrainedModel, name: str) -> None:
     """Raises InputError if the output head of `model` is its embedding matrix."""
     if has_tied_embeddings(model):
-        raise InputError(
-            f"offload_embeddings must be false for a model whose output head is its embedding matrix, got true for {name}; "
-            "the head reads the whole matrix at every step"
-        )
+        raise InputError(f"{name}: offload_embeddings must be false where the output head is the embedding matrix")
 
 
 def keep_embeddings_on_host(model: PreTrainedModel, name: str) -> None:
-    """Moves the input embeddings of `model` to host memory, for good; its output stays the same.
-
-    Args:
-        model: on one device, which its `device` keeps naming; changed in place.
-        name: for the message.
-
-    Raises:
-        InputError: the output head is the same matrix.
-    """
+    """Moves the input embeddings of `model` to host memory, for good; its output stays the same."""
     refuse_tied_embeddings(model, name)
     embeddings: Any = model.get_input_embeddings()
     place = embeddings.weight.device

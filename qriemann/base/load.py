@@ -1,14 +1,9 @@
 """A frozen chat model in 4 bit, and its tokenizer, ready for an adapter to be trained on it.
 
 The linear layers are stored as NF4 with double quantization (bitsandbytes, on CPUs as on GPUs); embeddings, norms and
-the output head keep their float dtype. A GGUF file is dequantized and quantized again: transformers can keep its
-blocks, but a model kept that way can be neither trained through nor saved.
-
-The honest trade-off: quantizing twice (Q4_1, then NF4) loses a little more than quantizing once. In exchange every
-source gives the same kind of layer, the one that PEFT, TRL and the Trainer know.
+the output head keep their float dtype. A GGUF file is dequantized and quantized again, which loses a little more than
+quantizing once: transformers can keep its blocks, but such a model can be neither trained through nor saved.
 """
-
-from __future__ import annotations
 
 import importlib.util
 import logging
@@ -20,6 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qriemann.base.chat_template import end_tokens
 from qriemann.base.files import (
     check_finite,
     check_index,
@@ -30,10 +26,17 @@ from qriemann.base.files import (
 from qriemann.base.gguf import load_gguf, resolve_gguf
 from qriemann.base.host_embedding import keep_embeddings_on_host
 from qriemann.base.load_errors import explained
-from qriemann.base.quantized import protect_quantized_weights
 from qriemann.device import compute_device, compute_dtype, describe_device, explaining_memory
 from qriemann.errors import InputError, MissingExtraError
-from qriemann.upstream import gguf_parsed_once, has_causal_lm, is_4_bit, quiet, set_compute_dtype, set_name
+from qriemann.upstream import (
+    gguf_parsed_once,
+    has_causal_lm,
+    is_4_bit,
+    protect_quantized_weights,
+    quiet,
+    set_compute_dtype,
+    set_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +94,7 @@ def load_base(
         raise InputError(f"quantize must be 'nf4', 'fp4' or None (no quantization), got {quantize!r}")
     place = compute_device(device)
     if offload_embeddings and place.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "offload_embeddings must be false with several processes, got true: data parallelism needs every weight on its "
-            "process' GPU; remove the key"
-        )
+        raise InputError("offload_embeddings must be false with several processes, whose GPUs each need every weight")
     chosen_dtype = compute_dtype(place, dtype)
     if dtype is None and place.type == "cuda" and chosen_dtype == torch.float32:
         logger.warning("computing on %s", describe_device(place, chosen_dtype))
@@ -165,8 +165,7 @@ def read_config(
     known = has_causal_lm(config) or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if not known or config.get_text_config() is not config:
         raise InputError(
-            f"model must be a text-only causal language model, got {name!r}, which is a {config.model_type}; give the text "
-            "model of that family"
+            f"{name} is a {config.model_type}, not a text-only causal language model; name the text model of its family"
         )
     return config
 
@@ -174,7 +173,7 @@ def read_config(
 def _require_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError(
-            "quantize='nf4' needs the package bitsandbytes; pip install bitsandbytes, or load with quantize=None"
+            "quantize='nf4' needs bitsandbytes; pip install bitsandbytes, or load with quantize=None"
         )
 
 
@@ -186,8 +185,7 @@ def _source(name: str) -> str:
             return str(folder)
         if (folder / "adapter_config.json").is_file():
             raise InputError(
-                f"model must be a base model, got {name!r}, which holds a LoRA adapter; give the base model that it was "
-                "trained on (base_model_name_or_path in its adapter_config.json)"
+                f"{name} holds a LoRA adapter; name the base of it (base_model_name_or_path in its adapter_config.json)"
             )
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
         remedy = f"; name the file itself, as {folder / ggufs[0]}" if ggufs else ""
@@ -229,8 +227,7 @@ def _stored_quantization(config: Any, source: str) -> Any | None:
     method = str(fields.get("quant_method", "unknown")).split(".")[-1].lower()
     if not (method.startswith("bitsandbytes") and fields.get("load_in_4bit", False)):
         raise InputError(
-            f"a quantized checkpoint must be in bitsandbytes' 4-bit format, got {source!r} quantized by {method}; give "
-            "the unquantized model, and it is quantized to NF4 while it is loaded"
+            f"{source} is quantized by {method}; of these only bitsandbytes' 4-bit format is read: name the unquantized model"
         )
     _require_bitsandbytes()
     return stored
@@ -253,8 +250,7 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
 def _choose_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Gives the tokenizer and the model a pad token that does not end a turn."""
     generation = model.generation_config
-    ends = generation.eos_token_id if generation is not None and generation.eos_token_id is not None else []
-    end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    end_ids = end_tokens(tokenizer, model)
     if tokenizer.pad_token is None or tokenizer.pad_token_id in end_ids:
         vocabulary = tokenizer.get_vocab()
         chosen = next((t for t in _PAD_CANDIDATES if t in vocabulary and vocabulary[t] not in end_ids), None)

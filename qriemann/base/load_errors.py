@@ -1,7 +1,5 @@
 """Why transformers could not load a model, and what to do, in one line."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +9,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 
 from qriemann.base.gguf import EMBEDDED_MODEL
-from qriemann.errors import InputError
+from qriemann.errors import InputError, causes
 
 _DAMAGE_ERRORS = (struct.error, IndexError, SafetensorError)
 # Messages of these explain themselves; others mean little without their type.
@@ -31,14 +29,8 @@ def explained(name: str) -> Iterator[None]:
 
 
 def _explain(name: str, error: BaseException) -> str:
-    causes = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-
     def caused_by(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
+        return any(isinstance(cause, kinds) for cause in causes(error))
 
     if caused_by(hub_errors.GatedRepoError):
         return f"{name}: this model is gated; accept its terms on the Hub, then hf auth login"

@@ -1,7 +1,5 @@
 """A conversation with a model: its history, how answers are generated, and the base's answer for comparison."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from qriemann.adapters.saved import adapter_folder, read_adapter
-from qriemann.base.chat_template import render
+from qriemann.base.chat_template import end_tokens, render
 from qriemann.base.load import load_base
 from qriemann.device import describe_device, explaining_memory
 from qriemann.errors import InputError
@@ -45,11 +43,7 @@ class Settings(BaseModel, validate_assignment=True):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     def change(self, name: str, value: str) -> None:
-        """Sets one of them from what a person wrote.
-
-        Raises:
-            InputError: an unknown name, or a value out of range.
-        """
+        """Sets one of them from what a person wrote."""
         names = type(self).model_fields
         if name not in names:
             raise InputError(f"a setting must be one of {', '.join(names)}, got {name!r}")
@@ -61,14 +55,7 @@ class Settings(BaseModel, validate_assignment=True):
 
 @dataclass
 class Session:
-    """A model and a conversation with it.
-
-    Attributes:
-        name: of the folder.
-        base: that the adapter is on; None for a merged model.
-        history: messages so far, the system prompt first if there is one.
-        notes: what a person should know before the first question.
-    """
+    """A model and a conversation with it."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -140,13 +127,10 @@ class Session:
 
     def _generate(self, messages: list[dict[str, str]], on_text: Callable[[str], None]) -> None:
         ids = torch.tensor([prompt_tokens(self.tokenizer, messages)], device=self.model.device)
-        chosen, stored, limit = self.settings, self.model.generation_config, self._limit()
-        # An answer ends with the model's end tokens and with the one that the tokenizer was trained with.
-        ends = [] if stored is None or stored.eos_token_id is None else stored.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
+        chosen, limit = self.settings, self._limit()
         sampling = chosen.model_dump(include={"temperature", "top_p", "top_k"}) if chosen.temperature > 0 else {}
         config = GenerationConfig(
-            eos_token_id=sorted(ends),
+            eos_token_id=end_tokens(self.tokenizer, self.model),
             pad_token_id=self.tokenizer.pad_token_id,
             max_new_tokens=min(chosen.max_new_tokens, limit - ids.shape[1]) if limit else chosen.max_new_tokens,
             repetition_penalty=chosen.repetition_penalty,
@@ -168,11 +152,7 @@ class Session:
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """What the model is sent of a conversation, up to where its answer begins.
-
-    Raises:
-        InputError: the chat template refuses the messages.
-    """
+    """What the model is sent of a conversation, up to where its answer begins."""
     templated = tokenizer.chat_template is not None
     text = render(tokenizer, messages) if templated else "\n".join(message["content"] for message in messages)
     return tokenizer(text, add_special_tokens=not templated)["input_ids"]
@@ -189,15 +169,9 @@ def load_session(
     """A session with an adapter on its base, or with a merged model.
 
     Args:
-        folder: of either.
         base: instead of the one that the adapter names; as `load_base` takes it.
         quantize: "nf4" or "none". None is what the adapter was trained on, NF4 if nothing says so, and for a merged model
             the format that it is stored in.
-        system: the system prompt.
-        device: as `load_base` takes it.
-
-    Raises:
-        InputError: neither is in the folder, or the base cannot be had.
     """
     found = read_folder(adapter_folder(folder))
     label = found.path.resolve().name

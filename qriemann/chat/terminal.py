@@ -3,8 +3,6 @@
 Where standard input is not a terminal there is no decoration and no conversation: a question in, an answer out, a line each.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable, Iterator

@@ -3,8 +3,6 @@
 Changes that were not allowed have been refused earlier; without changes, every number equals the checkpoint's.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path

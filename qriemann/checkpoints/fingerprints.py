@@ -1,7 +1,5 @@
 """What a run must share with a checkpoint to resume from it: settings, tokens and base."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -43,15 +41,7 @@ _CHUNK = 2**24
 
 
 def fingerprints(settings: Mapping[str, Any], model: Any, data_print: str | None) -> dict[str, Any]:
-    """What a checkpoint says about the run that wrote it.
-
-    Args:
-        settings: of the run; those that shape no step are left out.
-        model: the base, with or without an adapter.
-        data_print: fingerprint of the rows, if they have one.
-
-    Cost: that of `base_fingerprint`.
-    """
+    """What a checkpoint says about the run that wrote it."""
     model_config = model.config.to_dict() if isinstance(getattr(model, "config", None), PreTrainedConfig) else {}
     base, base_floats = _base_fingerprints(model)
     prints = {
@@ -72,8 +62,6 @@ def fingerprints_of_trainer(trainer: Trainer) -> dict[str, Any]:
     """The same for a trainer that a script made: its arguments, its optimizer's options and its dropout.
 
     Rows that are not a `datasets.Dataset` have no fingerprint.
-
-    Cost: that of `base_fingerprint`, and 1 s for every 10 million tokens.
     """
     _, options = trainer.optimizer_cls_and_kwargs or (None, {})
     adapters = getattr(trainer.model, "peft_config", {})
@@ -136,11 +124,6 @@ def other_base(recorded: Mapping[str, Any], model: PreTrainedModel, name: str) -
 
     None where no record says what that was, and where the two do not compare: floats with 4 bit, or another kind of device,
     whose rounding gives other codes.
-
-    Args:
-        recorded: from `recorded_base`.
-        model: the base, before PEFT wraps it.
-        name: of the base, for the line.
     """
     loaded = loaded_as(model)
     if not recorded.get("fingerprint") or any(recorded.get(key) != loaded[key] for key in ("quantized", "device")):
@@ -178,8 +161,6 @@ def check_same_run(
 
     Args:
         checkpoint: one without a manifest, or of an older version, says less or nothing.
-        now: from `fingerprints`.
-        allow: names of settings, and `data`, `base` and `processes`.
         remedy: what to do instead of restoring it; {} stands for the names.
     """
     before = {**now, **(read_manifest(checkpoint) or {}).get("run", {})}
@@ -200,7 +181,7 @@ def check_same_run(
     refused = {name: text for name, text in changes.items() if name not in allow}
     if refused:
         raise InputError(
-            f"resume must continue the run that wrote {checkpoint}, got {', '.join(refused.values())}; restore that, "
+            f"resume must continue the run that wrote {checkpoint}, got {', '.join(refused.values())}; restore it, "
             f"{remedy.format(' '.join(refused))} if you mean it"
         )
     return [f"{text} (it shaped the start alone)" if name in _OF_THE_START else text for name, text in changes.items()]

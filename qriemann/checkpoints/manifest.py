@@ -1,10 +1,9 @@
 """A folder counts as a checkpoint once `manifest.json`, written last, lists every file's size and SHA-256.
 
-transformers' Trainer writes a checkpoint into its final folder, file by file, so a folder named checkpoint-N proves
-nothing. The proof is `manifest.json`: every file and its folder are flushed to disk first, then the manifest is flushed
-under another name and renamed into place. That rename is the moment the checkpoint exists. A failure before it, a power
-cut included, leaves a folder that does not count; a change to a file after it no longer matches the sums. So no second
-folder and no subclass of the trainer is needed, and older checkpoints are deleted only after that moment.
+The Trainer writes a checkpoint into its final folder, file by file, so a folder named checkpoint-N proves nothing. Every file
+is flushed to disk first, then the manifest is flushed under another name and renamed into place: that is the moment the
+checkpoint exists. A failure before it, a power cut included, leaves a folder that does not count; a later change to a file no
+longer matches the sums. Older checkpoints are deleted only after that moment.
 
 The command line imports this module before torch, which takes seconds; only `find_content_defect` needs it.
 """
@@ -30,7 +29,6 @@ class FoundCheckpoint:
     """The newest checkpoint that verifies, and why others were passed over.
 
     Attributes:
-        path: None if there is none.
         passed_over: one line for each folder that looks newer and does not count.
         files: size and time of change of every file that was looked at, by its path, before it was read.
     """
@@ -42,11 +40,6 @@ class FoundCheckpoint:
 
 def commit(folder: Path, step: int, run: Mapping[str, Any] | None = None) -> None:
     """Turns the files of a folder into a checkpoint.
-
-    Args:
-        folder: checkpoint-N, every file written.
-        step: N.
-        run: what a run that resumes from here must have in common with this one; see `fingerprints`.
 
     Raises:
         OSError: the disk is full or refuses; the folder does not count then.
@@ -95,7 +88,7 @@ def find_content_defect(folder: Path) -> str | None:
     from transformers.trainer_pt_utils import safe_globals
 
     from qriemann.adapters.saved_tensors import stored_tensors
-    from qriemann.base.finite import find_not_finite
+    from qriemann.base.tensors import find_not_finite
 
     try:
         for path in sorted(folder.rglob("*.safetensors")):
@@ -143,22 +136,11 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> FoundCheckpoint:
 
 
 def whole_checkpoint(folder: str | os.PathLike[str], *, asked: str, remedy: str) -> FoundCheckpoint:
-    """As `newest_checkpoint`, for callers that cannot continue without one.
-
-    Args:
-        folder: of the run.
-        asked: how it was asked for, for the message.
-        remedy: what to do without one.
-
-    Raises:
-        InputError: none verifies.
-    """
+    """As `newest_checkpoint`, for callers that cannot continue without one."""
     found = newest_checkpoint(folder)
     if found.path is None:
         passed_over = f" ({'; '.join(found.passed_over)})" if found.passed_over else ""
-        raise InputError(
-            f"{asked} must find a complete checkpoint in output_dir, got none in {folder}{passed_over}; {remedy}"
-        )
+        raise InputError(f"{asked} finds no complete checkpoint in {folder}{passed_over}; {remedy}")
     return found
 
 
@@ -169,17 +151,9 @@ def last_complete(folder: str | os.PathLike[str]) -> str:
 
 
 def rotate(folder: Path, keep: int, *, spare: Collection[Path] = ()) -> list[str]:
-    """Deletes old checkpoints, and unfinished ones older than the newest.
+    """Deletes old checkpoints, and unfinished ones older than the newest; returns a line for each that could not be deleted.
 
-    Keeps the `keep` completed last and the last that a run can resume from.
-
-    Args:
-        folder: of the run; a checkpoint was just completed in it.
-        keep: at least 1.
-        spare: checkpoints that stay whatever their age.
-
-    Returns:
-        One line for each folder that could not be deleted.
+    Keeps the `keep` completed last, the last that a run can resume from, and those to `spare`.
     """
     folders = checkpoint_folders(folder)
     committed = _by_completion(folders)

@@ -1,9 +1,4 @@
-"""Makes a stock trainer safe to interrupt with one call: `qriemann.protect(trainer)`.
-
-trainer = SFTTrainer(...)
-qriemann.protect(trainer)
-trainer.train(resume_from_checkpoint=True)
-"""
+"""Makes a stock trainer safe to interrupt with one call: `qriemann.protect(trainer)`."""
 
 import functools
 import logging
@@ -57,8 +52,7 @@ def protect(
     """
     if trainer.args.ignore_data_skip:
         raise InputError(
-            "ignore_data_skip must be false, got true, with which a resumed run sees other rows than an uninterrupted one; "
-            "leave it out"
+            "ignore_data_skip must be false: with it, a resumed run sees other rows than an uninterrupted one"
         )
     accept_offset_checkpoints(trainer.model)
     guard = StepGuard(trainer, max_skipped_steps=max_skipped_steps, report=on_event)
@@ -94,10 +88,7 @@ def _verified_train(
         elif resume_from_checkpoint and compares:
             defect = find_content_defect(Path(resume_from_checkpoint))
             if defect is not None:
-                raise InputError(
-                    f"resume_from_checkpoint must be a checkpoint that can be loaded, got {resume_from_checkpoint}: "
-                    f"{defect}; name an older one"
-                )
+                raise InputError(f"{resume_from_checkpoint} cannot be resumed from: {defect}; name an older one")
         if compares:
             checkpoints.run = fingerprints_of_trainer(trainer)
             if resume_from_checkpoint:
@@ -112,8 +103,7 @@ def _verified_train(
             if checkpoints.begun or not resume_from_checkpoint:
                 raise
             raise InputError(
-                f"resume must be a checkpoint that fits this model and method, got {resume_from_checkpoint}: {error}; "
-                "name another"
+                f"{resume_from_checkpoint} does not fit this model and method: {error}; name another checkpoint"
             ) from error
 
     return verified_train

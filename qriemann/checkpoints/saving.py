@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from qriemann.base.finite import find_not_finite
+from qriemann.base.tensors import find_not_finite
 from qriemann.checkpoints.continued import find_best_again, follow_settings, is_new_best
 from qriemann.checkpoints.manifest import commit, last_complete, rotate
 from qriemann.distributed import wait_for_all
@@ -32,13 +32,6 @@ class CompleteCheckpoints(TrainerCallback):
 
     A point that left the manifold, or a trained tensor or optimizer state that is not finite, stops the run before its
     checkpoint is complete.
-
-    Args:
-        report: takes one line about a failure that did not stop the run.
-        run: see `commit`.
-
-    Attributes:
-        begun: whether the trainer has loaded everything that it resumes from.
     """
 
     def __init__(self, report: Callable[[str], None], run: Mapping[str, Any] | None = None) -> None:
@@ -46,32 +39,30 @@ class CompleteCheckpoints(TrainerCallback):
         self._keep: int | None = None
         self._completed_step: int | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The trainer deletes older checkpoints before the new one is known to be whole.
         if args.save_total_limit:
             self._keep, args.save_total_limit = args.save_total_limit, None
         if state.global_step > state.max_steps:
             raise InputError(
-                f"resume must find a checkpoint within the run's {state.max_steps} steps, got one of step "
-                f"{state.global_step}; raise max_steps or num_train_epochs, or name an older one"
+                f"resume must find a checkpoint within the run's {state.max_steps} steps, got step {state.global_step}; "
+                "raise max_steps or num_train_epochs, or name an older one"
             )
         if state.global_step:
             follow_settings(args, state, kwargs["optimizer"], kwargs["lr_scheduler"])
             find_best_again(args, state, self._report)
         self.begun = True
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.load_best_model_at_end and self._completed_step != state.global_step:
             control.should_save |= is_new_best(args, state, kwargs["metrics"])
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # Saving this step again would overwrite its complete checkpoint.
         if control.should_save and self._completed_step == state.global_step:
             control.should_save = False
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         defect = find_numeric_defect(kwargs["model"], kwargs["optimizer"])
         if defect is not None:
             raise InputError(
@@ -112,14 +103,7 @@ def save_failed(folder: Path, error: BaseException) -> InputError:
 
 
 def find_numeric_defect(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> str | None:
-    """Names numbers that are not finite or factors that are not orthonormal, which must not be saved; None without any.
-
-    Args:
-        model: its trainable tensors and points are checked.
-        optimizer: so is its state.
-
-    Cost: one pass over these tensors, and one host synchronization for each.
-    """
+    """Names numbers that are not finite or factors that are not orthonormal, which must not be saved; None without any."""
     points = fixed_rank_parameters(model.parameters())
     content: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     names: dict[Tensor, str] = {parameter: name for name, parameter in content.items()}

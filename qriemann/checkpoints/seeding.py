@@ -1,8 +1,7 @@
 """Makes what a step sees a function of seed and step: its random numbers, and the rows of its batches.
 
-The trainer restores the generators' state when it resumes. That is exact only while nothing else draws from them: an
-evaluation at the end of an epoch, a callback, a sampler whose permutation depends on the state at the epoch's start.
-Seeded anew at every step, a step draws the same numbers in every process that reaches it.
+The trainer restores the generators' state when it resumes, which is exact only while nothing else draws from them: an
+evaluation, a callback, a sampler. Seeded anew at every step, a step draws the same numbers in every process that reaches it.
 """
 
 import copy
@@ -32,10 +31,6 @@ def pin_epoch(dataloader: DataLoader, seed: int, epoch: int, step: int, accumula
     Args:
         dataloader: of the training, before the epoch is iterated. Workers that outlive an epoch (persistent_workers) miss
             the next one's seed.
-        seed, epoch: whose order it is.
-        step: optimizer steps already taken when this iteration starts.
-        accumulation: batches per step.
-        process: this one's number.
     """
     _pin(_sampler(dataloader), seed, epoch)
     # A stream is read from the start again on resume, so its batches count from 0.
@@ -48,14 +43,7 @@ def pin_epoch(dataloader: DataLoader, seed: int, epoch: int, step: int, accumula
 
 
 def rows_of_step(dataloader: DataLoader, seed: int, step: int, accumulation: int) -> list[int]:
-    """The indices of the training rows whose gradients an optimizer step sums; empty for a stream.
-
-    Args:
-        dataloader: of the training.
-        seed: as for `pin_epoch`.
-        step: optimizer steps before this one.
-        accumulation: batches per step.
-    """
+    """The indices of the training rows whose gradients an optimizer step sums; empty for a stream."""
     if _sampler(dataloader) is None:
         return []
     steps = math.ceil(len(dataloader) / accumulation)

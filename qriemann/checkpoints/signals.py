@@ -6,7 +6,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qriemann.distributed import largest_over_processes
 
@@ -14,11 +14,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StoppedBySignal(KeyboardInterrupt):
-    """A run ended by a signal.
-
-    Attributes:
-        exit_status: 128 + the signal's number, as shells report it.
-    """
+    """A run ended by a signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -57,12 +53,12 @@ class GracefulStop(TrainerCallback):
         if number:
             raise StoppedBySignal(number)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # A signal reaches the processes of a run at different steps; all have to stop after the same one.
         if largest_over_processes(self._received or 0):
             self.saved = control.should_save = control.should_training_stop = True
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # The trainer also calls this when the training stops: after an evaluation during which the signal came, or which
         # cancelled the save (save_strategy best). Another evaluation would do the same.
         if largest_over_processes(self._received or 0):
@@ -70,7 +66,7 @@ class GracefulStop(TrainerCallback):
             control.should_save = self._last_saved != state.global_step
             control.should_evaluate = False
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._last_saved = state.global_step
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

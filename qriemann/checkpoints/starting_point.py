@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qriemann.checkpoints.manifest import FoundCheckpoint, find_content_defect, find_defect, whole_checkpoint
-from qriemann.errors import InputError
+from qriemann.errors import InputError, listed
 from qriemann.folder import records
 
 
@@ -16,9 +16,7 @@ def starting_point(folder: Path, *, resume: str | None, overwrite: bool, allow: 
     `auto` in a folder where no save was ever finished starts anew, so one command both starts and continues a run.
 
     Args:
-        folder: output folder of the run.
         resume: `auto`, a checkpoint's folder, or None for a new run.
-        overwrite: whether an earlier run in the folder may be replaced.
         allow: with `unverified` in it, a named checkpoint needs no manifest.
 
     Raises:
@@ -36,13 +34,10 @@ def starting_point(folder: Path, *, resume: str | None, overwrite: bool, allow: 
         defect = find_defect(found.path)
         if defect is not None and "unverified" not in allow:
             raise InputError(
-                f"resume must be a complete checkpoint folder, got {resume!r}: {defect}; check the path, or add "
-                "--allow unverified if you know that it is whole"
+                f"resume must be a complete checkpoint, got {resume!r}: {defect}; if you know that it is, --allow unverified"
             )
         if (broken := find_content_defect(found.path)) is not None:
-            raise InputError(
-                f"resume must be a checkpoint that can be loaded, got {resume}: {broken}; name an older one"
-            )
+            raise InputError(f"{resume} cannot be resumed from: {broken}; name an older one")
     return found
 
 
@@ -68,7 +63,7 @@ def check_folder(folder: Path, *, resume: str | None, overwrite: bool) -> None:
     if resume is None:
         found = records.run_files(folder)
         if found and not overwrite:
-            names = ", ".join(path.name for path in found[:3])
+            names = listed(path.name for path in found)
             raise InputError(
                 f"output_dir must not hold a run already, got {folder} with {names}; add --resume to continue it, "
                 "--overwrite to replace it, or name another folder"
@@ -96,13 +91,7 @@ def _has_manifests(folder: Path) -> bool:
 
 
 def begin_run(folder: Path, *, resume: str | None, overwrite: bool, step: int, described: dict[str, Any]) -> None:
-    """Clears what an earlier run wrote beyond the starting point, and writes `run.json`.
-
-    Args:
-        folder, resume, overwrite: as for `starting_point`.
-        step: of the checkpoint that was resumed from.
-        described: content of `run.json`; its `resumed_from` is empty where `auto` found nothing.
-    """
+    """Clears what an earlier run wrote beyond the starting point, and writes `run.json`."""
     if resume:
         # A run that starts anew logs the evaluation before its first step again, too.
         records.rewind_metrics(folder, step if described["resumed_from"] else -1)

@@ -2,10 +2,7 @@
 
 A skipped step leaves no trace, as if its batches had not been in the data: parameters and optimizer state keep every
 bit, the schedule does not advance, the next step draws the random numbers that this one would have drawn, and the
-reported means leave it out. It only counts as one of the run's steps, so that a run ends. All accumulated batches of an
-optimizer step go together.
-
-Factors off the manifold stop the run before the step, which would silently bring them back.
+reported means leave it out. It only counts as one of the run's steps, so that a run ends.
 """
 
 import copy
@@ -44,7 +41,6 @@ class StepEvent:
     """An optimizer step that was skipped, or that was taken although it lies far outside the recent band.
 
     Attributes:
-        kind: "skipped" or "spike".
         step: counted from 1, as in the trainer's records.
         loss, grad_norm: of the step; the norm before clipping.
         rows: indices of its training rows; empty for a stream.
@@ -88,8 +84,6 @@ class StepGuard(TrainerCallback):
     Args:
         trainer: its `accelerator.clip_grad_norm_` is wrapped, the only place that sees the norm before clipping, and its
             option logging_nan_inf_filter is switched off, which would hide the losses in question.
-        max_skipped_steps: more skipped steps in a row stop the run.
-        report: called at every event; the default logs a warning.
     """
 
     def __init__(
@@ -122,7 +116,7 @@ class StepGuard(TrainerCallback):
         """Steps far outside the recent band, likewise."""
         return self._progress.spikes
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress = progress = _Progress(**state.stateful_callbacks.get(_KEY, {}))
         # NaN (the mean of no steps) until a step is taken.
         self._counts.total_loss = math.nan
@@ -134,20 +128,16 @@ class StepGuard(TrainerCallback):
         # The trainer's last mean is over the steps since the resume.
         self._loss_resumed = progress.loss_sum
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         place = _order_seed(args), int(state.epoch or 0), state.global_step
         pin_epoch(kwargs["train_dataloader"], *place, args.gradient_accumulation_steps, args.process_index)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         seed_generators(args.seed, state.global_step - self._progress.skipped, args.process_index)
         self._loss_before = self._counts.loss_sum.clone()
         self._metric_lengths = {name: len(values) for name, values in self._counts.metrics.items()}
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # A trainer that resumes a finished run of max_steps takes one more step.
         if state.global_step >= state.max_steps:
             self._undo_step(kwargs["optimizer"], kwargs["lr_scheduler"])
@@ -162,8 +152,7 @@ class StepGuard(TrainerCallback):
         if not worst <= DRIFT_LIMIT:
             raise InputError(
                 f"the factors must stay orthonormal, got max |U^T U - I| = {worst:.1e} before step {state.global_step + 1}; "
-                f"{last_complete(str(args.output_dir))}; an optimizer step cannot cause this; look for other code that "
-                "writes to the factors"
+                f"{last_complete(str(args.output_dir))}; some other code writes to the factors"
             )
         if math.isfinite(loss) and math.isfinite(grad_norm):
             if math.isnan(self._counts.total_loss):
@@ -183,7 +172,7 @@ class StepGuard(TrainerCallback):
         self._counts.first_step += 1
         self._tell("skipped", loss, grad_norm, kwargs["train_dataloader"])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._schedule is not None:
             _restore_schedule(kwargs["optimizer"], kwargs["lr_scheduler"], *self._schedule)
             self._schedule = None
@@ -193,19 +182,17 @@ class StepGuard(TrainerCallback):
         self._remember(state, control)
         if self._progress.skipped_in_a_row > self._max_skipped:
             raise InputError(
-                f"loss and gradient must be finite, got {self._progress.skipped_in_a_row} steps in a row up to step "
-                f"{state.global_step} where they were not; {last_complete(str(args.output_dir))}: lower the learning rate, "
-                "look at the rows named above, or raise max_skipped_steps"
+                f"loss and gradient were not finite in {self._progress.skipped_in_a_row} steps in a row up to "
+                f"step {state.global_step}; {last_complete(str(args.output_dir))}: lower the rate, or look at the rows above"
             )
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._remember(state, control)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if 0 < state.global_step <= self._progress.skipped:
             raise InputError(
-                f"loss and gradient must be finite in one step at least, got {state.global_step} steps, all skipped, so "
-                "nothing was trained; lower the learning rate, or look at the rows named above"
+                f"loss and gradient were finite in none of {state.global_step} steps: nothing was trained; lower the rate"
             )
 
     def _remember(self, state: TrainerState, control: TrainerControl) -> None:

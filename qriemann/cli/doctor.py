@@ -1,7 +1,5 @@
 """`qriemann doctor`: whether this machine can run qriemann, on one screen, and the line that mends what is wrong."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import os
@@ -21,12 +19,7 @@ _ROOM_GB = 32
 
 
 class Finding(NamedTuple):
-    """One line of the screen.
-
-    Attributes:
-        what, found: the subject and what there is of it.
-        remedy: what mends it; None where nothing is wrong.
-    """
+    """One line of the screen."""
 
     what: str
     found: str

@@ -48,11 +48,7 @@ def _train(file: str | None, help_keys: bool, pairs: list[str]) -> None:
 
 
 def run_training(path: str | None, pairs: Sequence[str]) -> int:
-    """Trains as the YAML file, if there is one, and the `--key value` pairs say; returns the exit status 0.
-
-    Raises:
-        InputError: for anything that the user can mend.
-    """
+    """Trains as the YAML file, if there is one, and the `--key value` pairs say; returns the exit status 0."""
     settings, view = _begin(path, pairs, to_train=True)
     with quiet(), view.doing(_LOADING):
         from qriemann.training.prepare import prepare

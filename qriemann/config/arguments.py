@@ -1,7 +1,5 @@
 """TRL's `SFTConfig` of a run: what somebody wrote, over this project's defaults, over TRL's."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import json
@@ -31,11 +29,7 @@ _UNLISTED = ("azure_ml", "flyte", "kubeflow")
 
 
 def training_arguments(settings: Settings) -> SFTConfig:
-    """The trainer's arguments, as far as they do not depend on the data.
-
-    Raises:
-        InputError: they disagree with each other, or name a package or file that does not exist.
-    """
+    """The trainer's arguments, as far as they do not depend on the data."""
     # Before transformers reads the same variables, and looks for packages.
     refuse_sharding()
     written = {key: value for key, value in settings.trl.items() if key not in _KEPT_BACK}
@@ -72,8 +66,8 @@ def check_schedule(args: SFTConfig, rate: float) -> None:
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"lr_scheduler_type {args.lr_scheduler_type.value} must come with lr_scheduler_kwargs that it can use, got "
-            f"{args.lr_scheduler_kwargs or 'none'}: {reason:.300}"
+            f"lr_scheduler_type {args.lr_scheduler_type.value} cannot use lr_scheduler_kwargs {args.lr_scheduler_kwargs}: "
+            f"{reason:.300}"
         ) from error
 
 
@@ -101,13 +95,9 @@ def _check_packages(args: SFTConfig) -> None:
             raise InputError(f"report_to must be none, all or among {', '.join(INTEGRATION_TO_CALLBACK)}, got {name!r}")
         if name not in (*get_available_reporting_integrations(), *_UNLISTED):
             package = name.replace("_", "-")
-            raise MissingExtraError(
-                f"report_to {name} needs the package {package}; pip install {package}, or set report_to: none"
-            )
+            raise MissingExtraError(f"report_to {name} needs {package}; pip install {package}, or set report_to: none")
     if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
-        raise MissingExtraError(
-            "use_liger_kernel needs the package liger-kernel; pip install liger-kernel, or leave the key out"
-        )
+        raise MissingExtraError("use_liger_kernel needs liger-kernel; pip install liger-kernel, or leave the key out")
 
 
 def describe_settings(settings: Settings, args: SFTConfig) -> dict[str, Any]:
@@ -124,11 +114,7 @@ def describe_settings(settings: Settings, args: SFTConfig) -> dict[str, Any]:
 
 
 def run_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """The dtype that a run's model computes in on the device.
-
-    Raises:
-        InputError: as `compute_dtype`.
-    """
+    """The dtype that a run's model computes in on the device."""
     fp16 = settings.trl.get("fp16") and device.type == "cuda"
     return compute_dtype(device, settings.dtype or ("float16" if fp16 else None))
 

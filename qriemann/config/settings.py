@@ -5,8 +5,6 @@ on. A key that TRL has and this project decides by itself (DoRA, `optim`, ...) i
 refused by name with the reason instead of being half obeyed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os
@@ -203,8 +201,7 @@ def load_settings(path: str | os.PathLike[str] | None, pairs: Sequence[str] = ()
     from_command_line = _check(parse_pairs(pairs, hints(), _ALIASES), "on the command line")
     if from_file.get("trust_remote_code") and "trust_remote_code" not in from_command_line:
         raise InputError(
-            f"trust_remote_code must be given on the command line, got it from {path} alone; if you have read the "
-            "model's code, add --trust_remote_code"
+            f"trust_remote_code in {path} is not enough; if you have read the model's code, add --trust_remote_code"
         )
     settings = settings_from({**from_file, **from_command_line})
     os.environ.update(environment)

@@ -1,10 +1,7 @@
 """The keys of TRL's `SFTConfig` with their types, read from the source of the installed version.
 
-Importing TRL imports torch, which takes seconds; a typing error in a YAML file should be answered at once. The classes are
-plain dataclasses, so their annotations say all that is needed. A test holds the result against the imported class.
+Importing TRL imports torch, which takes seconds; a typing error in a YAML file should be answered at once.
 """
-
-from __future__ import annotations
 
 import ast
 import functools

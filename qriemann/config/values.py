@@ -1,7 +1,5 @@
 """One value as a person writes it in YAML or on a command line, in the type that its key declares."""
 
-from __future__ import annotations
-
 import difflib
 import re
 import types

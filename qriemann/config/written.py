@@ -1,7 +1,5 @@
 """What a person wrote about a run: a YAML file, flat keys with values, and `--key value` pairs of a command line."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +12,7 @@ from qriemann.errors import InputError
 
 
 def read_config_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings of a file as YAML gives them, and the environment variables under its key `env`.
-
-    Raises:
-        InputError: the file cannot be read, is not a mapping or repeats a key; `env` is not a mapping of names to values.
-    """
+    """The settings of a file as YAML gives them, and the environment variables under its key `env`."""
     # Opening a pipe would wait for its other end.
     if not Path(path).is_file():
         raise InputError(f"{path} is not a file; name a YAML file" if Path(path).exists() else f"{path}: no such file")
@@ -33,9 +27,7 @@ def read_config_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict
         problem = " ".join(str(getattr(error, "problem", None) or f"{type(error).__name__}: {error}").split())
         raise InputError(f"{path} is not valid YAML{where}: {problem:.120}") from error
     if not isinstance(content, dict):
-        raise InputError(
-            f"{path} must be a mapping of keys to values, got {type(content).__name__}; write `key: value`"
-        )
+        raise InputError(f"{path} must be a mapping, `key: value`, got {type(content).__name__}")
     environment = content.pop("env", None) or {}
     # No message repeats a value of theirs.
     if not isinstance(environment, dict):
@@ -43,22 +35,13 @@ def read_config_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict
     for name, value in environment.items():
         if not str(name).isidentifier() or not isinstance(value, str | int | float) or "\0" in str(value):
             raise InputError(
-                f"env must map names of letters, digits and _ to texts or numbers in {path}; mend {shown(name)}"
+                f"env in {path} must map names of letters, digits and _ to texts or numbers; mend {shown(name)}"
             )
     return content, {str(name): str(value) for name, value in environment.items()}
 
 
 def parse_pairs(words: Sequence[str], hints: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
-    """The pairs by key: `--key value`, `--key=value`, `--list a b`, and `--flag` for true.
-
-    Args:
-        words: what followed the file on the command line.
-        hints: the type of every known key.
-        aliases: the key that another name stands for.
-
-    Raises:
-        InputError: a word that belongs to no key, an unknown key, or a key without its value.
-    """
+    """The pairs by key: `--key value`, `--key=value`, `--list a b`, and `--flag` for true."""
     found: dict[str, list[str]] = {}
     key = None
     for word in words:

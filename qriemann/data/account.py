@@ -1,8 +1,4 @@
-"""What the tokens of all rows say of them: which are masked, cut, end untrained, are there twice, or are in both splits.
-
-`tokenize_rows` leaves rows out by it, `find_defects` judges it, and the page of `check --html` shows it: all give the same
-counts.
-"""
+"""What the tokens of all rows say of them: which are masked, cut, end untrained, are there twice, or are in both splits."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.base.chat_template import end_of_turn
+from qriemann.base.chat_template import end_tokens
 from qriemann.data.chat_mask import IGNORED
 
 if TYPE_CHECKING:
@@ -40,9 +36,7 @@ class RowAccount:
     """The rows of one dataset; every array has one entry per row.
 
     Attributes:
-        lengths: in tokens.
         trained: tokens that a loss counts.
-        largest: the largest token.
         prints: hashes of the tokens.
         first: index of the first row with the same tokens.
         found: for each name in `FINDINGS`, which rows it holds for.
@@ -65,14 +59,7 @@ class RowAccount:
 
 @dataclass(frozen=True)
 class Account:
-    """The account of all rows of a run.
-
-    Attributes:
-        train, held_out: the rows that are trained and held out; None without held-out rows.
-        left_out: rows with nothing to train, one entry per source.
-        ends: the tokens that end a turn or a text.
-        embedding_rows: of the model.
-    """
+    """The account of all rows of a run."""
 
     train: RowAccount
     held_out: RowAccount | None
@@ -84,16 +71,7 @@ class Account:
 def take_account(
     data: TokenizedData, tokenizer: PreTrainedTokenizerBase, model: Any, max_length: int | None = None
 ) -> Account:
-    """The account of the rows as they will be trained.
-
-    Args:
-        data: before truncation and packing.
-        tokenizer: with which the data was made.
-        model: whose embedding must have a row for every token.
-        max_length: the tokens that are kept of a row.
-
-    Cost: one pass over the tokens, and 8 bytes of hash a row.
-    """
+    """The account of the rows as they will be trained."""
     ends, size = end_tokens(tokenizer, model), model.get_input_embeddings().weight.shape[0]
 
     def count(dataset: Dataset) -> RowAccount:
@@ -122,14 +100,6 @@ def count_rows(
     _, places, inverse = np.unique(prints, return_index=True, return_inverse=True)
     first = places[inverse]
     return RowAccount(lengths, trained, largest, prints, first, {**arrays, "copy": first < np.arange(len(first))})
-
-
-def end_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
-    """The tokens that end a turn or a text: the tokenizer's, the generation config's and the chat template's."""
-    generation = getattr(model, "generation_config", None)
-    configured = getattr(generation, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    return sorted(end for end in ends | {end_of_turn(tokenizer)} if end is not None)
 
 
 def choose_rows(rows: RowAccount, limit: int) -> list[int]:

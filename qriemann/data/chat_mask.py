@@ -53,10 +53,6 @@ class AssistantTokenizer:
     """Token ids of a row, and for each token whether it belongs to an assistant's turn.
 
     The end token of a turn is trained, because the model stops with it. White space between it and the next turn is not.
-
-    Attributes:
-        writes_calls: whether the template writes tool calls.
-        writes_date: whether the template asks for today's date.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -82,10 +78,7 @@ class AssistantTokenizer:
     def conversations(
         self, messages: Sequence[Message], options: dict[str, Any], context: Collection[int]
     ) -> list[Example]:
-        """The rows that train every turn of a conversation: one, or one for each turn if the template rewrites history.
-
-        Args, Raises: as `conversation`.
-        """
+        """The rows that train every turn of a conversation: one, or one for each turn if the template rewrites history."""
         try:
             return [self.conversation(messages, options, context)]
         except RewrittenHistoryError:
@@ -107,13 +100,9 @@ class AssistantTokenizer:
         """Token ids and assistant mask; a token that straddles the start of a turn is trained.
 
         Args:
-            messages: mappings with role and content.
             options: what else the chat template takes, such as tools.
             context: indices of answers that are not trained, such as those of a prompt.
             whole: train every token, the template's own included, but for the answers in `context`.
-
-        Raises:
-            RowError: the template cannot render the conversation or rewrites its history.
         """
         options = options or {}
         text = self._render(messages, options)
@@ -128,10 +117,6 @@ class AssistantTokenizer:
 
     def unwritten(self, messages: Sequence[Message], options: dict[str, Any], *, split: bool = False) -> set[str]:
         """The keys of turns, and "tools", that change nothing in what the template writes.
-
-        Args:
-            messages, options: as they were rendered.
-            split: whether each answer became a row of its own.
 
         Cost: one rendering for each of those keys; none where turns have role and content alone.
         """
@@ -219,8 +204,7 @@ class AssistantTokenizer:
                 )
             raise RowError(
                 f"a question that the chat template renders differently once it is answered (turn {index} changes)",
-                "put the text of a system turn into the first user turn, or name another template with "
-                "chat_template_path",
+                "put a system turn's text into the first user turn, or name another template with chat_template_path",
             )
         start = common_prefix_length(self._encode(prompt), ids)
         stop = len(ids) if turn == text else common_prefix_length(self._encode(turn), ids)

@@ -4,8 +4,6 @@ An error stops the run, because the loss curve would not show it: a model whose 
 talking, and packed samples that see each other teach it to attend to unrelated text. A user who means it names it in `allow`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
@@ -20,14 +18,7 @@ _MOST_ROWS = 0.5
 
 @dataclass(frozen=True)
 class Defect:
-    """One mistake.
-
-    Attributes:
-        name: for `allow`.
-        problem: what is wrong.
-        remedy: what to do.
-        error: whether it stops the run.
-    """
+    """One mistake."""
 
     name: str
     problem: str
@@ -40,11 +31,7 @@ class Defect:
 
 
 def refuse(defects: Iterable[Defect], allow: Collection[str], note: Callable[[str], None]) -> None:
-    """Notes every defect, and stops at the first error that is not allowed.
-
-    Raises:
-        InputError: that error.
-    """
+    """Notes every defect, and stops at the first error that is not allowed."""
     stopping = None
     for defect in defects:
         if defect.error and defect.name not in allow:

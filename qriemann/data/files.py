@@ -1,8 +1,7 @@
 """Reads the rows of a local file as they are written: no type is inferred, no cell changes, nothing is cached.
 
-Rows of JSON and CSV stay JSON text, one object a row, until they are tokenized. Arrow would give a column one type and every
-object the same keys: "007" becomes 7, and a tool's arguments gain the keys of all other tools. A Parquet file has types of
-its own.
+Rows of JSON and CSV stay JSON text, one object a row, until they are tokenized: Arrow would give a column one type and every
+object the same keys, so "007" becomes 7, and a tool's arguments gain the keys of all other tools.
 """
 
 import codecs
@@ -18,27 +17,19 @@ from datasets import Dataset, concatenate_datasets
 from pyarrow import parquet
 
 from qriemann.data.row_formats import find_format
-from qriemann.errors import InputError
+from qriemann.errors import InputError, first_line, listed
 
 #: The column of rows that are JSON text.
 TEXT = "row as JSON"
 #: The endings of files that are read here.
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
-_SHOWN_ERRORS = 3
 # A row after the last one: a quotation mark that is never closed swallows it.
 _LAST = "\x03end of the file"
 
 
 def read_files(paths: Iterable[Path]) -> tuple[Dataset, list[str]]:
-    """The rows of local files, one after the other, and the names of their columns.
-
-    Args:
-        paths: each ends in one of `ENDINGS`.
-
-    Raises:
-        InputError: a file is empty or broken, or holds something other than rows.
-    """
+    """The rows of local files, one after the other, and the names of their columns."""
     columns: dict[str, None] = {}
     parts = [_read(path, columns) for path in paths]
     if len(parts) == 1:
@@ -46,15 +37,7 @@ def read_files(paths: Iterable[Path]) -> tuple[Dataset, list[str]]:
     try:
         return concatenate_datasets(parts), [*columns]
     except (ValueError, pa.ArrowInvalid) as error:
-        raise InputError(
-            f"the files of one split must have the same columns and types: {first_line(error)}; name one of them"
-        ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+        raise InputError(f"the files of one split must have the same columns and types: {first_line(error)}") from error
 
 
 def _read(path: Path, columns: dict[str, None]) -> Dataset:
@@ -87,9 +70,7 @@ def _json_lines(path: Path, columns: dict[str, None]) -> list[str]:
             except (ValueError, RecursionError) as error:
                 problems.append(f"line {number} ({_reason(error)})")
     if problems:
-        more = f" and {len(problems) - _SHOWN_ERRORS} more" if len(problems) > _SHOWN_ERRORS else ""
-        shown = ", ".join(problems[:_SHOWN_ERRORS])
-        raise InputError(f"every line of {path} must be one JSON object, got {shown}{more}; correct them")
+        raise InputError(f"every line of {path} must be one JSON object, got {listed(problems)}; correct them")
     return texts
 
 
@@ -138,8 +119,7 @@ def _csv(path: Path, columns: dict[str, None]) -> list[str]:
                     names = [name or f"column {place}" for place, name in enumerate(cells, start=1)]
                 elif any(cells[len(names) :]):
                     raise InputError(
-                        f"{path}, line {reader.line_num}, has {len(cells)} cells for {len(names)} columns; put quotation "
-                        "marks around a cell with a comma"
+                        f"{path}, line {reader.line_num}: {len(cells)} cells for {len(names)} columns; quote any with commas"
                     )
                 elif cells and cells != [_LAST]:
                     texts.append(json.dumps(dict(zip(names, cells, strict=False)), ensure_ascii=False))

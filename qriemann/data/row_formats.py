@@ -25,12 +25,7 @@ from qriemann.data.turns import (
 
 
 class RowEncoder:
-    """Token ids and mask of conversations and texts, under one run's tokenizer and settings.
-
-    Attributes:
-        text_field: the column of plain texts.
-        writes_date: whether the chat template asks for the date.
-    """
+    """Token ids and mask of conversations and texts, under one run's tokenizer and settings."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: str, text_field: str) -> None:
         self.text_field = text_field
@@ -42,7 +37,6 @@ class RowEncoder:
         """One example, or one for each answer where the chat template rewrites earlier turns.
 
         Args:
-            row: for its system prompt, tools and the account of what is used.
             parts: column and turns; the answers of the last one are trained.
             last: the columns that the last turns came from, where they were no turns.
         """
@@ -74,13 +68,7 @@ class RowEncoder:
         return examples
 
     def completion(self, row: Row, turns: Sequence[tuple[str, Message]], prompt: str) -> list[Example]:
-        """A prompt and its completion as plain strings.
-
-        Args:
-            row: for the account of its turns.
-            turns: column and turn, the completion last.
-            prompt: the text of the others.
-        """
+        """A prompt and its completion as plain strings."""
         completion, place = str(turns[-1][1]["content"]), len(turns) - 1
         if not completion.strip():
             raise RowError("an empty completion", "fill it or remove the row")
@@ -106,9 +94,7 @@ class RowFormat:
     """One format.
 
     Attributes:
-        name: in `run.json`.
         columns: which a dataset must have; an empty name is the run's `text_field`.
-        words: the columns, for the message that lists what is accepted.
         convert: makes the examples of a row; None where the rows hold tokens.
     """
 

@@ -1,8 +1,4 @@
-"""Finds the splits of a local file, a folder or a Hub dataset, and gives their rows as plain objects.
-
-Local files are read by `files`; `datasets` reads what else there is. What goes wrong becomes an error that a user can act on:
-which splits exist, whether the Hub was reached, whether the cache can be written.
-"""
+"""Finds the splits of a local file, a folder or a Hub dataset, and gives their rows as plain objects."""
 
 import dataclasses
 import functools
@@ -18,9 +14,9 @@ import datasets
 from datasets import Dataset, DatasetDict, Features, List, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
-from qriemann.data.files import ENDINGS, TEXT, first_line, read_files
+from qriemann.data.files import ENDINGS, TEXT, read_files
 from qriemann.data.turns import Row
-from qriemann.errors import InputError
+from qriemann.errors import InputError, first_line
 from qriemann.upstream import literal_folders
 
 _HELD_OUT_SPLITS = ("test", "validation", "eval")
@@ -34,9 +30,7 @@ class Source:
 
     Attributes:
         rows: a dataset with columns, or one whose only column, `files.TEXT`, holds each row as a JSON object.
-        name: for messages.
         keys: the columns of rows that are JSON objects.
-        renamed: their new names.
     """
 
     rows: Dataset
@@ -115,12 +109,9 @@ def load_sources(
     """The training rows, and the held-out rows if this dataset or a second one has them.
 
     Args:
-        name: a Hub id, a local file or a local folder.
         config: the configuration of a Hub dataset, or of a folder that is a copy of one.
-        train_split: the split to train on; a file is one split, called train.
         test_split: the split to hold out; None takes test, validation or eval if one exists.
         eval_name: a second dataset or file to hold out, instead of a split.
-        columns: maps columns to their new names.
 
     Raises:
         InputError: the dataset does not exist, cannot be reached or read, or lacks the split, or the split is empty.
@@ -146,9 +137,7 @@ def _pick(splits: Mapping[str, Source], split: str, name: str, key: str, columns
         raise InputError(f"split {split!r} of {name} must hold at least one row, got an empty split; check the dataset")
     for old in columns or {}:
         if old not in source.columns:
-            raise InputError(
-                f"dataset_columns must name columns of {name}, got {old!r}; its columns are {', '.join(source.columns)}"
-            )
+            raise InputError(f"dataset_columns must be among {name}'s {', '.join(source.columns)}, got {old!r}")
     named = f"{name} ({split})"
     if source.is_text:
         return dataclasses.replace(source, name=named, renamed=columns or {})
@@ -186,13 +175,11 @@ def _as_sources(loaded: Dataset | DatasetDict) -> dict[str, Source]:
 def _read_folder(path: Path, name: str | None) -> dict[str, Source]:
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            _refuse_outside(path, _saved_files(path))
             return _as_sources(load_from_disk(str(path)))
         # The builder finds the files of each split, and those that the folder's README names, without reading a row.
         with literal_folders(), tempfile.TemporaryDirectory() as cache:
             config = load_dataset_builder(str(path), name, cache_dir=cache).config
         files = {split: [Path(file) for file in found] for split, found in (config.data_files or {}).items()}
-        _refuse_outside(path.resolve(), (file for names in files.values() for file in names))
         if _is_plain(config) and all(file.suffix.lower() in ENDINGS for names in files.values() for file in names):
             return {split: _from_files(names) for split, names in files.items()}
         _check_cache()
@@ -211,28 +198,6 @@ def _is_plain(config: Any) -> bool:
     return all(found[key] == value for key, value in usual.items() if key not in named)
 
 
-def _saved_files(folder: Path) -> Iterator[Path]:
-    """The files that `load_from_disk` opens, as the folder's own records name them."""
-    parts, splits = [folder], folder / "dataset_dict.json"
-    if splits.is_file():
-        parts += [folder / name for name in json.loads(splits.read_text(encoding="utf-8"))["splits"]]
-    for part in parts:
-        yield part
-        if (part / "state.json").is_file():
-            state = json.loads((part / "state.json").read_text(encoding="utf-8"))
-            yield from (part / file["filename"] for file in state["_data_files"])
-
-
-def _refuse_outside(folder: Path, files: Iterable[Path]) -> None:
-    """Raises InputError if a folder names rows outside itself; symbolic links, as in the Hub's cache, may point outside."""
-    for file in files:
-        inside = Path(os.path.normpath(file)).is_relative_to(os.path.normpath(folder))
-        if not inside:
-            raise InputError(
-                f"a dataset's folder must name files in it, got {str(file)!r:.200} in {folder}; copy it there"
-            )
-
-
 def _load_from_hub(name: str, config: str | None) -> DatasetDict:
     try:
         _check_cache()
@@ -241,15 +206,13 @@ def _load_from_hub(name: str, config: str | None) -> DatasetDict:
         raise
     except DatasetNotFoundError as error:
         raise InputError(
-            f"dataset_name: {name}: no such local file, and no such dataset on the Hub; check the name, or log in with "
-            "`hf auth login` if it is private"
+            f"dataset_name: {name}: no such local file or dataset on the Hub; if it is private, `hf auth login` first"
         ) from error
     # A DNS failure, an HTTP error or a refused loading script: all of them are about the name or the connection.
     except Exception as error:
         remedy = "set dataset_config" if "config" in str(error).lower() else "check the name and the connection"
         raise InputError(
-            f"dataset_name: {name} cannot be reached or read: {first_line(error.__cause__ or error)}; {remedy}, or download "
-            "it and name the file"
+            f"dataset_name: {name} cannot be reached or read: {first_line(error.__cause__ or error)}; {remedy}"
         ) from error
 
 
@@ -261,6 +224,5 @@ def _check_cache() -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(
-            f"the cache folder {folder} cannot be written ({error.strerror}); set HF_DATASETS_CACHE, or HF_HOME, to a "
-            "folder that can"
+            f"{folder} cannot be written ({error.strerror}); set HF_DATASETS_CACHE, or HF_HOME, to a folder that can"
         ) from error

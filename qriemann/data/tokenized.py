@@ -1,8 +1,7 @@
 """Token ids and labels for a stock `SFTTrainer`, from rows of any accepted format.
 
-`SFTTrainer` leaves a dataset that already has `input_ids` and `labels` as it is, apart from truncation and packing. So the
-mask is decided here, for every row, before anything is written. A row without a trained token is an error that names the
-row, because it would silently contribute nothing.
+`SFTTrainer` leaves a dataset that has `input_ids` and `labels` as it is, apart from truncation and packing. So the mask is
+decided here, for every row, before anything is written.
 """
 
 import hashlib
@@ -18,13 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from qriemann.data.account import count_rows
 from qriemann.data.chat_mask import IGNORED, TODAY, Example, RowError
-from qriemann.data.files import first_line
 from qriemann.data.row_formats import FORMATS, RowEncoder, RowFormat, find_format
 from qriemann.data.sources import Batch, Source
 from qriemann.data.turns import MARKS, Row
-from qriemann.errors import InputError
+from qriemann.errors import InputError, first_line, listed
 
-_SHOWN_ROWS, _SHOWN_COLUMNS = 3, 12
+_SHOWN_COLUMNS = 12
 # What a row becomes: tokens, and beside them what went wrong, which column rejects the row, and what people should know.
 _MADE = Features(
     {
@@ -45,8 +43,6 @@ class TokenizedData:
 
     Attributes:
         train, held_out: `input_ids` and `labels`, -100 where a token is not trained.
-        row_format: the name of the training rows' format.
-        notices: what the user should know about the rows, one line each.
         unused: how many rows hold something under a column or a turn's key (`messages[].name`) that is not trained.
         numbers: for each row of `train` that of its source's row, counted from 0.
         left_out: rows with nothing to train, as `input_ids`, `labels` and `row`; those of the training rows' source first.
@@ -79,15 +75,9 @@ def tokenize_rows(
     """Tokens and labels of the training rows and the held-out ones.
 
     Args:
-        train: rows in any accepted format.
         held_out: likewise; None to take `eval_size` of the training rows.
-        tokenizer: with a chat template, if the rows are conversations.
-        loss_on: "assistant" or "all" tokens.
-        text_field: the column of plain texts.
         max_length: in tokens; rows with nothing to train before it are dropped, with a notice. None for no limit.
         eval_size: the share (below 1) or the number of training rows to hold out; 0 for none.
-        seed: of the choice of held-out rows.
-        num_proc: processes that tokenize.
         max_held_out: upper bound of the rows that a share `eval_size` holds out.
         allow: leave rows out, with a notice, instead of refusing them: those without a trained token
             (`no-trained-token`), and those whose own columns say that they are not to be learnt (`rejected-rows`).
@@ -131,8 +121,7 @@ def tokenize_rows(
         return data
     if count >= len(members):
         raise InputError(
-            f"eval_size must leave at least one of the {len(members)} rows of {train.name} to train on, got {eval_size:g}; "
-            "lower it, or set eval_size: 0"
+            f"eval_size must leave one of {train.name}'s {len(members)} rows to train on, got {eval_size:g}; or set it to 0"
         )
     parts = Dataset.from_dict({"member": range(len(members))}).train_test_split(test_size=count, seed=seed)
     trained, tested = (
@@ -149,8 +138,8 @@ def _recognize(source: Source, text_field: str) -> RowFormat:
     row_format = find_format(source.columns, text_field)
     if row_format is None:
         raise InputError(
-            f"{source.name} must have usable columns, got {', '.join(sorted(source.columns)) or 'none'}; accepted "
-            f"are {', or '.join(entry.words for entry in FORMATS)}"
+            f"{source.name} must have usable columns, got {', '.join(sorted(source.columns)) or 'none'}; accepted are "
+            f"{', or '.join(entry.words for entry in FORMATS)}"
         )
     return row_format
 
@@ -226,7 +215,7 @@ def _given_tokens(source: Source) -> Dataset:
         return Dataset.from_list([{name: row.get(name) for name in names} for row in source], features=features)
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise InputError(
-            f"input_ids and labels of {source.name} must be lists of whole numbers: {first_line(error)}; correct them"
+            f"input_ids and labels of {source.name} must be lists of whole numbers: {first_line(error)}"
         ) from error
 
 
@@ -298,13 +287,12 @@ def _without_rejected(source: Source, examples: Dataset, allow: Collection[str],
     if not found:
         return examples
     numbers, cells = [number for number, _ in found], dict.fromkeys(cell for _, cell in found)
-    shown, them = ", ".join([*cells][:_SHOWN_ROWS]), "it" if len(found) == 1 else "them"
+    shown, them = listed(cells), "it" if len(found) == 1 else "them"
     said = f"{len(found)} of {len(source.rows)} rows of {source.name} say that they are not to be learnt ({shown}; "
     said += f"{_rows_in_words(numbers)})"
     if "rejected-rows" not in allow or len(found) == len(source.rows):
         raise InputError(
-            f"{said}; remove {them}, --allow rejected-rows to leave {them} out, or rename the column with dataset_columns "
-            "if it means something else"
+            f"{said}; remove {them}, --allow rejected-rows to leave {them} out, or rename the column with dataset_columns"
         )
     notices.append(f"{said} and are left out")
     return examples.select([index for index, cell in enumerate(examples["rejected"]) if not cell])
@@ -319,8 +307,7 @@ def _unused_notices(unused: Counter[str], rows: int) -> list[str]:
     notices = []
     for beginning, names, end in lines:
         shown = [f"{name} ({unused[name]} of {rows} rows)" for name in names]
-        more = f" and {len(shown) - _SHOWN_COLUMNS} more" if len(shown) > _SHOWN_COLUMNS else ""
-        notices += [beginning + ", ".join(shown[:_SHOWN_COLUMNS]) + more + end] if shown else []
+        notices += [beginning + listed(shown, _SHOWN_COLUMNS) + end] if shown else []
     return notices
 
 
@@ -340,6 +327,4 @@ def _raise_first_problem(source: Source, examples: Dataset) -> None:
 def _rows_in_words(indices: Iterable[int]) -> str:
     """ "row 3" or "rows 3, 4, 9 and 20 more", counted from 1 as an editor counts lines."""
     numbers = [index + 1 for index in indices]
-    shown = ", ".join(map(str, numbers[:_SHOWN_ROWS]))
-    more = f" and {len(numbers) - _SHOWN_ROWS} more" if len(numbers) > _SHOWN_ROWS else ""
-    return f"row{'s' if len(numbers) > 1 else ''} {shown}{more}"
+    return f"row{'s' if len(numbers) > 1 else ''} {listed(numbers)}"

@@ -32,14 +32,7 @@ ANSWERS = frozenset({"tool_calls", "reasoning_content", "reasoning", "thinking"}
 
 
 class Row(dict[str, Any]):
-    """The cells of a row; it remembers which of them were read.
-
-    Attributes:
-        used: columns that were read with `get`.
-        dropped: turn keys, as `messages[].name`, and `tools` that the chat template does not write.
-        told: notices about the row.
-        talk: its turns, once they have been read.
-    """
+    """The cells of a row; it remembers which of them were read."""
 
     def __init__(self, cells: dict[str, Any]) -> None:
         super().__init__(cells)
@@ -91,13 +84,10 @@ class Conversation:
     """Turns for a chat template.
 
     Attributes:
-        messages: mappings with role and content, and whatever else the row says of the turn.
         sources: for each of them the column that it came from, and which of its turns it is.
-        options: what else the chat template takes.
         spans: the tokens of a turn, where no chat template wrote it.
         marked: indices of the answers that are marked as not to be learnt.
         first_trained: answers before this index belong to the prompt.
-        labels: the name for messages of each key of a turn.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -113,12 +103,7 @@ def read_conversation(row: Row, style: AssistantTokenizer, parts: Sequence[tuple
     """The turns of a row, its system prompt first.
 
     Args:
-        row: for its system prompt, and for the account of what is used.
-        style: what the chat template can write.
         parts: column and turns; the answers of the last one are trained.
-
-    Raises:
-        RowError: a turn cannot be read.
     """
     talk = Conversation()
     for column, turns in parts:
@@ -152,11 +137,7 @@ def system_prompt(row: Row) -> str:
 
 
 def read_tools(row: Row) -> list[Any] | None:
-    """The tools that a row offers, from `tools` or from OpenAI's older `functions`.
-
-    Raises:
-        RowError: they are not JSON, or no mappings.
-    """
+    """The tools that a row offers, from `tools` or from OpenAI's older `functions`."""
     tools = parse_json(row.get("tools"), "tools")
     if not tools and not _is_blank(dict.get(row, "functions")):
         functions = parse_json(row.get("functions"), "functions")
@@ -168,11 +149,7 @@ def read_tools(row: Row) -> list[Any] | None:
 
 
 def parse_json(value: Any, what: str) -> Any:
-    """The value of a JSON text, None of a blank one; anything else as it is.
-
-    Raises:
-        RowError: the text is not JSON.
-    """
+    """The value of a JSON text, None of a blank one; anything else as it is."""
     if not isinstance(value, str):
         return value
     try:

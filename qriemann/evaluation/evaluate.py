@@ -1,7 +1,5 @@
 """`eval`: loss, perplexity and right answers of one model, or of two on the same rows, with 95 % intervals."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,10 +44,8 @@ class Evaluation:
 
     Attributes:
         losses: summed negative log likelihood of each row's counted tokens, nats.
-        tokens: counted tokens of each row.
         answers: greedy answers; empty if the rows have no `answer`.
         scores: of each answer, 1 for right and 0 for wrong; some scorers give shares.
-        scorer: the rule that gave them.
     """
 
     name: str
@@ -127,11 +123,7 @@ def evaluate(
 
 
 def difference(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
-    """Second minus first, each row compared with itself; an interval without zero is a difference at the 95 % level.
-
-    Args:
-        first, second: on the same rows.
-    """
+    """Second minus first, each row compared with itself; an interval without zero is a difference at the 95 % level."""
     found = {}
     if first.tokens == second.tokens:
         found["loss"] = _bootstrap(np.array(second.losses) - np.array(first.losses), np.array(first.tokens))

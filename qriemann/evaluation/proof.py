@@ -1,14 +1,9 @@
 """The proof that what was written is what was trained.
 
-Two independent looks at the files. Weights: each tensor read back must be the base's plus what PEFT says the adapter adds,
-rounded as the files are. Behaviour: a fresh process loads the folder with transformers alone, and its next-token
-distributions are compared with those that the base of training with the adapter gave before.
-
-The first finds any damage, however small its effect. The second measures the cost of leaving the base that the adapter was
-trained on, which no check of weights can: quantization moves the base further than many adapters do.
+Weights: each tensor read back must be the base's plus what PEFT says the adapter adds, rounded as the files are. That finds
+any damage. Behaviour: a fresh process loads the folder with transformers alone, and its next-token distributions are compared
+with those of the trained model. That measures the cost of leaving the base that the adapter was trained on.
 """
-
-from __future__ import annotations
 
 import json
 import subprocess
@@ -45,14 +40,7 @@ _WEIGHT_RTOL = {"float32": 1e-6, "float16": 1e-4, "bfloat16": 1e-4, "nf4": 1e-3}
 
 @dataclass(frozen=True)
 class Written:
-    """A folder to be judged.
-
-    Attributes:
-        into, dtype: what it holds.
-        weights: the largest relative difference of a tensor from base plus adapter, and that tensor's name, empty if
-            none was read back.
-        max_kl: largest mean KL to the trained model that is accepted, nats a token.
-    """
+    """A folder to be judged."""
 
     folder: Path
     into: str
@@ -110,14 +98,6 @@ class Recording:
     untrained: Differences
 
 
-def record(trained: Trained, rows: Rows, path: Path) -> Recording:
-    """Writes the trained model's logits to the file."""
-    logits = {str(index): row.contiguous() for index, row in reload.logits_of_rows(trained.peft, rows.rows)}
-    save_file(logits, path)
-    with trained.untrained() as model:
-        return Recording(path, rows.rows, reload.differences(model, rows.rows, path))
-
-
 def load_and_record(
     saved: SavedAdapter,
     base: str | None,
@@ -128,18 +108,17 @@ def load_and_record(
     console: Console,
     max_tokens: int | None = None,
 ) -> tuple[Trained, Rows, Recording]:
-    """The trained model, the rows of the proof and what the model says to them; on the CPU where the card is too small.
-
-    Raises:
-        InputError: as `load_trained` and `load_rows`.
-    """
+    """The trained model, the rows of the proof and what the model says to them; on the CPU where the card is too small."""
 
     def attempt(device: str | None) -> tuple[Trained, Rows, Recording]:
         trained = load_trained(saved, base, revision, console, quantize=quantize, device=device)
         rows = trained.proof_rows(data, console, max_tokens)
         console.print(f"Recording the trained model on {rows.source}, {rows.tokens} tokens ...", highlight=False)
         with explaining_memory("recording the trained model", "shorten the longest rows of --data"):
-            return trained, rows, record(trained, rows, path)
+            logits = {str(index): row.contiguous() for index, row in reload.logits_of_rows(trained.peft, rows.rows)}
+            save_file(logits, path)
+            with trained.untrained() as model:
+                return trained, rows, Recording(path, rows.rows, reload.differences(model, rows.rows, path))
 
     try:
         return attempt(None)
@@ -155,13 +134,7 @@ def load_and_record(
 def worst_weight(
     expected: Callable[[str], Tensor], names: Iterable[str], read: Callable[[str], Tensor | None]
 ) -> tuple[float, str]:
-    """The largest relative Frobenius difference of a tensor that was read back, and its name; infinite if one is missing.
-
-    Args:
-        expected: what the tensor of a name should be, in the precision of the files.
-        names: of all tensors.
-        read: the tensor as it is in the files; None if it is not there.
-    """
+    """The largest relative Frobenius difference of a tensor that was read back, and its name; infinite if one is missing."""
     worst = (0.0, next(iter(names)))
     for name in names:
         right, found = expected(name).float(), read(name)

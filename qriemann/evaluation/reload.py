@@ -3,8 +3,6 @@
 The script must not import this project, so that it loads what anybody else would load.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import sys

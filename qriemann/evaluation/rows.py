@@ -1,7 +1,5 @@
 """Held-out rows to score a model on or to compare two: tokens, and which of them count."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -26,9 +24,7 @@ class Rows:
 
     Attributes:
         source: where they come from, in words, without a path.
-        rows: tokens and counted positions.
         answers: the `answer` of each row; empty if the rows have none.
-        notices: one line for everything a person should know about them.
         extra: what else each row with an answer has that a scorer may read, its `question` and `metadata`.
     """
 
@@ -57,13 +53,8 @@ def load_rows(
     Args:
         data: a local file or a Hub id in any format of the recipe, and also `prompt` or `messages` with `answer`, or
             `prompt` alone; where it has a split to hold out, that one. None for the built-in prompts.
-        tokenizer: its chat template is used for conversations.
         max_length: rows are cut there, in tokens; None for no limit, as below.
         max_tokens: rows after the one that reaches so many counted tokens are left out.
-        max_rows: rows after so many are left out.
-
-    Raises:
-        InputError: as the recipe does, on rows that cannot be used.
     """
     source = (_built_in(tokenizer) if data is None else _held_out_source(data)).first(max_rows)
     text_field = "prompt" if "completion" not in source.columns else "text"

@@ -1,7 +1,5 @@
 """When an answer counts as right: the rules that `eval --scorer` knows by name."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -35,11 +33,7 @@ class Scorer:
 
 
 def find_scorer(name: str) -> Scorer:
-    """The rule of that name.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The rule of that name."""
     if name not in SCORERS:
         raise InputError(f"scorer must be one of {', '.join(SCORERS)}, got {name!r}")
     return SCORERS[name]
@@ -85,21 +79,16 @@ def _reasoning_gym(right: str, row: Mapping[str, Any]) -> Score:
     name = metadata.get("source_dataset") if isinstance(metadata, Mapping) else None
     if name is None:
         raise InputError(
-            "the scorer reasoning-gym needs the metadata that the package gave each row, with source_dataset; write it into "
-            "the rows, or choose another --scorer"
+            "the scorer reasoning-gym needs the rows' metadata with source_dataset; write it, or choose another --scorer"
         )
     try:
         from reasoning_gym import get_score_answer_fn
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            "the scorer reasoning-gym needs the package of that name; pip install reasoning-gym"
-        ) from error
+        raise MissingExtraError("the scorer reasoning-gym needs its package; pip install reasoning-gym") from error
     try:
         score = get_score_answer_fn(name)
     except ValueError as error:
-        raise InputError(
-            f"reasoning-gym has no dataset {name!r}, which source_dataset names; check the rows"
-        ) from error
+        raise InputError(f"reasoning-gym has no dataset {name!r} (source_dataset of a row)") from error
     return lambda said: float(score(said, {**row, "answer": right, "metadata": metadata}))
 
 

@@ -1,7 +1,5 @@
 """The trained model: the adapter on its base, loaded as in training, computed by PEFT."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,10 +61,8 @@ class Trained:
     """The base with its adapter, and what was taken from the base before PEFT wrapped it.
 
     Attributes:
-        quantized: whether the base is in 4 bit.
         tied: the names of the output head's tensor and of the embeddings' that the base ties it to; None if it does not.
         untied: whether training has given the two different values.
-        notes: lines for the user.
     """
 
     base: str
@@ -106,12 +102,7 @@ class Trained:
                 raise InputError(f"lora_bias must be of layers with a bias to be merged, got {name} without one")
 
     def as_trained(self, name: str, stored: Tensor, *, by_peft: bool = False) -> Tensor:
-        """A tensor of a checkpoint with what training changed, float32 where a layer's adapter is in it.
-
-        Args:
-            name: that the model has for it.
-            by_peft: has PEFT compute the adapter's part, for the proof, instead of the files' factors.
-        """
+        """A tensor of a checkpoint with what training changed, float32 where a layer's adapter is in it."""
         module, _, kind = name.rpartition(".")
         tensor, layer = self.adapter.replacement(name, stored), self.adapter.layers.get(module)
         if layer is None:
@@ -162,11 +153,9 @@ def load_trained(
     Without a record of the training beside the adapter, the base is loaded in 4 bit.
 
     Args:
-        base, revision: instead of those that the adapter names.
         quantize: "nf4" or "none", instead of what was trained on.
         dtype: to compute in; None is that of training. A proof computes in float32, so that what it finds is not the
             computation's rounding.
-        device: as `load_base` takes it.
 
     Raises:
         InputError: the base cannot be had, or the adapter does not fit it.

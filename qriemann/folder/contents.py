@@ -1,7 +1,5 @@
 """The content of a folder that a training, a merge or an export wrote; every part but the model may be missing."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -32,12 +30,6 @@ class ModelFolder:
     Attributes:
         kind: a LoRA adapter, a whole (merged) model, GGUF files of either, or a run that left neither yet.
         base: the model it was made from, as it was named when it was made; None if nothing says so.
-        config: `adapter_config.json` or `config.json`.
-        run: `run.json`.
-        metrics: one mapping a log event.
-        rows: `trained_rows.json`, what was trained.
-        proof: `merge_report.json`.
-        exports: folders of GGUF files, this one or inside it, each with its report.
         samples: answers before and after training, each with question, right, before, after.
         example: the first of these questions as a conversation; empty if there is none.
         scores: (name, before, after) of what was measured on held-out rows.
@@ -87,10 +79,6 @@ class ModelFolder:
 
 def read_folder(folder: str | os.PathLike[str], *, run: str | os.PathLike[str] | None = None) -> ModelFolder:
     """The content of a folder.
-
-    Args:
-        folder: an adapter, a merged model, or the output folder of a run.
-        run: the folder of the training, where it is another: a merged model has no records of its own.
 
     Raises:
         InputError: there is no such folder, or nothing of ours or PEFT's in it.

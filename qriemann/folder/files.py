@@ -1,13 +1,16 @@
-"""Files that are whole and on disk before anything relies on them."""
+"""Files that are whole and on disk before anything relies on them, and paths that stay in their folder."""
 
 import hashlib
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from qriemann.errors import InputError
+
+_LEAVES_FOLDER = re.compile(r"[/~]|\\\\|[A-Za-z]:[\\/]|\.\.\\|(.*/)?\.\.(/|$)", re.DOTALL)
 
 
 def sha256(path: Path) -> str:
@@ -22,12 +25,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Replaces the file in one move, flushed to disk: a crash leaves the old content or the new.
-
-    Args:
-        path: the file.
-        write: writes the new content to the path that it is given.
-    """
+    """Replaces the file in one move, flushed to disk: a crash leaves the old content or the new."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(partial)
@@ -54,6 +52,24 @@ def check_output(out: Path) -> None:
         left = out.with_name(f"{out.name}.{suffix}")
         if left.exists():
             raise InputError(f"{left} is left of an earlier try; remove it")
+
+
+def refuse_outside(path: Path | str, key: str, value: Any, remedy: str) -> None:
+    """Raises InputError if `value`, which the file at `path` has for `key`, is a path out of that file's folder."""
+    if isinstance(value, str) and _LEAVES_FOLDER.match(value):
+        raise InputError(f"a path in {path} must stay in its folder, got {value!r:.80} for {key!r:.80}; {remedy}")
+
+
+def entries(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every value of a JSON document with its key, at any depth."""
+    pending = [("", content)]
+    while pending:
+        key, value = pending.pop()
+        yield key, value
+        if isinstance(value, dict):
+            pending += value.items()
+        elif isinstance(value, list):
+            pending += [(key, item) for item in value]
 
 
 def open_like_its_folder(path: Path) -> None:

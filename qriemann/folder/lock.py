@@ -67,7 +67,5 @@ def _acquire(folder: Path) -> BaseFileLock:
             f"{holder.get('host', '?')} since {holder.get('started_at', '?')}; wait for it, or name another folder"
         ) from None
     except OSError as error:
-        raise InputError(
-            f"output_dir must be a writable folder, got {folder}: {error.strerror}; name another"
-        ) from error
+        raise InputError(f"output_dir must be a writable folder, got {folder}: {error.strerror}") from error
     return lock

@@ -1,10 +1,7 @@
 """What must not leave this machine with a model: credentials are refused, local paths become names.
 
-The honest trade-off: no scan finds every secret. This one knows the usual shapes and the values of this process' own
-environment, and what it is run on is a short list of files that a model needs, not whatever lies in the folder.
+No scan finds every secret. This one knows the usual shapes and the values of this process' own environment.
 """
-
-from __future__ import annotations
 
 import os
 import re
@@ -35,12 +32,7 @@ def hide_credentials(text: str) -> str:
 
 
 def find_private(text: str, *, paths: Iterable[Path] = ()) -> list[tuple[int, str]]:
-    """Credentials and local paths in a text, each as its line and what it is, never what it says.
-
-    Args:
-        text: of one file.
-        paths: further places on this machine whose name must not appear, beside the home and the working folder.
-    """
+    """Credentials and local paths in a text, each as its line and what it is, never what it says."""
     found = [(match.start(), "a credential") for match in _CREDENTIAL.finditer(text)]
     found += [(text.index(value), f"the value of {name}") for name, value in _own_secrets() if value in text]
     places = {str(place) for path in (Path.home(), Path.cwd(), *paths) for place in (path, path.resolve())}
@@ -56,7 +48,6 @@ def without_paths(value: Any, names: dict[str, str]) -> Any:
     """A copy of a JSON value in which every local path is replaced.
 
     Args:
-        value: as `json.loads` gives it.
         names: what to write instead of a string that is a key of it; any other absolute path keeps its last part.
     """
     if isinstance(value, dict):

@@ -1,7 +1,6 @@
 """What a run leaves in its folder: `metrics.jsonl` (one line per log event), `run.json`, `loss.png`, checkpoints.
 
-Each file is replaced in one move, so neither a reader nor a crash sees half of one; only `metrics.jsonl` grows line by
-line.
+Each file but the growing `metrics.jsonl` is replaced in one move, so neither a reader nor a crash sees half of one.
 """
 
 from __future__ import annotations
@@ -141,9 +140,6 @@ def recorded_base(folder: Path) -> dict[str, Any]:
     """How the base of the adapter in a folder was loaded when it was trained, as a run's record has it.
 
     Empty where nothing says so: the adapter is from another tool, or was trained by a script and saved outside a checkpoint.
-
-    Args:
-        folder: of a run, of one of its checkpoints, or of an adapter that `export` wrote or `push` uploaded.
     """
     of_checkpoint = read_json(folder / MANIFEST).get("run")
     loaded = of_checkpoint.get("loaded") if isinstance(of_checkpoint, dict) else None

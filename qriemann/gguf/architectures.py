@@ -4,8 +4,6 @@ A type without a row is refused: a file that llama.cpp computes with otherwise t
 tests/gguf/test_architectures.py runs a random model of every row in llama.cpp and compares.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,8 @@ import torch
 from torch import Tensor
 
 from qriemann.errors import InputError
+
+CONVERT = "merge the adapter, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
 
 
 def _granite(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -89,32 +89,18 @@ ARCHITECTURES = {
 
 
 class Layout:
-    """Where and how a GGUF file holds the tensors of one model.
-
-    Args:
-        model: loaded, for its configuration and its rotary frequencies.
-
-    Raises:
-        InputError: the model's type has no row, or its rotary embeddings no form in llama.cpp.
-    """
+    """Where and how a GGUF file holds the tensors of one model."""
 
     def __init__(self, model: Any) -> None:
         self.config, kind = model.config, model.config.model_type
         if kind not in ARCHITECTURES:
-            raise InputError(
-                f"the base must be one of {', '.join(sorted(ARCHITECTURES))} to become GGUF, got {kind!r}; merge it, and "
-                "convert the folder with llama.cpp's convert_hf_to_gguf.py"
-            )
+            raise InputError(f"GGUF files are written of {', '.join(sorted(ARCHITECTURES))}, got {kind!r}; {CONVERT}")
         self.architecture = ARCHITECTURES[kind]
         self.added = _rope_factors(model)
         self._names = gguf.get_tensor_name_map(self.architecture.id, self.config.num_hidden_layers)
 
     def name(self, tensor: str) -> str:
-        """The GGUF name of a weight or a bias.
-
-        Raises:
-            InputError: llama.cpp has no such tensor in this architecture.
-        """
+        """The GGUF name of a weight or a bias."""
         found = self._names.get_name(tensor, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise InputError(f"llama.cpp's {self.architecture.id.name.lower()} has no place for {tensor} of the base")
@@ -132,11 +118,7 @@ class Layout:
         return pairs.transpose(1, 2).reshape(tensor.shape)
 
     def describe(self, writer: gguf.GGUFWriter) -> None:
-        """Writes the hyperparameters.
-
-        Raises:
-            InputError: llama.cpp cannot compute what the configuration says.
-        """
+        """Writes the hyperparameters."""
         config = self.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rope, context = _rope(config), config.max_position_embeddings
@@ -190,6 +172,4 @@ def _every(period: int, config: Any) -> list[str]:
 def _require(config: Any, key: str, wanted: Any, found: Any = None) -> None:
     found = getattr(config, key, found)
     if found != wanted:
-        raise InputError(
-            f"{key} of a {config.model_type} must be {wanted}, as llama.cpp has it built in, got {found}; it cannot run there"
-        )
+        raise InputError(f"{key} of a {config.model_type} must be {wanted} to run in llama.cpp, got {found}")

@@ -1,10 +1,7 @@
 """What llama.cpp makes of a file, held against the trained model.
 
-Teacher-forced: both get the same tokens, and their next-token distributions are compared. Free-running text says nothing,
-because a near tie flips it.
+Both get the same tokens, and their next-token distributions are compared: in free-running text a near tie flips the rest.
 """
-
-from __future__ import annotations
 
 import contextlib
 import importlib.util
@@ -56,8 +53,6 @@ class Seen:
     """What llama.cpp did with a file.
 
     Attributes:
-        figures: None if it did not load.
-        failure: why it did not; empty if it did.
         retold: a sentence for each conversation or text whose tokens are not those of the training; empty if there is none.
         ended: how many of the answers to the first `asked` rows ended by themselves within 64 tokens.
     """
@@ -77,11 +72,7 @@ def has_engine() -> bool:
 def run(
     model: Path, adapter: Path | None, recording: Recording, tokenizer: PreTrainedTokenizerBase, *, talk: bool = True
 ) -> Seen:
-    """Loads the file, with an adapter to it or None, in a fresh process of llama.cpp and compares it.
-
-    Args:
-        talk: whether to compare the tokens of conversations too, and to ask for answers.
-    """
+    """Loads the file, with an adapter to it or None, in a fresh process of llama.cpp and compares it."""
     said = _said(tokenizer) if talk else []
     request = {
         "model": str(model.resolve()),

@@ -4,8 +4,6 @@ Run as a script: a file that llama.cpp cannot take may end the process, and what
 script does not import this project, so that nothing but llama.cpp computes here.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import sys

@@ -1,11 +1,8 @@
 """The verdict on GGUF files, and the ladder of their types.
 
-Two questions, answered apart. Does llama.cpp compute what was trained? That is asked of a file that rounds nothing: a layer
-whose rows are permuted wrongly or a scaling that is off is lost in the noise of a 4-bit file. And what does each smaller type
-cost? That is the ladder.
+Does llama.cpp compute what was trained? That is asked of a file that rounds nothing: a wrongly permuted layer is lost in the
+noise of a 4-bit file. And what does each smaller type cost? That is the ladder.
 """
-
-from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
@@ -42,12 +39,7 @@ def prove(
     max_kl: float | None,
     console: Console,
 ) -> tuple[dict[str, Any], list[Verdict]]:
-    """The report's part on what llama.cpp found, and the verdict on each file; a file that is too far is renamed.
-
-    Args:
-        own_base: the base's own GGUF file, to try an adapter on; None if it has none.
-        max_kl: as in `export_gguf`.
-    """
+    """The report's part on what llama.cpp found, and the verdict on each file; a file that is too far is renamed."""
     if max_kl is None:
         max_kl = max(_KL_FLOOR, _KL_SHARE * recording.untrained["mean_kl"])
     precision = _PRECISION[files.exact_type]

@@ -5,17 +5,13 @@ which loses a default system prompt, and beyond 100 edited characters none at al
 derived here from what the Jinja template writes, and given only if it writes the same for other conversations too.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from qriemann.base.chat_template import render
-from qriemann.data.chat_mask import end_of_turn
 from qriemann.errors import InputError
-from qriemann.evaluation.trained import Trained
 from qriemann.gguf.vocabulary import begins_with_bos
 
 _SAID = {"system": "Qsystem", "user": "Quser", "assistant": "Qassistant"}
@@ -56,12 +52,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def make_modelfile(
     file: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], asked: Sequence[Mapping[str, str]] = ()
 ) -> str:
-    """The content of a Modelfile for the GGUF file beside it.
-
-    Args:
-        stops: the tokens that end a turn.
-        asked: a conversation as training had them, for its system prompt.
-    """
+    """The content of a Modelfile for the GGUF file beside it."""
     template = go_template(tokenizer) if tokenizer.chat_template else None
     no_form = (
         "# The chat template has no Go form that is known: Ollama takes the one that it knows for the file, or none."
@@ -69,10 +60,3 @@ def make_modelfile(
     lines = [f"FROM ./{file}", no_form if template is None else f'TEMPLATE """{template}"""']
     lines += [f'SYSTEM """{turn["content"]}"""' for turn in asked if turn["role"] == "system"]
     return "\n".join([*lines, *(f'PARAMETER stop "{stop}"' for stop in stops)]) + "\n"
-
-
-def end_tokens(trained: Trained) -> list[str]:
-    """The tokens that end a turn: the tokenizer's, the template's, and those of the generation settings."""
-    tokenizer, more = trained.tokenizer, getattr(trained.model.generation_config, "eos_token_id", None) or []
-    ends = [tokenizer.eos_token_id, end_of_turn(tokenizer), *(more if isinstance(more, list) else [more])]
-    return list(dict.fromkeys(tokenizer.convert_ids_to_tokens(end) for end in ends if end is not None))

@@ -1,11 +1,8 @@
-"""The tokenizer of the training as a GGUF file holds it.
+"""The tokenizer of the training as a GGUF file holds it: the one that the rows went through.
 
-What is written is the tokenizer that the rows went through, not the one that the base's publisher may have written into a
-GGUF file of it: transformers reads some of those otherwise than llama.cpp does (SmolLM2's splits two spaces before a digit
-into two tokens in transformers, into one in llama.cpp), and the model has learned what it was fed.
+A publisher's GGUF file of the base may have another: transformers reads some otherwise than llama.cpp does (SmolLM2's splits
+two spaces before a digit into two tokens in transformers, into one in llama.cpp), and the model has learned what it was fed.
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -14,8 +11,9 @@ from typing import Any
 import gguf
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.data.chat_mask import end_of_turn
+from qriemann.base.chat_template import end_of_turn
 from qriemann.errors import InputError
+from qriemann.gguf.architectures import CONVERT
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,23 +30,14 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    """Writes tokens, merges, special tokens and chat template.
-
-    Args:
-        size: rows of the embeddings; tokens beyond the tokenizer's are filled up.
-
-    Raises:
-        InputError: llama.cpp has no such tokenizer.
-    """
+    """Writes tokens, merges, special tokens and chat template."""
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     model = core["model"]
     if model["type"] != "BPE":
         raise InputError(f"the tokenizer must be byte-pair encoding to become GGUF, got {model['type']}")
     tokens = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(tokens) >= size:
-        raise InputError(
-            f"the base must have a row of embeddings for each of the tokenizer's {max(tokens) + 1} tokens, got {size} rows"
-        )
+        raise InputError(f"the base has {size} rows of embeddings for the tokenizer's {max(tokens) + 1} tokens")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     sentencepiece = bool(model["byte_fallback"])
     if sentencepiece:
@@ -121,9 +110,7 @@ def _pre_tokenizer(core: dict[str, Any]) -> str:
     normalizers = {part["type"] for part in _parts(core["normalizer"])} - {"NFC"}
     if name is None or normalizers or any(part.get("add_prefix_space") for part in parts):
         raise InputError(
-            "llama.cpp must have the way in which the tokenizer cuts a text before it merges, and none that is known here is "
-            f"{how or 'no way at all'!r:.200}; merge the adapter, and convert the folder with llama.cpp's "
-            "convert_hf_to_gguf.py"
+            f"llama.cpp has no name for how the tokenizer cuts a text, {how or 'not at all'!r:.200}; {CONVERT}"
         )
     return name
 

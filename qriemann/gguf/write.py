@@ -1,7 +1,5 @@
 """GGUF files of a model and of an adapter, written tensor by tensor."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,13 +42,8 @@ def write_model(
     """Writes a whole model; one tensor at a time is in memory.
 
     Args:
-        shapes: of all tensors, by their names in transformers.
-        tensor_of: the tensor of such a name.
         type_name: a key of `TYPES`. Norms and biases stay in float32, embeddings and head in q8_0 at least, and rows that do
             not divide into blocks in float16.
-
-    Raises:
-        InputError: llama.cpp has no such model.
     """
     with _writing(path, layout, gguf.GGUFType.MODEL, TYPES[type_name][1], name) as writer:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -130,8 +123,6 @@ class Files:
 
     Attributes:
         exact: the model or the base in `exact_type`: f32, or f16 where that does not fit into memory. For the proof alone.
-        adapter: the adapter to it; None if the model is merged.
-        ladder: the merged files by type.
     """
 
     exact: Path
@@ -149,17 +140,7 @@ def write_files(
     types: Sequence[str] | None,
     console: Console,
 ) -> Files:
-    """Writes the files of one export.
-
-    Args:
-        folder: for what was asked for.
-        scratch: for what only the proof needs.
-        name: the files' names begin with it.
-        types: of the merged files; None for the adapter alone.
-
-    Raises:
-        InputError: llama.cpp has no such model or adapter, or the disk is too small.
-    """
+    """Writes the files of one export."""
     if types is None:
         _check_adapter(trained)
     trained.check_mergeable()
@@ -171,9 +152,7 @@ def write_files(
     places = {exact_type: scratch, **dict.fromkeys(types or (), folder)}
     needed, free = sum(size_of(layout, shapes, kind) for kind in places), shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(
-            f"{folder.parent} has {decimal(free)} free, and the files need {decimal(needed)}; name another output"
-        )
+        raise InputError(f"{folder.parent} has {decimal(free)} free, and the files need {decimal(needed)}")
 
     def tensor_of(key: str) -> Tensor:
         stored = tensors[twin.get(key, key)]
@@ -195,11 +174,6 @@ def _check_adapter(trained: Trained) -> None:
     adapter = trained.adapter
     more = [f"{name}.bias" for name, layer in adapter.layers.items() if layer.bias is not None]
     if more := [*adapter.replaced, *adapter.rows, *more]:
-        raise InputError(
-            f"a GGUF adapter holds low-rank factors alone, got {more[0]}; export the merged model, --to gguf"
-        )
+        raise InputError(f"a GGUF adapter holds low-rank factors alone, got {more[0]}; use --to gguf")
     if trained.tied and trained.tied[0].removesuffix(".weight") in adapter.layers:
-        raise InputError(
-            "the head is the embeddings in this base, and llama.cpp cannot adapt one alone; export the merged model, "
-            "--to gguf"
-        )
+        raise InputError("the head is the embeddings in this base, and llama.cpp cannot adapt one alone; use --to gguf")

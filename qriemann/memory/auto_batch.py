@@ -1,11 +1,8 @@
 """Finds how many rows fit into memory at once, and cuts each step's rows into parts of that size.
 
-The dataloader hands over all rows of an optimizer step. Neither the rows nor their order nor the loss, a mean over the tokens
-of the whole step, depend on the cut. A step that runs out of memory is repeated in smaller parts: nothing of it has reached
-the optimizer yet.
+Neither the rows of a step nor their order nor the loss, a mean over the tokens of the whole step, depend on the cut. A step
+that runs out of memory is repeated in smaller parts: nothing of it has reached the optimizer yet.
 """
-
-from __future__ import annotations
 
 import contextlib
 import logging
@@ -42,10 +39,7 @@ class BatchFit:
     """The choice for one device.
 
     Attributes:
-        rows: at most this many at once.
-        rows_per_step: of one device.
         tokens: at most this many at once if rows are laid end to end (packing).
-        longest_tokens: of the longest row.
         needed_gib, free_gib: what the longest rows took beyond what was held, and what there was.
         fallbacks: how often the choice has been halved since.
     """
@@ -78,11 +72,6 @@ class AutoBatch(TrainerCallback):
     A step of a device has per_device_train_batch_size times gradient_accumulation_steps rows, as they are when this is made.
     When training begins, the longest rows go through forward and backward a few times; a resumed run keeps its choice.
 
-    Args:
-        trainer: an `SFTTrainer` whose training has not begun; its `training_step` is wrapped, and this callback goes before
-            its others.
-        report: called with the choice, and again whenever it is halved; logs it by default.
-
     Raises:
         InputError: when training begins, if one row does not fit, or if the data or the processes do not allow a cut.
     """
@@ -99,9 +88,7 @@ class AutoBatch(TrainerCallback):
         trainer.callback_handler.callbacks.insert(0, self)
         self.fit: BatchFit | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         kept = state.stateful_callbacks.get(AUTO_BATCH_KEY)
         self._keep(BatchFit(**kept) if kept else self._choose(kwargs["train_dataloader"]), state)
 
@@ -114,10 +101,7 @@ class AutoBatch(TrainerCallback):
         longest = longest_rows(dataloader.dataset, self._rows_per_step)
         lengths = [len(row["input_ids"]) for row in longest]
         if process_count() > 1 and "attention_mask" not in dataloader.collate_fn(longest[:1]):
-            raise InputError(
-                "auto_batch does not work with packing or padding_free in several processes, which must take the same number "
-                "of parts; leave it out, and set per_device_train_batch_size and gradient_accumulation_steps to what fits"
-            )
+            raise InputError("auto_batch does not work with packing or padding_free in several processes; leave it out")
         device = self._trainer.args.device
         free, held = free_bytes(device), self._held_later()
         chosen, need, slope = 0, held, 0.0
@@ -133,8 +117,7 @@ class AutoBatch(TrainerCallback):
         chosen = -largest_over_processes(-chosen)
         if not chosen:
             raise InputError(
-                f"a single row of {lengths[0]} tokens does not fit into {free / GIB:.2f} GiB; "
-                f"{cheapest_change(self._trainer.args, 1)}"
+                f"{lengths[0]} tokens do not fit into {free / GIB:.2f} GiB; {cheapest_change(self._trainer.args, 1)}"
             )
         return BatchFit(
             rows=chosen,

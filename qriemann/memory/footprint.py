@@ -1,7 +1,6 @@
 """What a run stores, and what its steps allocate beyond that, from the model's configuration alone.
 
-Stored tensors are added up; a step is counted on the meta device. Two numbers are assumptions, because no GPU was there to
-measure them: what the driver and the libraries take, and the workspace of an optimizer step.
+Assumed, because no GPU was there to measure it: what the driver and the libraries take, and an optimizer step's workspace.
 """
 
 from __future__ import annotations
@@ -45,11 +44,8 @@ class Workload:
     """What decides, beside model and adapter, how much memory a run takes; named as in the settings.
 
     Attributes:
-        state_blocks: blocks of a factor's size that the optimizer keeps.
         start: of an adapter on the manifold; None for plain factors.
-        packing_strategy: None without packing.
         per_device_eval_batch_size: 0 without evaluation.
-        dense_copies: a run on a CPU holds its 4-bit weights dequantized as well.
     """
 
     on_gpu: bool
@@ -78,11 +74,7 @@ class Workload:
 
 
 def read_run(settings: Settings, *, dense_copies: bool = True) -> tuple[Footprint, Workload]:
-    """The model of a run and its workload; the only place in `memory/` that reads settings.
-
-    Raises:
-        InputError: a setting that a plan needs is missing, or the model cannot be planned.
-    """
+    """The model of a run and its workload; the only place in `memory/` that reads settings."""
     args = training_arguments(settings)
     if args.max_length is None:
         raise InputError("plan needs the number of tokens a row: add max_length, for example --max_length 2048")
@@ -117,11 +109,7 @@ def read_run(settings: Settings, *, dense_copies: bool = True) -> tuple[Footprin
 
 
 class Footprint:
-    """The bytes of one model with one adapter under any workload; models and counts are kept for the next question.
-
-    Attributes:
-        left_out: the line of `without_experts`, once a model was made.
-    """
+    """The bytes of one model with one adapter under any workload; models and counts are kept for the next question."""
 
     def __init__(self, name: str, shape: PreTrainedConfig, adapter: LoraConfig) -> None:
         if hasattr(shape, "quantization_config"):
@@ -194,16 +182,6 @@ class Footprint:
         matrix = model.get_input_embeddings().weight
         movable = workload.on_gpu and not (has_tied_embeddings(model) or matrix.requires_grad)
         return total_bytes([matrix]) if movable else 0
-
-    def merge_bytes(self, workload: Workload) -> tuple[int, int]:
-        """Bytes in float32 of what `merge` loads: the base that training saw, in 4 bit, and the model that it has written."""
-        recorded = merged = 0
-        four_bit = {id(m.weight) for m in self.model(workload).modules() if isinstance(m, QuantizedLinear)}
-        for name, parameter in self.model(workload).named_parameters():
-            if "lora_" not in name:
-                merged += 4 * parameter.numel()
-                recorded += nf4_bytes(parameter.numel()) if id(parameter) in four_bit else 4 * parameter.numel()
-        return recorded, merged
 
     def computed(self, workload: Workload) -> tuple[str, Counter[str]]:
         """The phase of a step that allocates most beyond what is stored, and its bytes by part."""

@@ -1,7 +1,5 @@
 """Counts the bytes that a computation allocates, on real tensors and on tensors without content alike."""
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,11 +21,8 @@ CONTEXT = int(0.5 * GIB)
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of every storage that operations allocate while it is active.
 
-    Attributes:
-        live: bytes.
-        peaks: for each window, the bytes at its peak, by the part of the model that allocated them.
-        part: the part that new storages are counted under.
-        window: the window that the peak is kept under.
+    `peaks` has for each window the bytes at its peak, by the part of the model that allocated them. Storages count under the
+    present `part`, and the peak under the present `window`.
     """
 
     def __init__(self, known: list[Tensor]) -> None:

@@ -1,7 +1,4 @@
-"""What a run needs on its card, from the model's configuration alone, before anything is downloaded.
-
-footprint.py counts bytes; this file finds what fits, and what to change if something does not.
-"""
+"""What a run needs on its card, what fits, and what to change if something does not; footprint.py counts the bytes."""
 
 from __future__ import annotations
 
@@ -35,9 +32,7 @@ class Plan:
         stored: (what, bytes) of everything that stays for the whole run.
         computed: the same for what a step allocates, at its peak.
         phase: when that peak is: "training", "evaluation" or "optimizer step".
-        assumptions: what was assumed rather than counted.
         left_out: a line about the experts of the model, which are neither quantized nor adapted.
-        vram_gib: the card, or None.
         longest: most tokens a row that fit the card at this batch; None without a card.
         largest_batch: most rows that fit the card at this length.
         remedy: the settings to change so that it fits, at the least cost; empty if it fits, or if nothing helps.
@@ -103,11 +98,7 @@ def plan(settings: Settings, vram_gib: float | None = None, *, dense_copies: boo
 
 
 def plan_cards(settings: Settings) -> list[Plan]:
-    """The plan for each of the usual card sizes that holds what is stored.
-
-    Raises:
-        InputError: as `plan`; if no such card does.
-    """
+    """The plan for each of the usual card sizes that holds what is stored."""
     footprint, workload = read_run(settings)
     result = _plan(footprint, workload)
     cards = [card for card in CARDS_GIB if sum(size for _, size in result.stored) < card * GIB]
@@ -125,12 +116,6 @@ def _plan(footprint: Footprint, workload: Workload) -> Plan:
             f"attention: {kept}",
             "no run on a GPU has confirmed these numbers; `qriemann check` measures on the card itself",
         ]
-        if workload.quantized:
-            recorded, merged = (size / GIB for size in footprint.merge_bytes(workload))
-            notes.append(
-                f"merge: {recorded:.1f} GiB of weights to record the trained model and then {merged:.1f} GiB to prove the "
-                "merged one, each on the card if it is free there, else on the CPU"
-            )
     elif workload.quantized and not workload.dense_copies:
         notes.append("the 4-bit weights are not held dequantized as well: the run needs less and takes longer")
     if workload.offload_embeddings and (size := footprint.embedding_bytes(workload)):

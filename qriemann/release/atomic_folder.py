@@ -1,7 +1,5 @@
 """An output folder that exists whole or not at all, and the result that `merge` and `export` return."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import shutil
@@ -22,8 +20,6 @@ class Released:
     Attributes:
         folder: the model, with a subfolder for each base if there are several, or the adapter; ends in `.rejected` if the
             proof failed.
-        accepted: whether it passed.
-        verdicts: of each base.
         report: the content of `merge_report.json` or `export_report.json`.
     """
 
@@ -47,9 +43,7 @@ def written_or_nothing(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         # safetensors wraps the system's error in one of its own.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise InputError(
-                f"there is no room left on the disk of {partial.parent}; nothing was kept, name another output"
-            ) from error
+            raise InputError(f"the disk of {partial.parent} is full; nothing was kept, name another output") from error
         raise
 
 

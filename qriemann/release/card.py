@@ -1,10 +1,8 @@
 """The model card: README.md of an adapter or a merged model, with what the training recorded about it.
 
-What a person wrote into the card stays: only the part between two marks is ours, and the fields of the metadata that we know.
-The card that PEFT and the Trainer leave, mostly headings with nothing under them, is replaced.
+What a person wrote stays: ours are the part between two marks and the metadata's fields that we know. The card that PEFT and
+the Trainer leave, mostly headings with nothing under them, is replaced.
 """
-
-from __future__ import annotations
 
 import re
 import shlex
@@ -36,12 +34,7 @@ _NOT_REPEATED = ("output_dir", "push", "push_to_hub", "resume")
 
 
 def write_card(found: ModelFolder, text: str | None = None) -> Path:
-    """Writes the card into the folder and returns its path.
-
-    Args:
-        found: the folder.
-        text: the card; None makes it.
-    """
+    """Writes the card into the folder and returns its path."""
     path, content = found.path / CARD, make_card(found) if text is None else text
     replace_text(path, content)
     return path
@@ -57,8 +50,6 @@ def make_card(
     """The card's text; what this project writes into it names no place on this machine.
 
     Args:
-        found: the folder; a card that it holds already keeps what a person wrote into it.
-        repo: Hub id under which the card will stand.
         base_id: Hub id of the base; None takes the recorded base if that is one.
         license: of the base, under the keys of a card's metadata; one that a person wrote into the card stays.
     """

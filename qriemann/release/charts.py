@@ -1,9 +1,7 @@
 """The pictures of a report, as SVG text for its page, and of a run and `inspect`, as PNG files."""
 
-from __future__ import annotations
-
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,26 +103,6 @@ def spectrum_figure(spectra: Sequence[LayerSpectrum]) -> Any:
         panel.set_visible(False)
     for panel in axes:
         panel.title.set_fontsize(9)
-    return figure
-
-
-def ladder_figure(report: Mapping[str, Any]) -> Any | None:
-    """Size and mean KL to the trained model of each GGUF file of a report, and the untrained base's; None below two files."""
-    files = [entry for entry in report.get("merged", []) if entry.get("mean_kl", 0) > 0 and report.get("to") == "gguf"]
-    if len(files) < 2:
-        return None
-    figure = _figure(6.4, 3.0)
-    axes = figure.add_subplot()
-    for entry in files:
-        colour = _BLUE if entry.get("accepted") else _ORANGE
-        size = entry["bytes"] / 1e6
-        axes.plot(size, entry["mean_kl"], "o", color=colour)
-        axes.annotate(str(entry.get("dtype")), (size, entry["mean_kl"]), textcoords="offset points", xytext=(6, 4))
-    untrained = report["untrained_base"]["mean_kl"]
-    axes.axhline(untrained, color="grey", linestyle="--", linewidth=1, label="untrained base")
-    axes.set(yscale="log", xlabel="MB", ylabel="mean KL, nats a token")
-    axes.set_xlim(left=0)
-    axes.legend(frameon=False)
     return figure
 
 

@@ -1,14 +1,10 @@
 """`export`: a smaller plain adapter, the best approximation of each layer's change at a lower rank."""
 
-from __future__ import annotations
-
 import copy
 import math
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import torch
 from peft import LoraConfig
 from peft.utils import load_peft_weights
 from rich.console import Console
@@ -36,9 +32,8 @@ def truncate(layer: LoraFactors, rank: int) -> tuple[LoraFactors, float, float]:
 
     Cost: O((m + n) r^2); scaling B A itself is never formed.
     """
-    u, sigma, v = factored_svd(layer.scaling * layer.b.double().numpy(), layer.a.double().numpy())
-    root = np.sqrt(sigma[:rank])
-    b, a = (torch.from_numpy(factor[:, :rank] * root).float() for factor in (u, v))
+    u, sigma, v = factored_svd(layer.scaling * layer.b.double(), layer.a)
+    b, a = ((factor[:, :rank] * sigma[:rank].sqrt()).float() for factor in (u, v))
     bias = None if layer.bias is None else layer.scaling * layer.bias
     return LoraFactors(b, a.mT, 1.0, bias), math.hypot(*sigma[rank:]), math.hypot(*sigma)
 

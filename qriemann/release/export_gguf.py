@@ -1,7 +1,5 @@
 """`export --to`: the adapter, or the model merged with it, as GGUF files for llama.cpp and Ollama, proved by llama.cpp."""
 
-from __future__ import annotations
-
 import gc
 import importlib.util
 import re
@@ -13,6 +11,7 @@ from typing import Literal
 from rich.console import Console
 
 from qriemann.adapters.saved import read_adapter
+from qriemann.base.chat_template import end_tokens
 from qriemann.base.gguf import EMBEDDED_MODEL, resolve_gguf
 from qriemann.errors import InputError, MissingExtraError
 from qriemann.evaluation import proof
@@ -65,7 +64,7 @@ def export_gguf(
         raise MissingExtraError("writing GGUF files needs the package gguf; pip install 'qriemann[gguf]'")
     from qriemann.gguf import compare, judge
     from qriemann.gguf.architectures import Layout
-    from qriemann.gguf.modelfile import end_tokens, make_modelfile
+    from qriemann.gguf.modelfile import make_modelfile
     from qriemann.gguf.write import write_files
 
     types = _check_arguments(to, types, max_kl)
@@ -84,7 +83,8 @@ def export_gguf(
                 trained, layout, partial, Path(scratch), out.name, types if to == "gguf" else None, console
             )
             content = {**proof.describe(trained, rows, recording.untrained), "to": to}
-            content |= {"stops": end_tokens(trained), "embedded": trained.base == EMBEDDED_MODEL}
+            stops = tokenizer.convert_ids_to_tokens(end_tokens(tokenizer, trained.model))
+            content |= {"stops": stops, "embedded": trained.base == EMBEDDED_MODEL}
             content["asked"] = read_folder(saved.folder).example
             own_base = resolve_gguf(trained.base) if to == "gguf-adapter" else None
             # llama.cpp is about to need the memory.

@@ -1,7 +1,5 @@
 """`inspect`: how an adapter changes each layer, from its factors alone."""
 
-from __future__ import annotations
-
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +9,7 @@ from rich.table import Table
 
 from qriemann.adapters.saved_config import check_config
 from qriemann.adapters.spectrum import LayerSpectrum, group_by_kind, read_spectra
-from qriemann.errors import InputError
+from qriemann.errors import InputError, listed
 from qriemann.release.weights import original_weights, tensor_names
 from qriemann.upstream import quiet
 
@@ -77,9 +75,8 @@ def remarks(spectra: list[LayerSpectrum]) -> list[str]:
     lines = []
     for what, layers in flags.items():
         if layers:
-            more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
-            names = ", ".join(layer.name for layer in layers[:3])
-            lines.append(f"{len(layers)} of {len(spectra)} layers are {what}: {names}{more}")
+            names = listed(layer.name for layer in layers)
+            lines.append(f"{len(layers)} of {len(spectra)} layers are {what}: {names}")
     return lines or ["no layer is dead, none is saturated"]
 
 

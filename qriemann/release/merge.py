@@ -1,7 +1,5 @@
 """`merge`: a LoRA adapter into the weights of its base, tensor by tensor, and the proof that it came out right."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 import tempfile
@@ -101,8 +99,7 @@ def merge(
             bases = wanted or (trained.trained_on,)
             if "nf4-dequantized" in bases and not trained.quantized:
                 raise InputError(
-                    "into must be original or nf4 for an adapter that was trained on an unquantized base, got "
-                    f"nf4-dequantized for {saved.folder}; there are no 4-bit weights"
+                    f"{saved.folder} was trained on an unquantized base: --into original or nf4, not nf4-dequantized"
                 )
             trained.check_mergeable()
             written = {}
@@ -153,8 +150,7 @@ def _write(
     needed = trained.model.num_parameters() * (1 if into == "nf4" else torch_dtype.itemsize)
     if (free := shutil.disk_usage(folder).free) < needed:
         raise InputError(
-            f"{folder} has {free / 1e9:.1f} GB free, and the model needs {needed / 1e9:.1f} GB; name another output, or "
-            "write half precision with --dtype bfloat16"
+            f"{folder} has {free / 1e9:.1f} GB free of {needed / 1e9:.1f} that are needed; name another, or --dtype bfloat16"
         )
     in_4bit = _layers_in_4bit(trained) if into == "nf4" else {}
     # As the base of training was, or as `load_base` does it.

@@ -1,11 +1,8 @@
 """`push`: uploads an adapter or a merged model to the Hub in one commit, with huggingface_hub's own client.
 
-One commit makes a failed push harmless: until then the repository stays as it was. The Hub knows large files that arrived by
-their hash, so the same command continues without sending them again. Only files that a model needs go up; optimizer states,
-checkpoints and `training_args.bin` (a pickle with local paths) stay.
+A failed push leaves the repository as it was, and the same command continues without sending large files again. Only files
+that a model needs go up; optimizer states, checkpoints and `training_args.bin` (a pickle with local paths) stay.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -23,7 +20,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from safetensors import safe_open
 
-from qriemann.errors import InputError
+from qriemann.errors import InputError, causes
 from qriemann.folder.contents import CURVE, GGUF_REPORT, PROOF, ModelFolder, is_hub_id, read_folder
 from qriemann.folder.private import find_private, hide_credentials, without_paths
 from qriemann.folder.records import TRAINED_ON, recorded_base
@@ -57,12 +54,7 @@ _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 @dataclass(frozen=True)
 class Upload:
-    """One file that goes up.
-
-    Attributes:
-        content: the file as it lies on disk, or what is sent in its place.
-        note: what was changed on the way, for people.
-    """
+    """One file that goes up."""
 
     name: str
     content: Path | bytes
@@ -78,9 +70,7 @@ class PushResult:
     """What a push did, or with `dry_run` would do.
 
     Attributes:
-        repo: OWNER/NAME.
         url: of the commit; None of a dry run.
-        uploads: the files, the card among them.
         kept: names in the folder that stay on this machine.
     """
 
@@ -219,8 +209,7 @@ def _uploads(found: ModelFolder, card: str, base: str | None) -> list[Upload]:
     for upload in uploads:
         for line, what in find_private(_text(upload), paths=places):
             raise InputError(
-                f"{upload.name}, line {line}, holds {what}, which must not go up; remove it there, and if it was a "
-                "credential, revoke it"
+                f"{upload.name}, line {line}, holds {what}, which must not go up; remove it (and revoke a credential)"
             )
     return uploads
 
@@ -265,19 +254,17 @@ def _one_line(folder: Path, repo: str, token: str) -> Iterator[None]:
 
 def _explain(error: BaseException, repo: str) -> str:
     # The client wraps what went wrong while it sent large files.
-    causes = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-        causes.append(cause)
-    answers = [cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)]
+    chain = causes(error)
+    answers = [cause.response.status_code for cause in chain if isinstance(cause, HfHubHTTPError)]
     status = answers[0] if answers else None
     if status == 401:
         return f"the Hub does not know the token (401, for {repo}); run hf auth login"
     if status in (403, 404):
         return f"the token has no right to write to {repo} ({status}); take a write token, or a name of your own"
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
         return "the Hub cannot be reached in offline mode; unset HF_HUB_OFFLINE"
-    if any(isinstance(cause, TransportError | ConnectionError) for cause in causes):
-        return f"the Hub cannot be reached at {constants.ENDPOINT} ({type(causes[-1]).__name__}); check the network"
+    if any(isinstance(cause, TransportError | ConnectionError) for cause in chain):
+        return f"the Hub cannot be reached at {constants.ENDPOINT} ({type(chain[-1]).__name__}); check the network"
     # The outermost says what was being done, the innermost what went wrong.
-    lines = dict.fromkeys(line.strip() for one in (error, causes[-1]) for line in str(one).splitlines() if line.strip())
+    lines = dict.fromkeys(line.strip() for one in (error, chain[-1]) for line in str(one).splitlines() if line.strip())
     return f"the Hub does not take {repo}: {' '.join(list(lines)[:3]) or type(error).__name__}"

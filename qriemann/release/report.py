@@ -1,7 +1,5 @@
 """`report.html`: one run on one page, with nothing to load from anywhere."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from qriemann.adapters.spectrum import LayerSpectrum, group_by_kind, read_spectr
 from qriemann.errors import InputError
 from qriemann.folder.contents import ModelFolder, proof_rows, read_folder
 from qriemann.folder.files import replace_text
-from qriemann.release.charts import as_svg, draw_curves, ladder_figure, spectrum_figure
+from qriemann.release.charts import as_svg, draw_curves, spectrum_figure
 from qriemann.release.templates import render
 
 REPORT = "report.html"
@@ -51,10 +49,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         curves=[(title, Markup(svg)) for title, svg in draw_curves(found.metrics)],
         rows=found.rows,
         proof=proof_rows(found.proof),
-        exports=[
-            (proof_rows(report), Markup(as_svg(figure)) if (figure := ladder_figure(report)) else "", report)
-            for _, report in found.exports
-        ],
+        exports=[(proof_rows(report), report) for _, report in found.exports],
         spectrum=Markup(as_svg(spectrum_figure(spectra))) if spectra else "",
         kinds=[_kind(kind, layers) for kind, layers in group_by_kind(spectra).items()],
         settings=[(key, _plain(value)) for key, value in found.written_settings.items()],

@@ -1,25 +1,20 @@
-"""The weights of a model, read from its files and written to them.
-
-torch is imported when a tensor is read or written: `inspect` looks for a base that may not be there.
-"""
-
-from __future__ import annotations
+"""The weights of a model, read from its files and written to them."""
 
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from qriemann.base.paths import EMBEDDED_MODEL, refuse_outside
+from qriemann.base import EMBEDDED_MODEL
 from qriemann.base.tensors import Tensors
-from qriemann.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from qriemann.errors import InputError, first_line
+from qriemann.folder.files import refuse_outside
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -34,10 +29,7 @@ def read_checkpoint(folder: Path) -> Tensors:
         with safe_open(folder / _SINGLE, "pt") as file:
             files = dict.fromkeys(file.keys(), _SINGLE)
     else:
-        raise InputError(
-            f"{folder} has neither {_SINGLE} nor its index; load the base with transformers and save it with "
-            "save_pretrained"
-        )
+        raise InputError(f"{folder} has neither {_SINGLE} nor its index; save the base again with save_pretrained")
 
     def read(name: str) -> Tensor:
         with safe_open(folder / files[name], "pt") as file:
@@ -52,13 +44,9 @@ def write_checkpoint(
     """Writes tensors into the safetensors files that transformers looks for; no more than one file is in memory.
 
     Args:
-        folder: exists.
         like: shape and dtype of each tensor, on the meta device.
         tensors_of: what the file holds for a name: the tensor, or the parts of a 4-bit one.
-        shard_bytes: upper bound of a file, unless one tensor alone is larger.
     """
-    from safetensors.torch import save_file
-
     plan = split_torch_state_dict_into_shards(dict(like), max_shard_size=shard_bytes)
     files: dict[str, str] = {}
     for file, names in plan.filename_to_tensors.items():
@@ -71,15 +59,7 @@ def write_checkpoint(
 
 
 def original_weights(base: str, revision: str | None = None) -> Tensors:
-    """The weights of a base, not quantized.
-
-    Args:
-        base: as `load_base` takes it. A GGUF file is dequantized to float32 in host memory; anything else is read lazily.
-        revision: of a Hub model.
-
-    Raises:
-        InputError: the base is stored in 4 bit, or not as safetensors.
-    """
+    """The weights of a base that `load_base` takes, not quantized; those of a GGUF file as float32 in host memory."""
     path = Path(base).expanduser()
     if base == EMBEDDED_MODEL or path.is_file():
         from qriemann.base.load import load_base
@@ -89,7 +69,7 @@ def original_weights(base: str, revision: str | None = None) -> Tensors:
     folder = path if path.is_dir() else _download(base, revision)
     if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
         raise InputError(
-            f"the base {base!r} is stored quantized; name the original model with --base, or merge into nf4-dequantized"
+            f"the base {base!r} is stored quantized; name the original with --base, or merge into nf4-dequantized"
         )
     return read_checkpoint(folder)
 
@@ -102,25 +82,19 @@ def _download(base: str, revision: str | None) -> Path:
         return Path(snapshot_download(base, revision=revision, allow_patterns=wanted, ignore_patterns=not_wanted))
     except (OSError, ValueError) as error:  # among them every error of the Hub's client
         raise InputError(
-            f"the base {base!r} is neither a local folder nor a .gguf file, and cannot be had from the Hub: "
-            f"{str(error).splitlines()[0]}; name another with --base"
+            f"the base {base!r} is not here and cannot be had from the Hub: {first_line(error)}; name another with --base"
         ) from error
 
 
 def tensor_names(modules: Iterable[str], weights: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
-    """Tensor name of each module's weight; some checkpoints leave out the first part of a name.
-
-    Raises:
-        InputError: naming the first module that the weights lack.
-    """
+    """Tensor name of each module's weight; some checkpoints leave out the first part of a name."""
     names = {}
     for module in modules:
         full = f"{module}.weight"
         short = full.removeprefix(f"{prefix}.")
         if full not in weights and short not in weights:
             raise InputError(
-                f"the base's checkpoint has no tensor {full}, which the adapter changes; merge into nf4-dequantized, which "
-                "reads the loaded model"
+                f"the base's checkpoint has no tensor {full}, which the adapter changes; merge into nf4-dequantized"
             )
         names[module] = full if full in weights else short
     return names
@@ -136,7 +110,6 @@ def quantized(name: str, weight: Tensor, *, quant_type: str, double_quant: bool)
 
 def stored_4bit(weights: Mapping[str, Tensor], name: str) -> Tensor:
     """The float32 value of a tensor that transformers saved in bitsandbytes' 4-bit format."""
-    import torch
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     parts = {key.removeprefix(f"{name}."): weights[key].cpu() for key in weights if key.startswith(f"{name}.")}

@@ -1,7 +1,5 @@
 """Finds out, before hours are spent, whether a run is right and fits: its rows, and its longest batch on this machine."""
 
-from __future__ import annotations
-
 import copy
 import os
 import tempfile
@@ -35,9 +33,7 @@ class Check:
     """What was found and measured.
 
     Attributes:
-        defects: of the rows and of the measured batches.
         training, evaluation: the longest batch of each; None without held-out rows, or where it did not fit.
-        step_seconds: of one optimizer step.
         planned_gib: the peak that `plan` computes.
     """
 

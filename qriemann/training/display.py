@@ -4,8 +4,6 @@ Imports rich and nothing heavier, so that a view can say what is loading before 
 `monitor.py` measures.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -178,7 +176,6 @@ def make_view(choice: str = "auto", console: Console | None = None) -> PlainView
 
     Args:
         choice: "live", "plain", "none", or "auto" for live on a terminal that can draw it.
-        console: where to draw; standard output by default.
     """
     if os.environ.get("RANK", "0") != "0":
         return SilentView(Console(quiet=True))
@@ -201,10 +198,6 @@ def summary_table(rows: Sequence[tuple[str, str]], *, title: str) -> Table:
 
 def draw_curve(values: Sequence[float], *, width: int, height: int) -> list[str]:
     """The values as columns of blocks, the latest on the right.
-
-    Args:
-        values: in order; more than `width` of them are averaged in runs.
-        width, height: in characters.
 
     Returns:
         `height` lines of at most `width` characters; the largest value fills its column, the smallest has one eighth.

@@ -1,15 +1,4 @@
-"""Locally optimal initialization inside a stock trainer: a callback that runs before the first step.
-
-    trainer = SFTTrainer(
-        ...,
-        optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion"),
-        callbacks=[qriemann.LocallyOptimalInit(batches=8)],
-    )
-
-The optimizer has put the adapter on the manifold by then, at random bases; the callback moves every point in place.
-"""
-
-from __future__ import annotations
+"""Locally optimal initialization inside a stock trainer: a callback that moves every point before the first step."""
 
 import inspect
 import time
@@ -19,12 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState
 
-from qriemann.adapters.attach import Start
 from qriemann.adapters.loi import check_options, locally_optimal_, preserved_rng
-from qriemann.adapters.saved_rank import describe_saved_rank
-from qriemann.config.values import nearest
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import fixed_rank_parameters
 from qriemann.memory.auto_batch import rows_at_once
@@ -42,7 +28,6 @@ class LocallyOptimalInit(FixedRankCallback):
 
     Args:
         batches: training batches of the device's size to look at, >= 1.
-        start, alpha: as in `locally_optimal_`; None keeps what the optimizer attached the adapter with.
         oversampling, power_iterations: as in `locally_optimal_`.
         seed: of the sample and the sketch; None takes the trainer's.
         loss_fn: called with (model, batch); None takes the loss the model returns. Trainers whose batches have no labels
@@ -57,8 +42,6 @@ class LocallyOptimalInit(FixedRankCallback):
         self,
         batches: int = 8,
         *,
-        start: Start | None = None,
-        alpha: float | None = None,
         oversampling: int = 16,
         power_iterations: int = 1,
         seed: int | None = None,
@@ -66,43 +49,33 @@ class LocallyOptimalInit(FixedRankCallback):
     ) -> None:
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise InputError(f"batches must be an integer >= 1, got {batches!r}")
-        check_options(start or "offset", 1.0 if alpha is None else alpha, oversampling, power_iterations, seed or 0)
+        check_options("zero", 1.0, oversampling, power_iterations, seed or 0)
         self._batches, self._seed, self._loss_fn = batches, seed, loss_fn
-        self._start, self._alpha = start, alpha
         self._options: dict[str, Any] = {"oversampling": oversampling, "power_iterations": power_iterations}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Progress goes where the trainer's own does.
         console = Console(stderr=True, quiet=not state.is_world_process_zero, soft_wrap=True)
         model = kwargs["model"]
         points = fixed_rank_parameters(model.parameters())
         if state.global_step > 0:
             console.print(f"{_NAME} is skipped: the run resumes at step {state.global_step} from its own start")
-            # The checkpoint's points may have another start than the one they were attached with.
-            describe_saved_rank(model, points)
             return
         if not points:
             raise InputError(
-                f"{_NAME} must have an adapter on the fixed-rank manifold, got plain factors; give the trainer "
-                "optimizer_cls_and_kwargs=qriemann.for_trainer('riemannion'), or leave the initialization out"
+                f"{_NAME} needs an adapter on the manifold, as qriemann.for_trainer('riemannion') makes it"
             )
         seed = args.seed if self._seed is None else self._seed
         with preserved_rng():
             size = rows_at_once(args, state)
             batches = draw_batches(kwargs["train_dataloader"], self._batches, size, seed + args.process_index)
         if 0 < len(batches) < self._batches:
-            raise InputError(
-                f"batches must be at most what the training data has, got {self._batches} of {len(batches)} batches of "
-                f"{size}; lower batches"
-            )
+            raise InputError(f"batches must be at most the data's {len(batches)} of {size} rows, got {self._batches}")
         passes = 2 * (self._options["power_iterations"] + 1)
         console.print(f"{_NAME}: {passes} passes over {self._batches} batches")
         started = time.perf_counter()
-        offset = any(point.offset is not None for point in points)
         # At an offset start S = alpha I; a zero start has no scale.
-        attached = next((point.s[0, 0].item() for point in points if point.offset is not None), 1.0)
+        alpha = next((point.s[0, 0].item() for point in points if point.offset is not None), None)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task(_NAME, total=None)
 
@@ -115,8 +88,8 @@ class LocallyOptimalInit(FixedRankCallback):
                 model,
                 batches,
                 self._loss_fn or lean_loss,
-                start=self._start or ("offset" if offset else "zero"),
-                alpha=attached if self._alpha is None else self._alpha,
+                start="zero" if alpha is None else "offset",
+                alpha=alpha or 1.0,
                 **self._options,
                 seed=seed,
                 progress=show,
@@ -124,20 +97,14 @@ class LocallyOptimalInit(FixedRankCallback):
         console.print(f"{_NAME}: done in {time.perf_counter() - started:.0f} s")
 
 
-def recipe_callbacks(
-    init: str, options: Mapping[str, Any] | None, *, start: str, alpha: float
-) -> list[LocallyOptimalInit]:
-    """The callbacks that a recipe's `init` stands for, with its `init_kwargs`, start and alpha."""
+def recipe_callbacks(init: str, options: Mapping[str, Any] | None) -> list[LocallyOptimalInit]:
+    """The callbacks that a recipe's `init` stands for, with its `init_kwargs`."""
     if init != "loi":
         if options:
             raise InputError(f"init_kwargs must be left out without init: loi, got {dict(options)!r}; add init: loi")
         return []
-    known = [
-        key for key in inspect.signature(LocallyOptimalInit).parameters if key not in ("start", "alpha", "loss_fn")
-    ]
+    known = [key for key in inspect.signature(LocallyOptimalInit).parameters if key != "loss_fn"]
     for key in options or ():
         if key not in known:
-            raise InputError(
-                f"init_kwargs must be among {', '.join(known)}, got {key!r}; did you mean {nearest(key, known)!r}?"
-            )
-    return [LocallyOptimalInit(**(options or {}), start=start, alpha=alpha)]  # type: ignore[arg-type]
+            raise InputError(f"init_kwargs must be among {', '.join(known)}, got {key!r}")
+    return [LocallyOptimalInit(**(options or {}))]

@@ -1,13 +1,8 @@
 """The trainer's callback that measures a run, writes `metrics.jsonl` and hands each record to a view."""
 
-from __future__ import annotations
-
 import time
-from collections import deque
 from collections.abc import Callable
-from math import ceil
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -19,24 +14,14 @@ from qriemann.training.seam import fixed_rank_optimizer
 
 # Under this key the state of a trainer's checkpoints holds the monitor's totals.
 _KEY = "qriemann_monitor"
-_EVALUATING, _SAVING = "evaluating", "saving a checkpoint"
-# An evaluation or a save that took less than this many seconds is not announced the next time.
-_SHORT = 3.0
+_EVALUATING = "evaluating"
 
 
 class Monitor(TrainerCallback):
     """Measures a run and records it; the trainer's own progress callbacks are to be removed.
 
     Args:
-        view: draws the records.
-        folder: of `metrics.jsonl`.
-        device: whose peak memory counts.
         on_begin: called with the first step before anything is recorded; the place for the first write of a run.
-        clock: returns seconds.
-
-    Attributes:
-        records: of the run, those before a resume included.
-        begun: whether `on_begin` has returned.
     """
 
     def __init__(
@@ -51,13 +36,9 @@ class Monitor(TrainerCallback):
         self.records: list[dict[str, Any]] = []
         self.begun = False
         self._folder, self._device, self._on_begin, self._clock = folder, device, on_begin, clock
-        self._started = self._last_event = clock()
+        self._started = self._last_event = self._started_up = clock()
         # Seconds of training, then tokens and seconds of training at the last log event.
         self._totals = [0.0, 0.0, 0.0]
-        # Of the last steps, but not of the first one, which pays for start-up.
-        self._step_seconds: deque[float] = deque(maxlen=50)
-        # Of the last evaluation and the last save.
-        self._wait_seconds: dict[str, float] = {}
         self._first_step = self._evaluated_batches = 0
 
     @property
@@ -76,22 +57,16 @@ class Monitor(TrainerCallback):
             self._on_begin(state.global_step)
             self.begun = True
             self.records = read_metrics(self._folder)
-        self._wait_seconds.update((_EVALUATING, r["eval_runtime"]) for r in self.records if "eval_runtime" in r)
         self.view.start(first_step=state.global_step, total_steps=state.max_steps)
         if args.eval_on_start:
             self.view.now(_EVALUATING)
         self._started = self._last_event = self._clock()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        seconds = self._since_last_event()
-        self._totals[0] += seconds
-        if state.global_step > self._first_step + 1:
-            self._step_seconds.append(seconds)
-        self.view.step(state.global_step, self._seconds_left(args, state, control))
-        self._announce(control)
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._announce(control)
+        self._totals[0] += self._since_last_event()
+        if state.global_step == self._first_step + 1:
+            self._started_up = self._clock()
+        self.view.step(state.global_step, self._seconds_left(state))
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._evaluated_batches += 1
@@ -99,10 +74,11 @@ class Monitor(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._evaluated_batches = 0
-        self._end_wait(_EVALUATING, control)
+        self.view.now("")
+        self._since_last_event()
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._end_wait(_SAVING, control)
+        self._since_last_event()
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
@@ -115,7 +91,7 @@ class Monitor(TrainerCallback):
         }
         if "loss" in logs:
             record.update(self._measure(logs, kwargs.get("optimizer")))
-            left = self._seconds_left(args, state, control)
+            left = self._seconds_left(state)
             record.update({} if left is None else {"eta_s": round(left, 1)})
         self.records.append(record)
         append_metrics(self._folder, record)
@@ -144,34 +120,8 @@ class Monitor(TrainerCallback):
         before, self._last_event = self._last_event, self._clock()
         return self._last_event - before
 
-    def _announce(self, control: TrainerControl) -> None:
-        """Shows the wait that the trainer begins now, if it is a long one."""
-        what = _EVALUATING if control.should_evaluate else _SAVING if control.should_save else ""
-        if what and self._wait_seconds.get(what, _SHORT) >= _SHORT:
-            self.view.now(what)
-
-    def _end_wait(self, what: str, control: TrainerControl) -> None:
-        self._wait_seconds[what] = self._since_last_event()
-        self.view.now("")
-        self._announce(control)
-
-    def _seconds_left(self, args: Any, state: TrainerState, control: TrainerControl) -> float | None:
-        """Predicts the time to the end of the training; None after the first step."""
-        if not self._step_seconds:
-            return None
-        evaluations = _events_left(args.eval_strategy, state.eval_steps, state, due=control.should_evaluate)
-        saves = _events_left(args.save_strategy, state.save_steps, state, due=control.should_save)
-        return (
-            (state.max_steps - state.global_step) * median(self._step_seconds)
-            + evaluations * self._wait_seconds.get(_EVALUATING, 0.0)
-            + saves * self._wait_seconds.get(_SAVING, 0.0)
-        )
-
-
-def _events_left(strategy: str, every: int, state: TrainerState, *, due: bool) -> int:
-    """How many evaluations or saves are still to come; the trainer adds one after the last step."""
-    if strategy == "steps":
-        ahead = (state.max_steps - 1) // every - state.global_step // every + 1
-        return due + (ahead if state.global_step < state.max_steps else 0)
-    # The one at the end of an epoch is still ahead when its last step ends.
-    return state.num_train_epochs - ceil(state.epoch or 0.0) + 1 if strategy == "epoch" else 0
+    def _seconds_left(self, state: TrainerState) -> float | None:
+        """The time to the end of the training at the pace since the first step, evaluations included; None after that."""
+        taken = state.global_step - self._first_step - 1
+        pace = (self._clock() - self._started_up) / taken if taken > 0 else None
+        return None if pace is None else (state.max_steps - state.global_step) * pace

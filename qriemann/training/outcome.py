@@ -1,7 +1,5 @@
 """The records of a run: `run.json` at its beginning, the figures at its end, and the table that is printed."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -28,7 +26,6 @@ class TrainResult:
 
     Attributes:
         output_dir: holds the adapter, its tokenizer, `metrics.jsonl`, `run.json`, `loss.png` and `report.html`.
-        steps: optimizer steps in all.
         kept_step: the step after which the adapter was as it is saved: the last, or the best with load_best_model_at_end.
         train_loss: last logged loss, in nats a token; None if nothing was logged.
         eval_loss_before, eval_loss: held-out loss before the first step and at the end; None without held-out rows.

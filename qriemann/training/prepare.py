@@ -1,9 +1,4 @@
-"""From settings to everything that a run is made of, read and checked; nothing is written.
-
-settings = qriemann.load_settings("run.yaml")
-prepared = qriemann.prepare(settings)
-qriemann.check(prepared), or qriemann.train(prepared)
-"""
+"""From settings to everything that a run is made of, read and checked; nothing is written."""
 
 from __future__ import annotations
 
@@ -23,7 +18,6 @@ from trl import SFTConfig
 from qriemann.adapters.targets import adapter_config, check_targets, without_experts
 from qriemann.base.chat_template import adjust_tokenizer
 from qriemann.base.load import load_base
-from qriemann.base.on_cpu import keep_freed_memory
 from qriemann.checkpoints.fingerprints import check_same_run, fingerprints
 from qriemann.checkpoints.manifest import FoundCheckpoint
 from qriemann.checkpoints.starting_point import starting_point
@@ -40,19 +34,17 @@ from qriemann.data.defects import Defect, find_defects
 from qriemann.data.row_formats import RowEncoder
 from qriemann.data.sources import Source, load_sources
 from qriemann.data.tokenized import TokenizedData, fingerprint, tokenize_rows
-from qriemann.device import compute_device, describe_device, refuse_unused_gpu
+from qriemann.device import compute_device, describe_device, keep_freed_memory, refuse_unused_gpu
 from qriemann.distributed import run_on_main
 from qriemann.errors import InputError
 from qriemann.folder.lock import refuse_if_held
-from qriemann.memory.dry_run import much_padding, packing_mask
 from qriemann.optim.methods import find_method
 from qriemann.training.display import PlainView, make_view
 from qriemann.training.loi_callback import recipe_callbacks
-from qriemann.training.publishing import push_target
 from qriemann.training.rate_callback import MeasuredRate
 from qriemann.training.rows_page import describe_rows
 from qriemann.training.seam import for_trainer
-from qriemann.upstream import attention_of, quiet, take_one_gpu
+from qriemann.upstream import quiet, take_one_gpu
 
 if TYPE_CHECKING:
     from qriemann.base.dense_weights import DenseWeights
@@ -129,12 +121,10 @@ def prepare(
         if not settings.use_cpu:
             refuse_unused_gpu()
         args = training_arguments(settings)
-        push_to = push_target(settings, model)
+        push_to = _push_target(settings, model)
         optimizer = _optimizer(settings, args)
         check_schedule(args, optimizer[1]["lr"])
-        initialization = recipe_callbacks(
-            settings.init, settings.init_kwargs, start=settings.start, alpha=settings.alpha
-        )
+        initialization = recipe_callbacks(settings.init, settings.init_kwargs)
         measured = [MeasuredRate(note=view.note)] if settings.measures_rate else []
         # Asking for the device is what joins the processes of a launcher.
         device = args.device
@@ -171,7 +161,6 @@ def prepare(
             defects = find_defects(account, tokenizer)
             encoder = RowEncoder(tokenizer, settings.loss_on, args.dataset_text_field)
             rows = describe_rows(sources[0], data, account, encoder, tokenizer, args.max_length)
-            defects += [*packing_mask(args, attention_of(model.config)), *much_padding(args, account.train.lengths)]
             data_print = fingerprint(data.train, data.held_out)
         idle = idle_without_rows(args) if data.held_out is None else None
         for notice in (dense, experts, *data.notices, idle):
@@ -200,6 +189,20 @@ def prepare(
         push_to=push_to,
         started=started,
     )
+
+
+def _push_target(settings: Settings, model: Any) -> str | None:
+    """The repository to push to at the end; None for none."""
+    trl = settings.trl
+    repository = settings.push
+    if repository is None and trl.get("push_to_hub"):
+        repository = trl.get("hub_model_id") or Path(settings.output_dir).name
+    if repository is not None:
+        from qriemann.release.push import check_push
+
+        base = settings.model_name_or_path if model is None else model.name_or_path
+        check_push(repository, base or "", settings.hub_base_id)
+    return repository
 
 
 def _read_rows(
@@ -266,8 +269,7 @@ def _tokenize(
     )
     if data.held_out is None and evaluated and "eval_strategy" in settings.written:
         raise InputError(
-            f"eval_strategy {args.eval_strategy.value} needs held-out rows; set eval_size, dataset_test_split or "
-            "dataset_eval_name, or eval_strategy: no"
+            f"eval_strategy {args.eval_strategy.value} needs held-out rows: set eval_size, or else eval_strategy: no"
         )
     return data
 
@@ -288,10 +290,7 @@ def _optimizer(settings: Settings, args: SFTConfig) -> tuple[type, dict[str, Any
 
 
 def _fitted_arguments(args: SFTConfig, rate: float, data: TokenizedData, *, resuming: bool) -> SFTConfig:
-    """Adjusts the arguments to the data.
-
-    AutoBatch, StepGuard and CompleteCheckpoints later change `trainer.args` in place.
-    """
+    """A copy of the arguments that fits the data."""
     fitted = copy.copy(args)
     # The trainer takes the rate from the optimizer; this is for its records and loggers.
     fitted.learning_rate = rate

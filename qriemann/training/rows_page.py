@@ -1,9 +1,4 @@
-"""A page about the training data: counts over all rows, and a sample of rows as the model reads them.
-
-`describe_rows` is kept with the run, so that its report can show it without the model.
-"""
-
-from __future__ import annotations
+"""A page about the training data: counts over all rows, and a sample of rows as the model reads them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

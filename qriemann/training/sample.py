@@ -1,7 +1,5 @@
 """A sample of a trainer's batches for what looks at the data before the first step, and the loss on one of them."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 
@@ -14,21 +12,15 @@ from qriemann.errors import InputError
 
 
 def draw_batches(loader: DataLoader, count: int, batch_size: int, seed: int) -> list[Any]:
-    """At most `count` batches, from a loader of their own: iterating over the trainer's would move its samplers on.
-
-    Raises:
-        InputError: the data cannot be read twice.
-    """
+    """At most `count` batches, from a loader of their own: iterating over the trainer's would move its samplers on."""
     dataset: Any = getattr(loader, "dataset", None)
     if dataset is None:
         raise InputError(
-            f"the trainer's data must come from a torch DataLoader, got {type(loader).__name__}, whose batches cannot be "
-            "looked at before training"
+            f"the data must come from a torch DataLoader, got {type(loader).__name__}, to be looked at before training"
         )
     if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
         raise InputError(
-            "the training data must be readable more than once, got an IterableDataset that is its own iterator; "
-            "the batches looked at would be missing from training"
+            "the training data is an iterator that can be read once, and what is looked at before would be missing from it"
         )
     own = DataLoader(
         dataset,

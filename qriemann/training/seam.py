@@ -5,8 +5,6 @@
 `FixedRankCallback` is needed only to resume from checkpoints saved with an offset on a base that `load_base` did not load.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 
@@ -15,10 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from qriemann.adapters.attach import accept_offset_checkpoints, check_start
-from qriemann.adapters.saved_config import COMMANDS, unread
-from qriemann.adapters.saved_rank import config_owners
-from qriemann.base.on_cpu import warn_of_checkpointing
-from qriemann.distributed import is_main_process, refuse_sharding, same_seed
+from qriemann.distributed import refuse_sharding, same_seed
 from qriemann.optim.fixed_rank import FixedRankOptimizer
 from qriemann.optim.methods import find_method, resolve_options
 
@@ -34,8 +29,7 @@ class OptimizerFactory:
 
     def __call__(self, model: nn.Module, *, method: str, **options: Any) -> torch.optim.Optimizer:
         refuse_sharding()
-        _warn_of_unread_kinds(model)
-        warn_of_checkpointing(model)
+        _warn_of_checkpointing(model)
         entry = find_method(method)
         if entry.on_manifold:
             # DDP makes the factors equal, and knows nothing of the cores and offsets that belong to them.
@@ -43,19 +37,14 @@ class OptimizerFactory:
         return entry.optimizer(model, **options)
 
 
-def _warn_of_unread_kinds(model: nn.Module) -> None:
-    """Warns before the training of an adapter that some command of this project will not read."""
-    configs = {name: config for owner in config_owners(model) for name, config in owner.peft_config.items()}
-    for name, config in configs.items() if is_main_process() else ():
-        for kind in unread(config.to_dict()):
-            logger.warning(
-                "the adapter %r has %s=%r, with which %s will not read it; %s",
-                name,
-                kind.key,
-                getattr(config, kind.key),
-                ", ".join(command for command in COMMANDS if command not in kind.commands),
-                kind.instead,
-            )
+def _warn_of_checkpointing(model: nn.Module) -> None:
+    """Warns of what gradient checkpointing, on by default in TRL, costs on a CPU."""
+    on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if on and next(model.parameters()).device.type == "cpu":
+        logger.warning(
+            "gradient checkpointing is on: on a CPU a step takes half as long again; where memory allows, set "
+            "gradient_checkpointing=False"
+        )
 
 
 def for_trainer(

@@ -1,9 +1,4 @@
-"""Trains what was prepared and leaves the adapter with its records in the output folder.
-
-`SFTTrainer` is TRL's own class; this project enters through `peft_config`, `optimizer_cls_and_kwargs` and `callbacks`.
-"""
-
-from __future__ import annotations
+"""Trains what was prepared and leaves the adapter with its records in the output folder."""
 
 import errno
 from collections.abc import Sequence
@@ -19,12 +14,13 @@ from qriemann.checkpoints.saving import find_numeric_defect, is_failed_save, sav
 from qriemann.checkpoints.signals import GracefulStop
 from qriemann.checkpoints.starting_point import begin_run, refuse_changed
 from qriemann.checkpoints.step_guard import StepEvent
+from qriemann.config import Settings
 from qriemann.data.defects import refuse
 from qriemann.device import explaining_memory
 from qriemann.distributed import is_main_process, run_on_main
 from qriemann.errors import InputError
 from qriemann.folder import records
-from qriemann.folder.contents import CURVE, ROWS
+from qriemann.folder.contents import CURVE, ROWS, read_folder
 from qriemann.folder.lock import hold
 from qriemann.memory.auto_batch import AutoBatch, BatchFit
 from qriemann.memory.dry_run import DryRun, cheapest_change
@@ -33,7 +29,6 @@ from qriemann.training.display import PlainView, make_view
 from qriemann.training.monitor import Monitor
 from qriemann.training.outcome import TrainResult, describe_run, figures, show_result, since, summarize
 from qriemann.training.prepare import Prepared
-from qriemann.training.publishing import publish
 from qriemann.training.rate_callback import measured_rate
 from qriemann.training.trainer import build_trainer
 from qriemann.upstream import quiet
@@ -71,6 +66,28 @@ def train(
         if result.trainer.is_world_process_zero():
             publish(settings, prepared.push_to, view)
     return result
+
+
+def publish(settings: Settings, repository: str | None, view: PlainView) -> None:
+    """Writes card and report into the run's folder; pushes the adapter if there is a repository for it."""
+    from qriemann.release.card import write_card
+    from qriemann.release.report import write_report
+
+    folder = settings.output_dir
+    with view.doing("writing the card and the report"):
+        write_card(read_folder(folder))
+        write_report(folder)
+    if repository is not None:
+        from qriemann.release.push import push
+
+        push(
+            folder,
+            repository,
+            private=settings.trl.get("hub_private_repo"),
+            base_id=settings.hub_base_id,
+            token=settings.trl.get("hub_token"),
+            console=view.console,
+        )
 
 
 class _Recorder:
@@ -128,8 +145,7 @@ class _Recorder:
         defect = find_numeric_defect(self.trainer.model)
         if defect is not None:
             raise InputError(
-                f"no adapter was saved: after the last step it has {defect}, and what is saved must be finite with "
-                "orthonormal factors; lower the learning rate, or look at the rows of the last steps"
+                f"no adapter was saved: in the end it has {defect}; lower the learning rate, or look at the last rows"
             )
         save_adapter(self.trainer, self.folder)
 

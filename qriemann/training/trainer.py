@@ -1,7 +1,5 @@
 """TRL's stock `SFTTrainer`, made of what was prepared, and the one held-out loss of its evaluations."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,12 +17,7 @@ from qriemann.upstream import token_sums, without_telemetry
 def build_trainer(
     prepared: Prepared, callbacks: Sequence[TrainerCallback] = (), *, args: SFTConfig | None = None
 ) -> SFTTrainer:
-    """The trainer of a run, with one held-out loss and without the callbacks that draw bars and print dicts.
-
-    Raises:
-        InputError: TRL finds that arguments, model and data do not fit each other, or misses a package, or this is the
-            second trainer.
-    """
+    """The trainer of a run, with one held-out loss and without the callbacks that draw bars and print dicts."""
     # PEFT puts the adapter into the very model that was prepared, and leaves its configuration there.
     if prepared.adapter is not None and hasattr(prepared.model, "peft_config"):
         raise InputError("what was prepared serves for one check or one training; call prepare again for another")
@@ -56,9 +49,6 @@ class HeldOutLoss:
 
     transformers averages the means of batches and repeats rows to fill the last batch of each process, so its loss depends
     on the size of a batch. TRL also adds what belongs to training alone: the auxiliary loss of experts, label smoothing.
-
-    Args:
-        trainer: its `evaluation_loop` and `prediction_step` are wrapped.
     """
 
     def __init__(self, trainer: SFTTrainer) -> None:

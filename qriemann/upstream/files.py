@@ -1,7 +1,5 @@
 """Private parts of what reads data, chat templates and GGUF files."""
 
-from __future__ import annotations
-
 import datetime
 import functools
 import glob

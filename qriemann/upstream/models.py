@@ -1,11 +1,10 @@
 """Private parts of transformers' models and of bitsandbytes' 4-bit layers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from qriemann.errors import InputError
 from qriemann.upstream.noise import replaced
 
 
@@ -57,7 +56,7 @@ def watching_quantization(watch: Callable[[str, Any], None]) -> Iterator[None]:
 
 
 def is_4_bit(layer: Any) -> bool:
-    """Whether the layer is a `Linear4bit` of bitsandbytes, told by the switch that `keep_unpacked` needs."""
+    """Whether the layer is a `Linear4bit` of bitsandbytes, told by the switch that `protect_quantized_weights` needs."""
     return hasattr(layer, "support_avx512bf16_for_cpu")
 
 
@@ -76,14 +75,24 @@ def is_repacked(layer: Any) -> bool:
     return bool(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
-def keep_unpacked(layer: Any) -> None:
-    """Forbids bitsandbytes to repack a 4-bit weight, after which no gradient flows through the layer.
+def protect_quantized_weights(model: Any) -> int:
+    """Keeps bitsandbytes from repacking the 4-bit layers of `model` for inference; returns how many it has.
 
-    On CPUs with AVX512-BF16 it does so in the first forward in eval mode without grad, and never unpacks the weight: the
-    base's bytes have changed then, and training fails in train mode too. Goes when tests/base/test_quantized.py passes
-    without it.
+    On CPUs with AVX512-BF16 it repacks a weight in the first forward in eval mode without grad, and never unpacks it: no
+    gradient flows through the layer from then on, in train mode too, and the base's bytes have changed. Call this before
+    the first forward; calling it again does no harm. Goes when tests/base/test_quantized.py passes without it.
+
+    Raises:
+        InputError: a layer has been repacked already, which rounded its scales to bfloat16.
     """
-    layer.support_avx512bf16_for_cpu = False
+    layers = {name: layer for name, layer in model.named_modules() if is_4_bit(layer)}
+    for name, layer in layers.items():
+        if is_repacked(layer):
+            raise InputError(
+                f"{name} was repacked by bitsandbytes for inference; load the model again, with qriemann.load_base"
+            )
+        layer.support_avx512bf16_for_cpu = False
+    return len(layers)
 
 
 def set_compute_dtype(layer: Any, dtype: Any) -> None:

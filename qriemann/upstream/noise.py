@@ -1,7 +1,5 @@
 """Output of other libraries: pointless warnings and log lines, progress bars, telemetry."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import os
@@ -72,9 +70,6 @@ def quiet(*, bars: bool | None = None) -> Iterator[None]:
 
     A bar redraws itself with control characters, which a log keeps. datasets, transformers, TRL and huggingface_hub each
     have a switch of their own; all draw with tqdm, so one switch there serves libraries that are imported later as well.
-
-    Args:
-        bars: whether bars are shown; None shows them if stderr is a terminal.
     """
     with warnings.catch_warnings():
         for message, category in _WARNINGS:

@@ -1,7 +1,5 @@
 """Private parts of transformers' and TRL's trainers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +8,7 @@ from typing import Any
 def _attribute(name: str) -> Any:
     """A property that stands for a private attribute of the trainer."""
 
-    def write(self: TrainerCounts, value: Any) -> None:
+    def write(self: Any, value: Any) -> None:
         setattr(self.trainer, name, value)
 
     return property(lambda self: getattr(self.trainer, name), write)
@@ -21,9 +19,7 @@ class TrainerCounts:
 
     Attributes:
         loss_sum: the tensor that losses are added to since the last log.
-        total_loss: the sum of all losses that were logged.
         last_logged_step, first_step: the step of the last log, and the one that the run began with.
-        batch_size: rows a device takes in one batch.
     """
 
     loss_sum = _attribute("_tr_loss")
@@ -65,9 +61,6 @@ def token_sums(trainer: Any, model: Any, inputs: Any) -> Any:
     """Summed over the counted tokens of a batch: negative log likelihood, number, entropy and right predictions.
 
     They come from the head that TRL fuses with its loss, which never holds all logits; tests/training/test_held_out_loss.py
-
-    Returns:
-        float64, of shape (4,).
     """
     import torch
 

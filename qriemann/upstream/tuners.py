@@ -1,11 +1,15 @@
 """Private parts of PEFT."""
 
-from __future__ import annotations
-
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
+
+# PEFT calls LoraVariant private: it replaces the forward of any LoRA layer, 4-bit or not, without a subclass. The other
+# is how PEFT matches layers with the names in a configuration. tests/adapters/test_layer.py and test_experts.py.
+from peft.tuners.lora.layer import LoraVariant as LoraVariant
+from peft.tuners.lora.model import LoraModel
+from peft.utils import hotswap
+from peft.utils.other import get_pattern_key as get_pattern_key
 
 
 def keep_input_dtype(layer: Any) -> None:
@@ -25,24 +29,20 @@ def _cast_input_dtype(layer: Any, x: Any, dtype: Any) -> Any:
     return type(layer)._cast_input_dtype(layer, x, dtype)
 
 
-def replace_peft_functions(wrappers: dict[str, Callable[[Any], Any]]) -> None:
-    """Puts what each wrapper makes of a function of PEFT in that function's place, once for the process.
+def replace_peft_functions(wrap: Callable[[Any, str], Any]) -> None:
+    """Puts what `wrap` makes of a function and its name in the place of PEFT's that use the factors themselves, once.
 
-    `add_weighted_adapter` and hot-swapping use the factors of a layer and know nothing of a variant.
-    tests/adapters/test_peft_methods.py
-
-    Args:
-        wrappers: by "module:name" below peft; a dot in the name leads into a class.
+    They know nothing of a variant. tests/adapters/test_peft_methods.py
     """
-    for place, wrap in wrappers.items():
-        module, _, path = place.partition(":")
-        owner: Any = importlib.import_module(f"peft.{module}")
-        *classes, name = path.split(".")
-        for inner in classes:
-            owner = getattr(owner, inner)
+    # The inner ones, where a script may have imported the outer ones before.
+    for owner, name, known_as in (
+        (LoraModel, "add_weighted_adapter", "add_weighted_adapter"),
+        (hotswap, "hotswap_adapter_from_state_dict", "hotswap_adapter"),
+        (hotswap, "_convert_scalings_to_tensor", "prepare_model_for_compiled_hotswap"),
+    ):
         function = getattr(owner, name)
         if not hasattr(function, "takes_attached_layers"):
-            replacement = wrap(function)
+            replacement = wrap(function, known_as)
             replacement.takes_attached_layers = True
             setattr(owner, name, replacement)
 

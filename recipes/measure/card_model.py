@@ -16,8 +16,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.quantization_config import QuantizationMethod
 
-from qriemann.base.quantized import protect_quantized_weights
 from qriemann.folder.files import replace_text
+from qriemann.upstream import protect_quantized_weights
 
 _TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

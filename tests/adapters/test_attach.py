@@ -206,7 +206,7 @@ def test_loading_an_adapter_of_the_other_start_is_refused_by_name(start):
     attach(saved, start=start)
     attach(model, start="offset" if start == "zero" else "zero", seed=0)
     expected = logits(model)
-    with pytest.raises(InputError, match=r"same start, got rank \d for base_model\..*layers\.0.*fresh model"):
+    with pytest.raises(InputError, match=r"layers\.0.* has another start than the adapter of rank \d.*fresh model"):
         model.load_state_dict(saved.state_dict())
     assert torch.equal(logits(model), expected)
 
@@ -264,14 +264,18 @@ REFUSED = {
     "a rank above min(m, n)": (
         lambda: net(r=4, target_modules=["wide", "narrow"]),
         {},
-        r"r=4 for base_model\.model\.narrow \(3 x 40\).*rank_pattern",
+        r"for base_model\.model\.narrow \(3 x 40\), got 4; see rank_pattern",
     ),
-    "no PEFT model": (Net, {}, "at least one linear layer, got none.*get_peft_model"),
+    "no PEFT model": (Net, {}, "must have a LoRA adapter on a linear layer.*get_peft_model"),
     "no LoRA": (another_tuner, {}, "IA3|Linear.*only LoRA"),
     "a misspelt start": (lambda: net(target_modules=["wide"]), {"start": "ofset"}, "'zero', 'offset', got 'ofset'"),
     "alpha NaN": (lambda: net(target_modules=["wide"]), {"start": "offset", "alpha": float("nan")}, "alpha.*nan"),
     "infinite factors": (lambda: broken(float("inf")), {}, r"model\.narrow must hold finite"),
-    "an offset for half of the layers": (half_filled, {"start": "offset"}, r"1 zero layers of 2 .*model\.narrow"),
+    "an offset for half of the layers": (
+        half_filled,
+        {"start": "offset"},
+        r"in every layer or in none; 1 of 2 are zero",
+    ),
 }
 
 
@@ -398,7 +402,7 @@ def test_a_model_with_an_injected_adapter_saves_what_transformers_loads(start, t
 
 def test_an_offset_is_refused_where_no_config_can_say_the_rank():
     part = with_lora(tiny_llama()).base_model.model.model.layers
-    with pytest.raises(InputError, match=r"got a ModuleList without peft_config; pass the whole model"):
+    with pytest.raises(InputError, match=r"the model that holds the adapter's config; a ModuleList has none"):
         attach(part, start="offset")
     assert attach(part, start="zero")
     assert attach(part)  # nothing is to be done any more
@@ -452,7 +456,7 @@ def test_a_truncated_adapter_is_the_best_of_its_rank_and_is_saved_at_it(base, op
 
 def test_truncating_changes_nothing_without_an_offset_and_is_refused_without_a_point():
     model = with_lora(tiny_llama())
-    with pytest.raises(InputError, match="on the fixed-rank manifold, got none"):
+    with pytest.raises(InputError, match="has no adapter on the fixed-rank manifold"):
         truncate_(model)
     points = attach(model, start="zero")
     expected = trained(model)

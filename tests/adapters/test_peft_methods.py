@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import qriemann
 from qriemann import InputError, attach
-from qriemann.base.quantized import protect_quantized_weights
+from qriemann.upstream import protect_quantized_weights
 from tests.models import (
     load_nf4,
     logits,
@@ -128,7 +128,7 @@ def test_what_uses_the_factors_themselves_is_refused_until_the_model_is_detached
     model = attached("offset")
     model.load_adapter(tmp_path, "plain")
     expected, found = logits(model), variants(model)
-    with pytest.raises(InputError, match=rf"^{name} .*layers on the fixed-rank manifold.*qriemann\.detach"):
+    with pytest.raises(InputError, match=rf"^{name} .*these layers are on the manifold.*qriemann\.detach"):
         use(model, tmp_path)
     assert torch.equal(logits(model), expected)
     assert variants(model) == found

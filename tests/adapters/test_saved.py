@@ -87,17 +87,20 @@ def lie_about_sizes(folder: Path) -> None:
 
 Q_A, Q_B = (f"{PREFIX}self_attn.q_proj.lora_{side}.weight" for side in "AB")
 WRONG = {
-    "a pickle that nobody asked for": (pickle_instead, "got a pickle"),
+    "a pickle that nobody asked for": (pickle_instead, "a pickle, where safetensors are wanted"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), WEIGHTS),
     "a file cut short": (lambda f: os.truncate(f / WEIGHTS, 3000), "not a complete safetensors file"),
     "a header that lies about sizes": (lie_about_sizes, "not a complete safetensors file"),
     "a NaN": (lambda f: change(f, Q_A, torch.full((4, 64), torch.nan)), "finite numbers"),
     "an infinity": (lambda f: change(f, Q_B, torch.full((64, 4), torch.inf)), "finite numbers"),
-    "integers": (lambda f: change(f, Q_A, torch.ones(4, 64, dtype=torch.int64)), "I64"),
+    "integers": (lambda f: change(f, Q_A, torch.ones(4, 64, dtype=torch.int64)), "torch.int64"),
     "a tensor without numbers": (lambda f: change(f, Q_A, torch.ones(0, 64)), "(0, 64)"),
-    "numbers of eight bits": (lambda f: change(f, Q_A, torch.ones(4, 64).to(torch.float8_e4m3fn)), "F8_E4M3"),
-    "factors of two ranks": (lambda f: change(f, Q_A, torch.ones(3, 64)), "rank r = 4"),
-    "another rank than the configuration says": (lambda f: edit_json(f / CONFIG, r=8), "rank r = 8"),
+    "numbers of eight bits": (
+        lambda f: change(f, Q_A, torch.ones(4, 64).to(torch.float8_e4m3fn)),
+        "torch.float8_e4m3fn",
+    ),
+    "factors of two ranks": (lambda f: change(f, Q_A, torch.ones(3, 64)), "of the rank 4"),
+    "another rank than the configuration says": (lambda f: edit_json(f / CONFIG, r=8), "of the rank 8"),
     "a factor alone": (lambda f: change(f, Q_B, None), "factors B"),
     "a factor of three dimensions": (lambda f: change(f, Q_A, torch.ones(4, 64, 1)), "plain LoRA"),
     "a tensor of another method": (

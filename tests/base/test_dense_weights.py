@@ -14,9 +14,9 @@ from torch import nn
 
 from qriemann.base import dense_weights
 from qriemann.base.dense_weights import DenseLinear4bit, hold_dense
-from qriemann.base.quantized import protect_quantized_weights
 from qriemann.optim.methods import METHODS
 from qriemann.training.seam import for_trainer
+from qriemann.upstream import protect_quantized_weights
 from tests.models import fill_lora, load_nf4, next_token_loss, save_tiny_base, token_batch, with_lora
 
 

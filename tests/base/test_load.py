@@ -317,7 +317,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "an adapter": (
         lambda f: (f / "config.json").rename(f / "adapter_config.json"),
         "",
-        "which holds a LoRA adapter",
+        "holds a LoRA adapter",
     ),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "", "config.json"),
     "an empty configuration": (lambda f: (f / "config.json").write_text("{}"), "", "model_type"),
@@ -327,7 +327,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "",
         "causal language model",
     ),
-    "GPTQ": (gptq, "", "quantized by gptq; give the unquantized model"),
+    "GPTQ": (gptq, "", "quantized by gptq; of these only"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "", "safetensors"),
     "weights cut short": (lambda f: cut(f / "model.safetensors", 1000), "", "damaged or cut short"),
     "a GGUF file of a header": (lambda f: cut(f / "model.gguf", 100), "model.gguf", "damaged or cut short"),

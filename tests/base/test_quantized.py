@@ -16,8 +16,8 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
 
 from qriemann import InputError, Riemannion, attach
-from qriemann.base.quantized import protect_quantized_weights
 from qriemann.geometry import FixedRankParameter
+from qriemann.upstream import protect_quantized_weights
 from tests.models import (
     assert_blocks_match,
     assert_unchanged,

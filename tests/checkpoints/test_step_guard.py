@@ -145,7 +145,7 @@ def test_an_overflow_of_scaled_gradients_is_skipped_and_lowers_the_scale(tmp_pat
     trainer.accelerator.native_amp = True
     trainer.accelerator.state._mixed_precision = "fp16"
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    with pytest.raises(InputError, match="got 3 steps, all skipped"):
+    with pytest.raises(InputError, match="finite in none of 3 steps"):
         trainer.train()
     assert guard.skipped_steps == 3
     ((_, loss),) = logged(trainer, "train_loss")
@@ -170,7 +170,7 @@ class WriteToFactor(TrainerCallback):
 def test_a_factor_that_left_the_manifold_between_saves_stops_the_run_before_a_step_brings_it_back(tmp_path, by, told):
     settings = {"save_strategy": "steps", "save_steps": 2, "callbacks": [WriteToFactor(3, by)]}
     trainer, _ = sequential_trainer(tmp_path, clean_rows(), **settings)
-    with pytest.raises(InputError, match=r"checkpoint-2; an optimizer step cannot cause this") as caught:
+    with pytest.raises(InputError, match=r"checkpoint-2; some other code writes to the factors") as caught:
         trainer.train()
     assert f"max |U^T U - I| = {told} before step 4" in str(caught.value)
     assert not (tmp_path / "checkpoint-4").exists()

@@ -167,7 +167,7 @@ def test_what_the_file_alone_shows_is_said_without_importing_torch(tmp_path, wor
         ("load_in_4bit: false\nquantize: nf4\n", [], ["load_in_4bit", "quantize"]),
         ("modules_to_save: [a]\nlora_modules_to_save: [b]\n", [], ["lora_modules_to_save", "two names"]),
         ("resume: true\noverwrite: true\n", [], ["resume", "overwrite"]),
-        ("trust_remote_code: true\n", [], ["trust_remote_code", "command line", "--trust_remote_code"]),
+        ("trust_remote_code: true\n", [], ["trust_remote_code", "--trust_remote_code"]),
         ("a: [1\n", [], ["valid YAML", "line 3"]),
         ("seed: 1\nlora_r: 4\nseed: 2\n", [], ["'seed' a second time", "line 4"]),
         (f"seed: {'9' * 5000}\n", [], ["seed", "an integer"]),

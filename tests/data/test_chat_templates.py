@@ -7,7 +7,8 @@ from importlib.resources import files
 
 import pytest
 
-from qriemann.data.account import end_tokens, take_account
+from qriemann.base.chat_template import end_tokens
+from qriemann.data.account import take_account
 from qriemann.data.chat_mask import AssistantTokenizer
 from qriemann.data.defects import find_defects
 from qriemann.data.sources import load_sources

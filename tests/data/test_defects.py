@@ -10,7 +10,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from qriemann import cli
-from qriemann.data.account import end_tokens, take_account
+from qriemann.base.chat_template import end_tokens
+from qriemann.data.account import take_account
 from qriemann.data.defects import find_defects, refuse
 from qriemann.data.sources import Source
 from qriemann.data.tokenized import TokenizedData, tokenize_rows

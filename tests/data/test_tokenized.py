@@ -142,5 +142,5 @@ def test_columns_can_be_renamed_to_what_is_recognized(write_rows, tokenizer):
     )
     expected = tokens_of(write_rows(as_formats()["alpaca"], "alpaca.jsonl"), tokenizer)
     assert renamed.train["input_ids"][:] == expected.train["input_ids"][:]
-    with pytest.raises(InputError, match="'answer'; its columns are question, solution, output"):
+    with pytest.raises(InputError, match="question, solution, output, got 'answer'"):
         load_sources(str(path), columns={"answer": "output"})

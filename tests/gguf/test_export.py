@@ -120,7 +120,7 @@ def test_whatever_can_be_merged_is_in_the_merged_file(options, tmp_path: Path):
     result = export_gguf(adapter, tmp_path / "tiny", types=["f32"])
     assert result.accepted
     assert result.report["exact"]["largest_difference"] < 1e-4
-    with pytest.raises(InputError, match="export the merged model, --to gguf"):
+    with pytest.raises(InputError, match="use --to gguf"):
         export_gguf(adapter, tmp_path / "lora", to="gguf-adapter")
 
 
@@ -131,12 +131,9 @@ def test_push_takes_the_files_along(exported: Path):
     names = {upload.name for upload in alone.uploads}
     assert {"README.md", "tiny-F16.gguf", "Modelfile", "gguf_report.json"} <= names
     assert not any(name.endswith(".rejected") for name in names)
-
-
-def test_the_report_draws_the_ladder(exported: Path):
     page = write_report(exported / "tiny").read_text()
     assert "tiny-F16.gguf" in page
-    assert "mean KL, nats a token" in page
+    assert "mean KL" in page
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_the_saved_adapter_is_that_of_embeddings_on_the_device(run):
 
 
 def test_embeddings_that_are_to_be_trained_are_refused(run, tmp_path):
-    with pytest.raises(InputError, match=r"lora_modules_to_save must not name the input embeddings.*'embed_tokens'"):
+    with pytest.raises(InputError, match=r"embed_tokens and offload_embeddings exclude each other"):
         run("refused", offload_embeddings=True, lora_modules_to_save=["embed_tokens"])
     assert not (tmp_path / "refused").exists()
 
@@ -55,6 +55,6 @@ def test_tied_embeddings_are_refused_by_the_models_name(run, tmp_path, tokenizer
     model.tie_weights()
     model.save_pretrained(tmp_path / "tied")
     tokenizer.save_pretrained(tmp_path / "tied")
-    with pytest.raises(InputError, match=r"offload_embeddings must be false.*tied"):
+    with pytest.raises(InputError, match=r"tied.*offload_embeddings must be false"):
         run("refused", offload_embeddings=True, model_name_or_path=str(tmp_path / "tied"))
     assert not (tmp_path / "refused").exists()

@@ -259,7 +259,7 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing_half_written(adapter: Pa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("qriemann.release.merge.write_checkpoint", full)
-    with pytest.raises(InputError, match="room"):
+    with pytest.raises(InputError, match="is full"):
         merge(adapter, tmp_path / "out")
     assert files(tmp_path) == set()
 
