@@ -45,8 +45,8 @@ class _Launch:
 # Chosen by what ptxas reports for sm_80 and sm_90: at most 128 registers a thread in the tall passes, no or a few bytes of
 # spills. Not yet timed on a GPU.
 _LAUNCHES = {
-    16: _Launch(rows=16, chunk=1024, width=16, depth=16, tall_warps=2, core_warps=4),
-    32: _Launch(rows=16, chunk=1024, width=32, depth=16, tall_warps=4, core_warps=4),
+    16: _Launch(rows=16, chunk=1024, width=16, depth=16, tall_warps=4, core_warps=4),
+    32: _Launch(rows=16, chunk=1024, width=32, depth=16, tall_warps=8, core_warps=4),
     64: _Launch(rows=16, chunk=2048, width=64, depth=16, tall_warps=8, core_warps=8),
     128: _Launch(rows=16, chunk=4096, width=64, depth=16, tall_warps=16, core_warps=16),
 }
