@@ -183,6 +183,16 @@ class Footprint:
         movable = workload.on_gpu and not (has_tied_embeddings(model) or matrix.requires_grad)
         return total_bytes([matrix]) if movable else 0
 
+    def merge_bytes(self, workload: Workload) -> tuple[int, int]:
+        """Bytes in float32 of what `merge` loads: the base that training saw, in 4 bit, and the model that it has written."""
+        recorded = merged = 0
+        four_bit = {id(m.weight) for m in self.model(workload).modules() if isinstance(m, QuantizedLinear)}
+        for name, parameter in self.model(workload).named_parameters():
+            if "lora_" not in name:
+                merged += 4 * parameter.numel()
+                recorded += nf4_bytes(parameter.numel()) if id(parameter) in four_bit else 4 * parameter.numel()
+        return recorded, merged
+
     def computed(self, workload: Workload) -> tuple[str, Counter[str]]:
         """The phase of a step that allocates most beyond what is stored, and its bytes by part."""
         phases = {"training": self._peak(replace(workload, per_device_eval_batch_size=0), training=True)}

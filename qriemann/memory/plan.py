@@ -116,6 +116,12 @@ def _plan(footprint: Footprint, workload: Workload) -> Plan:
             f"attention: {kept}",
             "no run on a GPU has confirmed these numbers; `qriemann check` measures on the card itself",
         ]
+        if workload.quantized:
+            recorded, merged = (size / GIB for size in footprint.merge_bytes(workload))
+            notes.append(
+                f"merge: {recorded:.1f} GiB of weights to record the trained model and then {merged:.1f} GiB to prove the "
+                "merged one, each on the card if it is free there, else on the CPU"
+            )
     elif workload.quantized and not workload.dense_copies:
         notes.append("the 4-bit weights are not held dequantized as well: the run needs less and takes longer")
     if workload.offload_embeddings and (size := footprint.embedding_bytes(workload)):

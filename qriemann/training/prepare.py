@@ -38,13 +38,14 @@ from qriemann.device import compute_device, describe_device, keep_freed_memory, 
 from qriemann.distributed import run_on_main
 from qriemann.errors import InputError
 from qriemann.folder.lock import refuse_if_held
+from qriemann.memory.dry_run import much_padding, packing_mask
 from qriemann.optim.methods import find_method
 from qriemann.training.display import PlainView, make_view
 from qriemann.training.loi_callback import recipe_callbacks
 from qriemann.training.rate_callback import MeasuredRate
 from qriemann.training.rows_page import describe_rows
 from qriemann.training.seam import for_trainer
-from qriemann.upstream import quiet, take_one_gpu
+from qriemann.upstream import attention_of, quiet, take_one_gpu
 
 if TYPE_CHECKING:
     from qriemann.base.dense_weights import DenseWeights
@@ -161,6 +162,7 @@ def prepare(
             defects = find_defects(account, tokenizer)
             encoder = RowEncoder(tokenizer, settings.loss_on, args.dataset_text_field)
             rows = describe_rows(sources[0], data, account, encoder, tokenizer, args.max_length)
+            defects += [*packing_mask(args, attention_of(model.config)), *much_padding(args, account.train.lengths)]
             data_print = fingerprint(data.train, data.held_out)
         idle = idle_without_rows(args) if data.held_out is None else None
         for notice in (dense, experts, *data.notices, idle):

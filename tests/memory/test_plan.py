@@ -319,6 +319,17 @@ def test_dequantized_copies_that_do_not_fit_are_not_planned(make_config):
         assert (row in dict(result.stored)) is dense
 
 
+def test_a_plan_says_what_the_merge_loads(folders, make_config):
+    footprint, workload = read_run(make_config("llama", max_length=64, eval_strategy="no"))
+    recorded, merged = footprint.merge_bytes(workload)
+    trained, written = load_nf4(folders["llama"]), AutoModelForCausalLM.from_pretrained(folders["llama"])
+    buffers = sum(buffer.nbytes for buffer in written.buffers())
+    assert recorded == held_bytes(trained, []) - buffers
+    assert merged == held_bytes(written, []) - buffers
+    (note,) = (note for note in plan(make_config("llama", max_length=64)).assumptions if note.startswith("merge:"))
+    assert f"{merged / GIB:.1f} GiB to prove the merged one" in note
+
+
 def test_the_commands_print_the_peak_and_every_card(make_config, tmp_path, capsys):
     settings = {"max_length": 64, "eval_strategy": "no"}
     result = plan(make_config("qwen", **settings))
