@@ -58,26 +58,31 @@ class Grid(NamedTuple):
     """The held-out losses of one cell.
 
     Attributes:
-        losses: mean over the seeds that every rate has, by rate, ascending.
-        exact: the share of right answers at the best rate.
-        seeds: how many there are.
-        measured: the rate of the first seed's measurement; None where there is none.
+        losses: of the first seed, by rate, ascending.
+        exact: its share of right answers at the best rate.
+        seeds: the losses of all seeds at the rate that is best over most of them.
+        measured: the measured rate of the first seed; None where there is none.
+        trained: the loss of a training at the measured rate, if there was one.
     """
 
     losses: dict[float, float]
     exact: float
-    seeds: int
+    seeds: list[float]
     measured: float | None
+    trained: float | None
 
     @property
     def best(self) -> float:
         """The rate with the lowest loss."""
         return min(self.losses, key=self.losses.__getitem__)
 
-    def at(self, rate: float) -> float | None:
-        """The loss at a rate, along straight lines in log-log; None outside the grid."""
+    @property
+    def there(self) -> float | None:
+        """The loss at the measured rate: of a training, or along straight lines in log-log; None outside the grid."""
+        if self.trained is not None or self.measured is None:
+            return self.trained
         points = [(math.log(x), math.log(y)) for x, y in self.losses.items() if math.isfinite(y) and y > 0]
-        x = math.log(rate)
+        x = math.log(self.measured)
         for (low, left), (high, right) in itertools.pairwise(points):
             if low <= x <= high:
                 return math.exp(left + (right - left) * (x - low) / (high - low))
@@ -88,20 +93,25 @@ def grids(runs: Sequence[Run]) -> dict[Cell, Grid]:
     """The grids of all cells whose rows are there, the embedded model's first."""
     rates = {_place(run): run["rate"] for run in runs if not run["steps"]}
     found: dict[Cell, dict[float, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
+    trained: dict[Cell, Run] = {}
     for run in runs:
         if run["steps"] and not run["task"].endswith(".jsonl"):
-            found[_cell(run)][run["rate"]][run["seed"]] = run
+            if run["lr"] != "auto":
+                found[_cell(run)][run["rate"]][run["seed"]] = run
+            elif run["seed"] == 0:
+                trained[_cell(run)] = run
     grids = {}
     for cell in sorted(found, key=lambda cell: (cell.bed, -cell.layers, cell)):
         by_rate = found[cell]
-        seeds = set.intersection(*(set(by_seed) for by_seed in by_rate.values()))
-        losses = {
-            rate: statistics.mean(by_seed[seed]["loss"] for seed in seeds) for rate, by_seed in sorted(by_rate.items())
-        }
-        any_run = next(iter(next(iter(by_rate.values())).values()))
+        firsts = {rate: by_seed[0] for rate, by_seed in sorted(by_rate.items()) if 0 in by_seed}
+        losses = {rate: run["loss"] for rate, run in firsts.items()}
         best = min(losses, key=losses.__getitem__)
-        exact = statistics.mean(by_rate[best][seed]["exact"] for seed in seeds)
-        grids[cell] = Grid(losses, exact, len(seeds), rates.get(_place(any_run)))
+        by_seeds = [[run["loss"] for run in by_seed.values()] for by_seed in by_rate.values()]
+        seeds = min(by_seeds, key=lambda found: (-len(found), statistics.mean(found)))
+        measured, there = rates.get(_place(firsts[best])), None
+        if cell in trained:
+            measured, there = trained[cell]["rate"], trained[cell]["loss"]
+        grids[cell] = Grid(losses, firsts[best]["exact"], seeds, measured, there)
     return grids
 
 
@@ -120,6 +130,7 @@ def write_report(folder: Path) -> str:
         "arm",
         "held-out loss by learning rate",
         "right",
+        "over seeds",
         "measured rate",
         "loss there",
         "behind the best",
@@ -130,9 +141,12 @@ def write_report(folder: Path) -> str:
             f"**{rate:g} {_figure(loss)}**" if rate == grid.best else f"{rate:g} {_figure(loss)}"
             for rate, loss in grid.losses.items()
         )
-        there = grid.measured and grid.at(grid.measured)
+        there, spread = grid.there, ""
+        if len(grid.seeds) > 1:
+            mean, deviation = statistics.mean(grid.seeds), statistics.stdev(grid.seeds)
+            spread = f"{_figure(mean)} ± {_figure(deviation)} ({len(grid.seeds)})"
         lines.append(
-            f"| {_TASKS.get(cell.task, cell.task)} | {cell.shape} | {cell.arm} | {losses} | {grid.exact:.0%} | "
+            f"| {_TASKS.get(cell.task, cell.task)} | {cell.shape} | {cell.arm} | {losses} | {grid.exact:.0%} | {spread} | "
             f"{'' if grid.measured is None else f'{grid.measured:.2g}'} | {_figure(there) if there else ''} | "
             f"{f'{there / grid.losses[grid.best] - 1:+.0%}' if there else ''} |"
         )

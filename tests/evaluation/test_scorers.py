@@ -40,7 +40,7 @@ def test_an_answer_is_scored_as_a_person_would(scorer: str, said: str, right: st
 
 @pytest.fixture
 def gym():
-    return pytest.importorskip("reasoning_gym", reason="reasoning-gym, of the extra dev, is not installed")
+    return pytest.importorskip("reasoning_gym", reason="the extra scorers is not installed")
 
 
 @pytest.mark.parametrize("as_text", [False, True])

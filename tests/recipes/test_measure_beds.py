@@ -203,12 +203,22 @@ def test_the_default_rate_is_near_the_best_over_a_thousand_steps():
 def test_the_report_places_the_measured_rate_in_its_grid(tmp_path):
     place = {"bed": "tail", "task": "sums", "layers": 6, "rank": 8, "batch": 8, "scale": 1.0, "seed": 0, "exact": 0.5}
     arm = {"arm": "riemannion-zero", "method": "riemannion", "options": {"start": "zero"}}
-    rows = [{**place, **arm, "steps": 300, "rate": rate, "loss": loss} for rate, loss in ((1e-2, 1.0), (1e-3, 4.0))]
-    rows.append({**place, **arm, "steps": 0, "rate": 10**-2.5, "loss": 9.0})
+    rows = [
+        {**place, **arm, "steps": 300, "lr": rate, "rate": rate, "loss": loss}
+        for rate, loss in ((1e-2, 1.0), (1e-3, 4.0))
+    ]
+    rows.append({**rows[0], "seed": 1, "loss": 2.0})
+    rows.append({**place, **arm, "steps": 0, "lr": "auto", "rate": 10**-2.5, "loss": 9.0})
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps({"key": i, **row}) + "\n" for i, row in enumerate(rows)))
     assert report.main(argparse.Namespace(folder=tmp_path)) == 0
     (line,) = (tmp_path / "report.md").read_text().splitlines()[2:]
     # Half-way in the logarithm of the rate, the loss is the geometric mean.
-    assert "0.001 4.000, **0.01 1.000** | 50% | 0.0032 | 2.000 | +100% |" in line
+    assert "0.001 4.000, **0.01 1.000** | 50% | 1.500 ± 0.707 (2) | 0.0032 | 2.000 | +100% |" in line
     assert "6 layers adapted, rank 8, 300 steps" in line
     assert (tmp_path / "rates.png").stat().st_size > 1000
+    # Where a training ran at the measured rate, it says what is there.
+    with (tmp_path / "runs.jsonl").open("a") as lines:
+        lines.write(json.dumps({"key": 9, **rows[0], "lr": "auto", "rate": 3e-3, "loss": 3.0}) + "\n")
+    assert "0.001 4.000, **0.01 1.000** | 50% | 1.500 ± 0.707 (2) | 0.003 | 3.000 | +200% |" in report.write_report(
+        tmp_path
+    )
