@@ -96,7 +96,7 @@ def unused_gpu() -> str | None:
     try:
         torch.cuda.init()
     except Exception as error:
-        return f"{' '.join(str(error).split()):.200}; mend that"
+        return f"{' '.join(str(error).split()):.200}; reinstall the driver or torch"
     return "torch.cuda.is_available() is False; restart the process"
 
 

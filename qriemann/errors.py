@@ -1,4 +1,4 @@
-"""The errors a user can mend: one line that says what must hold, what was found, where, and the remedy.
+"""The errors a user can fix: one line that says what must hold, what was found, where, and the remedy.
 
 The command line prints them without a traceback and exits with status 2; everything else is a bug and keeps its traceback.
 """

@@ -1,4 +1,4 @@
-"""How a command ends: one line and an exit status for what the user can mend, a traceback for a bug, never a credential."""
+"""How a command ends: one line and an exit status for what the user can fix, a traceback for a bug, never a credential."""
 
 import io
 import sys

@@ -251,7 +251,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit status: 0, or 2 for something the user can mend, which one line then names."""
+    """The exit status: 0, or 2 for something the user can fix, which one line then names."""
     started = time.perf_counter()
     options = parse(arguments)
     # Nothing here is on the Hub. Without this PEFT looks there for the base's configuration while it saves the adapter, and

@@ -1,4 +1,4 @@
-"""`qriemann doctor` says what is wrong with a machine, and what mends it."""
+"""`qriemann doctor` says what is wrong with a machine, and how to fix it."""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ Call `protect` on a trainer and `newest_checkpoint` on its folder. A run also ca
 
 A checkpoint holds the adapter as plain LoRA (`adapter_model.safetensors` and its config); `optimizer.pt` with the momentum
 and, for a method on the manifold, the float32 factors, core and offset of every point; `scheduler.pt`; the generators'
-`rng_state`; `trainer_state.json`, where the guard, the monitor and `AutoBatch` keep their state; the tokenizer; and
+`rng_state`; `trainer_state.json`, where the guard, the monitor, `AutoBatch` and `MeasuredRate` keep their state;
+`training_args.bin`; under fp16 `scaler.pt`; the tokenizer; and
 `manifest.json` with every file's size and SHA-256, a serial number and the run's fingerprints.
 
 Between two steps: at the start of an epoch its batches are pinned to (seed, epoch, step). Before each step the guard seeds

@@ -26,7 +26,7 @@ class Finding(NamedTuple):
     remedy: str | None = None
 
 
-@COMMANDS.add("doctor", "say what of this machine qriemann can use, and what to mend (1 if any)")
+@COMMANDS.add("doctor", "say what qriemann can use on this machine, and what to fix (exits with 1 if anything)")
 def _doctor() -> int:
     wrong = 0
     with quiet():
@@ -35,7 +35,7 @@ def _doctor() -> int:
             print(f"{'ok   ' if finding.remedy is None else 'wrong'} {finding.what:<14} {finding.found}", flush=True)
             if finding.remedy is not None:
                 print(f"      {'':<14} -> {finding.remedy}")
-    print("nothing to mend" if not wrong else f"{wrong} to mend")
+    print("nothing to fix" if not wrong else f"{wrong} to fix")
     return 1 if wrong else 0
 
 

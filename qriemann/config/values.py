@@ -37,7 +37,7 @@ _WORD, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
 
 
 class Loader(yaml.SafeLoader):
-    """The file's own scalars stay words, which `coerce` reads by their key's type, as it reads the command line's words.
+    """Top-level scalars stay strings, which `coerce` converts by their key's type, as it does those of the command line.
 
     Inside a value no type says what a word is. There YAML 1.1 decides, as in TRL, except that 1e-4 is a number. A repeated
     key is an error.

@@ -35,7 +35,7 @@ def read_config_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict
     for name, value in environment.items():
         if not str(name).isidentifier() or not isinstance(value, str | int | float) or "\0" in str(value):
             raise InputError(
-                f"env in {path} must map names of letters, digits and _ to texts or numbers; mend {shown(name)}"
+                f"env in {path} must map names of letters, digits and _ to texts or numbers; fix {shown(name)}"
             )
     return content, {str(name): str(value) for name, value in environment.items()}
 

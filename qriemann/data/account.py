@@ -1,4 +1,4 @@
-"""What the tokens of all rows say of them: which are masked, cut, end untrained, are there twice, or are in both splits."""
+"""Token statistics of all rows: which are masked, cut, without a trained end, duplicated, or in both splits."""
 
 from __future__ import annotations
 

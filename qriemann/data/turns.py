@@ -202,7 +202,7 @@ def _add_turn(talk: Conversation, row: Row, style: AssistantTokenizer, column: s
             message["tool_calls"], content = content, ""
         else:
             row.told.add("function calls are trained as text: the chat template writes no tool calls")
-    # Templates give users no turn to learn; a weight of 1 on every turn asks for nothing.
+    # User turns are never trained on. A weight of 1 on every turn asks for nothing.
     row.dropped |= {f"{column}[].{key}" for key, mark in marks.items() if role != "assistant" and mark is True}
     if role == "assistant":
         learnt = [row.learnt(turn, key, f"{column}[].{key}") for key in marks]

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 class CountedWrites:
     """Mixed into a tensor's class: writes through `.data` count in `_version`, as writes to the tensor itself do.
 
-    torch's own `.data` starts a count of its own, and a tensor assigned to it keeps its own. So whoever compares `_version`
-    would miss a write to either.
+    `.data` returns a tensor with its own version counter, and a tensor assigned to it keeps its own, so comparing `_version`
+    would miss writes through either.
     """
 
     #: What was assigned to `.data` last. It may be a view of a buffer that is written elsewhere, whose count it shares.

@@ -202,7 +202,7 @@ class FactorBatch:
                 momentum_form=rule.momentum_form,
                 tangent_iterations=rule.tangent_iterations,
             )
-            # Kernels write where torch does not see it, and the replays of a captured step where nobody does.
+            # torch does not see what kernels write, and no Python code sees the writes of a replayed graph.
             torch.autograd.graph.increment_version([*(height.factors for height in self._heights), self.s])
             if self.s.is_cuda and torch.cuda.is_current_stream_capturing():
                 for point in self.points:

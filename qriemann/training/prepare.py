@@ -114,7 +114,7 @@ def prepare(
         to_train: False leaves the output folder out of it: a check may look at a run whose folder is in use.
 
     Raises:
-        InputError: for anything that the user can mend.
+        InputError: for anything that the user can fix.
     """
     started = time.perf_counter()
     view = view or make_view(settings.display)

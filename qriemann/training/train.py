@@ -48,7 +48,7 @@ def train(
         view: where progress goes; None makes the one that the settings name.
 
     Raises:
-        InputError: for anything that the user can mend; before the first step, nothing has been written or overwritten.
+        InputError: for anything that the user can fix; before the first step, nothing has been written or overwritten.
     """
     settings, folder = prepared.settings, Path(prepared.settings.output_dir)
     view = view or make_view(settings.display)
@@ -157,7 +157,7 @@ class _Recorder:
             show_result(result, self.view.console)
 
     def _fail(self, error: BaseException) -> None:
-        """Records how the run ended, and turns a failed write into an error that the user can mend."""
+        """Records how the run ended, and turns a failed write into an error that the user can fix."""
         self.view.stop()
         if self.monitor.begun:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
