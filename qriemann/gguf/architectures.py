@@ -94,7 +94,9 @@ class Layout:
     def __init__(self, model: Any) -> None:
         self.config, kind = model.config, model.config.model_type
         if kind not in ARCHITECTURES:
-            raise InputError(f"GGUF files are written of {', '.join(sorted(ARCHITECTURES))}, got {kind!r}; {CONVERT}")
+            raise InputError(
+                f"GGUF files can be written for {', '.join(sorted(ARCHITECTURES))}, got {kind!r}; {CONVERT}"
+            )
         self.architecture = ARCHITECTURES[kind]
         self.added = _rope_factors(model)
         self._names = gguf.get_tensor_name_map(self.architecture.id, self.config.num_hidden_layers)

@@ -84,7 +84,7 @@ def test_a_file_that_does_not_load_says_why(make_case):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama", {"model_type": "gpt2"}, "must be one of gemma, .* got 'gpt2'"),
+        ("llama", {"model_type": "gpt2"}, "can be written for gemma, .* got 'gpt2'"),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "no_rope_layers of a smollm3 must be"),
         ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar of a gemma2 must be 32"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "got 'yarn'"),

@@ -33,7 +33,10 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_the_model_is_loaded(
     [
         ({"report_to": "tensorbord"}, ["report_to must be none, all or among", "got 'tensorbord'"]),
         ({"use_liger_kernel": True}, ["use_liger_kernel", "pip install liger-kernel"]),
-        ({"lr_scheduler_type": "cosine_with_min_lr"}, ["lr_scheduler_type cosine_with_min_lr", "got none: ", "min_lr"]),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            ["lr_scheduler_type cosine_with_min_lr", "lr_scheduler_kwargs None: ", "min_lr"],
+        ),
         ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 9.0}}, ["polynomial", "lr_end"]),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}}, ["cosine", "cycles"]),
         ({"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": "x"}}, ["inverse_sqrt", "'x'"]),
