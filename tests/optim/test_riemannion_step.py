@@ -14,6 +14,7 @@ from qriemann.geometry import FixedRankParameter, FixedRankPoint, random_orthono
 from qriemann.ops import POLAR_RTOL
 from qriemann.optim import Riemannion, RiemannLoRA
 from tests.dense import DenseRiemannion, low_rank_factors, polar, tangent_projection
+from tests.models import relative
 
 # Float32 factors hold X to 6e-8 sqrt(r) relative; a step adds two tall products.
 STEP_RTOL = 1e-5
@@ -47,10 +48,6 @@ class Adapter:
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm().clamp_min(1e-300)).item()
 
 
 def follow(adapter: Adapter, gradients, steps: int = 50, lr: float = 0.01, momentum: float = 0.9, **options) -> float:
