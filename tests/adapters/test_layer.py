@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from qriemann import attach, locally_optimal_, truncate_
+from qriemann import attach, truncate_
 from qriemann.geometry import FixedRankParameter, point_from_factors
 from qriemann.optim.methods import METHODS, resolve_options
 from tests.models import (
@@ -338,20 +338,6 @@ def test_what_is_done_to_a_whole_adapter_reaches_the_next_pass(write):
     expected = case.dense(case.loss)[0]
     assert relative(after, expected) < FLOAT32_RTOL
     assert (relative(before, expected) > 1e-3) == (write is not WHOLE["a cast"])
-
-
-def test_a_locally_optimal_start_reaches_the_next_pass():
-    reference, model, ids = tiny_llama(), with_lora(tiny_llama()), token_batch()
-    points = attach(model, start="offset", seed=3)
-    with torch.no_grad():
-        model(ids)
-    locally_optimal_(model, [ids], next_token_loss, oversampling=0)
-    next_token_loss(model, ids).backward()
-    assert_blocks_match(model, dense_gradients(reference, model, [ids]), FLOAT32_RTOL)
-    move_points(points, seed=9)
-    model.zero_grad()
-    next_token_loss(model, ids).backward()
-    assert_blocks_match(model, dense_gradients(reference, model, [ids]), FLOAT32_RTOL)
 
 
 def test_a_pass_in_eval_mode_leaves_the_backward_of_one_in_train_mode_as_it_was():

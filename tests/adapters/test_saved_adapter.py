@@ -7,28 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
 
 import qriemann
 from tests.models import (
-    counting_rows,
     load_nf4,
     logits,
     logits_under_plain_peft,
-    move_points,
     next_token_loss,
     relative,
     save_tiny_base,
     tiny_llama,
     token_batch,
-    trainer_settings,
     with_lora,
-    word_tokenizer,
 )
+from tests.runs import sft_trainer
 
 # https://github.com/huggingface/peft: 0.21 takes the bias of lora_bias=True, a vector, for a B that ZeRO-3 did not gather.
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape.*lora_B.bias:UserWarning")
@@ -63,15 +58,8 @@ class RecordLogits(TrainerCallback):
 def train_with_sft(base: Path, folder: Path, start: str) -> dict[str, Saved]:
     """Every checkpoint and the final adapter of a run of the stock trainer on the 4-bit model."""
     record = RecordLogits()
-    trainer = SFTTrainer(
-        model=load_nf4(base),
-        processing_class=word_tokenizer(),
-        args=SFTConfig(**trainer_settings(folder, save_strategy="steps", save_steps=1)),
-        train_dataset=counting_rows(),
-        peft_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear"),
-        optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion", lr=0.05, start=start),
-        callbacks=[record],
-    )
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer = sft_trainer(load_nf4(base), folder, start, lora={"lora_dropout": 0.1}, callbacks=[record], **saving)
     trainer.train()
     trainer.save_model(str(folder / "final"))
     saved = {
@@ -147,18 +135,6 @@ def test_plain_peft_computes_the_same_logits(start, name, saved):
 def test_training_changed_what_is_saved_from_checkpoint_to_checkpoint(start, saved):
     for earlier, later in itertools.pairwise(FROM_SFT[:4]):
         assert relative(saved[start, later].plain, saved[start, earlier].plain) > 1e-3
-
-
-@starts
-def test_saving_changes_nothing(start, tmp_path):
-    model = with_lora(tiny_llama())
-    points = qriemann.attach(model, start=start, seed=0)
-    move_points(points)
-    before = [part.clone() for point in points for part in point.point()]
-    expected = logits(model, IDS)
-    model.save_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(before, (x for p in points for x in p.point()), strict=True))
-    assert torch.equal(logits(model, IDS), expected)
 
 
 @starts

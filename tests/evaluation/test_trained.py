@@ -24,7 +24,7 @@ from qriemann.folder.records import recorded_base
 from qriemann.release.export import export
 from qriemann.release.merge import merge
 from qriemann.training.train import TrainResult
-from tests.recipe_fixtures import chat_rows, train_on
+from tests.recipe_fixtures import chat_rows, train_in
 from tests.release.conftest import save_chat_base
 
 
@@ -32,23 +32,9 @@ from tests.release.conftest import save_chat_base
 def run(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """Two steps on an unquantized base, with a checkpoint and held-out rows."""
     folder = tmp_path_factory.mktemp("floats")
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(8)))
-    settings = {
-        "model_name_or_path": str(save_chat_base(folder / "base")),
-        "quantize": "none",
-        "use_cpu": True,
-        "dataset_name": str(rows),
-        "dataset_eval_name": str(rows),
-        "output_dir": str(folder / "run"),
-        "lora_r": 4,
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "display": "none",
-    }
-    return train_on(settings)
+    base, held_out = save_chat_base(folder / "base"), str(folder / "rows.jsonl")
+    changes = {"quantize": "none", "dataset_eval_name": held_out, "max_steps": 2, "save_steps": 1}
+    return train_in(folder, base, chat_rows(8), **changes)
 
 
 def loaded(folder: Path, **options: Any) -> Any:

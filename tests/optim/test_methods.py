@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 import qriemann
@@ -18,6 +19,7 @@ from qriemann.optim.methods import METHODS, find_method, resolve_options
 from tests.models import (
     counting_rows,
     load_nf4,
+    logits,
     logits_under_plain_peft,
     next_token_loss,
     relative,
@@ -26,9 +28,9 @@ from tests.models import (
     trainer_settings,
     variants,
     with_lora,
-    word_tokenizer,
 )
 from tests.recipe_fixtures import train_on
+from tests.runs import assert_same, outcome, sft_trainer
 
 NAMES = tuple(METHODS)
 # Eight steps on 24 rows: rates at which the loss falls. The scale of scaled GD's is that of the loss.
@@ -57,33 +59,19 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def sft_trainer(model: nn.Module, folder: Path, name: str, **settings: Any) -> SFTTrainer:
-    return SFTTrainer(
-        model=model,
-        processing_class=word_tokenizer(),
-        args=SFTConfig(**trainer_settings(folder, **settings)),
-        train_dataset=counting_rows(),
-        peft_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear"),
-        optimizer_cls_and_kwargs=qriemann.for_trainer(name, lr=RATES[name]),
+def trainer_of(name: str, base: Path, folder: Path, **settings: Any) -> SFTTrainer:
+    return sft_trainer(
+        load_nf4(base),
+        folder,
+        lora={"lora_dropout": 0.1},
+        optimizer=qriemann.for_trainer(name, lr=RATES[name]),
         callbacks=[qriemann.FixedRankCallback()] if METHODS[name].on_manifold else [],
+        **settings,
     )
 
 
-def everything(trainer: SFTTrainer) -> list[Any]:
-    """Every number that training moves: the adapter and the optimizer's state, factors, cores and offsets included."""
-    state = trainer.optimizer.state_dict()["state"]
-    numbers = [p.detach().clone() for _, p in sorted(trainer.model.named_parameters()) if p.requires_grad]
-    return numbers + [entry[key] for _, entry in sorted(state.items()) for key in sorted(entry)]
-
-
-def same(left: list[Any], right: list[Any]) -> bool:
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(left, right, strict=True))
-
-
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(ids).logits
+def same(left: Iterable[Tensor], right: Iterable[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -93,19 +81,19 @@ def lives(tmp_path_factory, base) -> dict[str, dict[str, Any]]:
     settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 5}
     lives = {}
     for name in NAMES:
-        whole = sft_trainer(load_nf4(base), root / name, name, **settings)
+        whole = trainer_of(name, base, root / name, **settings)
         cast = {p.dtype for n, p in whole.model.named_parameters() if ".lora_" in n}
         whole.train()
         whole.save_model(str(root / name / "final"))
         torch.manual_seed(99)  # another process: whatever was drawn before must not matter
-        resumed = sft_trainer(load_nf4(base), root / f"{name}-resumed", name, **settings)
+        resumed = trainer_of(name, base, root / f"{name}-resumed", **settings)
         resumed.train(resume_from_checkpoint=str(root / name / "checkpoint-5"))
         lives[name] = {
             "cast": cast,
             "dtypes": {p.dtype for n, p in whole.model.named_parameters() if ".lora_" in n},
             "losses": [entry["loss"] for entry in whole.state.log_history if "loss" in entry],
-            "whole": everything(whole),
-            "resumed": everything(resumed),
+            "whole": outcome(whole),
+            "resumed": outcome(resumed),
             "logits": logits(whole.model, ids),
         }
     adapters = [(base, True, root / name / "final") for name in NAMES]
@@ -130,7 +118,7 @@ def test_the_factors_are_float32_although_the_trainer_cast_them(name, lives):
 
 @every_method
 def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(name, lives):
-    assert same(lives[name]["whole"], lives[name]["resumed"])
+    assert_same(lives[name]["whole"], lives[name]["resumed"])
 
 
 @every_method
@@ -356,10 +344,10 @@ def test_every_step_of_a_resumed_run_needs_the_state_of_its_own_method(name):
 
 def test_an_adapter_with_an_offset_does_not_go_on_under_plain_factors(base, tmp_path):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    first = sft_trainer(load_nf4(base), tmp_path / "first", "riemannion", **settings)
+    first = trainer_of("riemannion", base, tmp_path / "first", **settings)
     first.optimizer_cls_and_kwargs = qriemann.for_trainer("riemannion", start="offset")
     first.train()
-    other = sft_trainer(load_nf4(base), tmp_path / "second", "adamw", **settings)
+    other = trainer_of("adamw", base, tmp_path / "second", **settings)
     qriemann.FixedRankCallback().on_init_end(other.args, other.state, other.control, model=other.model)
     with pytest.raises(qriemann.InputError, match=r"q_proj was saved with an offset, which plain LoRA"):
         other.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-1"))
@@ -416,7 +404,7 @@ def test_the_embedded_model_learns_saves_resumes_and_reloads_in_plain_peft(name,
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     resumed = trainer(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-25"))
-    assert same(everything(whole), everything(resumed))
+    assert_same(outcome(whole), outcome(resumed))
     ids = token_batch(rows=1, length=12, vocabulary=1000)
     adapter = (embedded, True, tmp_path / "whole" / "checkpoint-30")
     (plain,) = logits_under_plain_peft([adapter], ids)

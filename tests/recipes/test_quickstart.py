@@ -138,18 +138,13 @@ def test_reported_loss_is_that_of_the_untouched_model_on_the_answers_alone(
 
 
 @pytest.mark.slow
-def test_training_lowers_the_reported_loss_from_the_second_step_on(finished: tuple[Path, Any]) -> None:
-    report = json.loads((finished[0] / "quickstart.json").read_text())
-    assert report["held_out_loss"]["after"] < report["held_out_loss"]["before"]
-
-
-@pytest.mark.slow
 def test_report_table_and_records_agree(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, done = finished
     report = json.loads((folder / "quickstart.json").read_text())
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [event["eval_loss"] for event in events if "eval_loss" in event]
     assert [report["held_out_loss"]["before"], report["held_out_loss"]["after"]] == [losses[0], losses[-1]]
+    assert losses[-1] < losses[0]
     assert report["task"]["held_out"] == PROMPTS
     assert report["steps"] == STEPS
     assert report["orthonormality_drift"] < 1e-5

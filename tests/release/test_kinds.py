@@ -26,7 +26,7 @@ from qriemann.release.export import export
 from qriemann.release.inspect import inspect
 from qriemann.release.merge import merge
 from qriemann.upstream import quiet
-from tests.models import edit_json, logits, relative
+from tests.models import edit_json, logits, relative, with_lora
 from tests.recipe_fixtures import make_tokenizer
 from tests.release.conftest import save_chat_base, write_rows
 
@@ -115,8 +115,7 @@ def made(request, tmp_path_factory) -> Made:
     if case.grown:
         tokenizer.add_tokens([f"<{n}>" for n in range(case.grown)])
         model.resize_token_embeddings(len(tokenizer))
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **case.options}
-    model = get_peft_model(model, LoraConfig(**settings))
+    model = with_lora(model, **case.options)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

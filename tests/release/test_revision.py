@@ -17,12 +17,11 @@ from safetensors.torch import load_file, save_file
 import qriemann
 from qriemann.chat.session import load_session
 from qriemann.checkpoints.fingerprints import base_fingerprint
-from qriemann.config import settings_from
 from qriemann.evaluation.evaluate import evaluate
 from qriemann.release.export import export
 from qriemann.release.merge import merge
 from tests.models import with_lora
-from tests.recipe_fixtures import chat_rows
+from tests.recipe_fixtures import chat_rows, train_in
 from tests.release.conftest import save_chat_base
 
 WARNING = "trained on another revision of"
@@ -33,20 +32,8 @@ CHANGED = "model.layers.1.mlp.up_proj.weight"
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base and a run of one step on it in 4 bit."""
     folder = tmp_path_factory.mktemp("revision")
-    base, rows = save_chat_base(folder / "base"), folder / "train.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(8)))
-    settings = {
-        "model_name_or_path": str(base),
-        "dataset_name": str(rows),
-        "output_dir": str(folder / "run"),
-        "lora_r": 4,
-        "max_steps": 1,
-        "per_device_train_batch_size": 4,
-        "eval_size": 0,
-        "save_strategy": "no",
-        "display": "none",
-    }
-    qriemann.train(qriemann.prepare(settings_from(settings)))
+    base = save_chat_base(folder / "base")
+    train_in(folder, base, chat_rows(8), max_steps=1, eval_size=0, save_strategy="no")
     return base, folder / "run"
 
 

@@ -191,21 +191,6 @@ def test_processes_with_different_batches_start_at_the_point_of_all_batches(tmp_
 # Which start.
 
 
-@pytest.mark.parametrize(
-    ("attached", "rank", "scale"),
-    [({"start": "zero"}, RANK, 0), ({"start": "offset", "alpha": 0.25}, 2 * RANK, 0.25)],
-    ids=str,
-)
-def test_the_start_is_the_optimizers(attached, rank, scale, tmp_path):
-    watch = Watch()
-    callbacks = [LocallyOptimalInit(1), watch]
-    trainer = sft_trainer(tiny_llama(), tmp_path, method=attached, callbacks=callbacks, max_steps=1)
-    trainer.train()
-    for name, x in watch.at_start.items():
-        assert torch.linalg.svdvals(x)[:RANK] == pytest.approx(scale, rel=1e-5), name
-    assert trainer.model.peft_config["default"].r == rank
-
-
 # What is refused.
 
 
@@ -272,19 +257,6 @@ def test_batches_without_labels_are_refused_unless_a_loss_is_given(given, tmp_pa
     else:
         with pytest.raises(InputError, match=r"batches must hold labels, .* got \[.*'input_ids'.*\]; or pass loss_fn"):
             trainer.train()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batches": 1.5}, "batches must be an integer >= 1, got 1.5"),
-        ({"batches": True}, "batches must be an integer >= 1, got True"),
-        ({"oversampling": -1}, "oversampling must be an integer >= 0, got -1"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name_at_the_call(options, message):
-    with pytest.raises(InputError, match=message):
-        LocallyOptimalInit(**options)
 
 
 # In a recipe.

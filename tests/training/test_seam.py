@@ -17,8 +17,6 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import qriemann
 from qriemann import InputError
-from qriemann.geometry.parameter import orthonormality_drift
-from qriemann.optim.methods import METHODS
 from qriemann.training.seam import fixed_rank_optimizer
 from tests.models import (
     WORDS,
@@ -102,18 +100,6 @@ def test_sft_on_a_4_bit_model_ends_on_the_manifold_with_the_same_base(start, opt
     assert all(torch.equal(value, after[key]) for key, value in keep.before.items())
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
-
-
-@starts
-def test_modules_to_save_are_trained_next_to_the_points(start, tmp_path):
-    trainer = sft_trainer(
-        tiny_llama(), tmp_path, start, lora={"modules_to_save": ["lm_head"]}, method={"adamw_lr": 1e-2}
-    )
-    trainer.train()
-    assert_on_the_manifold(trainer)
-    moved = trainer.model.base_model.model.lm_head.modules_to_save["default"].weight - tiny_llama().lm_head.weight
-    # AdamW moves an entry by up to its learning rate a step: 1e-2 (1 + 3/4 + 1/2 + 1/4) over the schedule.
-    assert 1e-2 < moved.abs().max() < 2.6e-2
 
 
 # Resuming.
@@ -225,34 +211,3 @@ def test_a_second_trainer_on_the_same_model_leaves_the_adapter_as_it_was(start, 
     second.save_model(str(tmp_path / "c"))
     saved = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc"]
     assert saved[0] == saved[1] == saved[2]
-
-
-# What is given, and what is refused.
-
-
-def test_what_is_given_reaches_the_optimizer():
-    factory, keywords = qriemann.for_trainer(
-        "riemannion", lr=0.02, momentum=0.8, weight_decay=0.1, start="offset", alpha=0.5, seed=3, nesterov=True
-    )
-    optimizer = factory()(with_lora(tiny_llama(layers=1)), **keywords)
-    assert isinstance(optimizer, METHODS["riemannion"].optimizer)
-    (group,) = optimizer.param_groups
-    assert {key: group[key] for key in ("lr", "momentum", "weight_decay", "nesterov")} == {
-        "lr": 0.02,
-        "momentum": 0.8,
-        "weight_decay": 0.1,
-        "nesterov": True,
-    }
-    assert all(torch.equal(point.s, 0.5 * torch.eye(4)) for point in optimizer.points)
-    assert orthonormality_drift(optimizer.points) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("lora", "line"),
-    [({"use_dora": True}, r"q_proj uses Dora"), ({"r": 48}, r"for \S*k_proj \(32 x 64\), got 48")],
-)
-def test_a_refused_adapter_stops_the_trainer_with_the_layers_name(lora, line, tmp_path):
-    trainer = sft_trainer(tiny_llama(), tmp_path, "zero", lora=lora)
-    with pytest.raises(qriemann.InputError, match=line):
-        trainer.train()
-    assert not list(tmp_path.glob("checkpoint-*"))

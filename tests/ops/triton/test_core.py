@@ -72,10 +72,6 @@ def test_the_cut_off_of_polar_lies_about_polar_rtol(device):
         assert low <= (left.mT @ o @ right)[-1, -1] <= high
 
 
-def test_polar_of_zero_is_zero(device):
-    assert (polar_of(torch.zeros(6, 6), device) == 0).all()
-
-
 @pytest.mark.parametrize(("rank", "null"), [(1, 0), (5, 0), (16, 3), (7, 7), (20, 4)])
 def test_factor_gram_gives_orthonormal_columns_and_drops_null_directions(rank, null, device):
     maker, size = Maker(rank), max(16, triton.next_power_of_2(rank))
