@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -208,7 +207,7 @@ def test_an_ordinary_model_is_left_as_it_is():
     assert all(a is b for a, b in zip(qriemann.detach(model).parameters(), weights, strict=True))
 
 
-def test_the_saved_rank_is_said_where_it_is_not_the_configured_one(caplog, tmp_path: Path):
+def test_the_saved_rank_is_said_where_it_is_not_the_configured_one(caplog, tmp_path):
     model = with_lora(tiny_llama(), r=3)
     with caplog.at_level(logging.WARNING):
         attach(model, start="zero")

@@ -107,14 +107,12 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("quantize", ["nf4", None])
 @pytest.mark.parametrize(("hurt", "words"), WRONG.values(), ids=WRONG.keys())
-def test_what_is_wrong_with_a_model_is_one_line(
-    folder: Path, hurt: Callable[[Path], Any], words: str, quantize: Any
-) -> None:
+def test_what_is_wrong_with_a_model_is_one_line(folder, hurt, words, quantize):
     hurt(folder)
     assert words in refusal(folder, quantize=quantize)
 
 
-def test_a_checkpoint_stored_in_4_bit_with_a_scale_that_is_no_number_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_stored_in_4_bit_with_a_scale_that_is_no_number_is_refused(folder, tmp_path):
     model, tokenizer = load_base(folder, device="cpu")
     stored = tmp_path / "stored"
     model.save_pretrained(stored)
@@ -124,7 +122,7 @@ def test_a_checkpoint_stored_in_4_bit_with_a_scale_that_is_no_number_is_refused(
     assert f"NaN or infinities in {UP};" in refusal(stored)
 
 
-def test_shards_in_the_folder_load_as_the_model_they_were_cut_from(model: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_shards_in_the_folder_load_as_the_model_they_were_cut_from(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     tiny_tokenizer().save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -133,7 +131,7 @@ def test_shards_in_the_folder_load_as_the_model_they_were_cut_from(model: LlamaF
 
 
 @pytest.mark.parametrize("quantize", ["nf4", None])
-def test_a_gguf_file_is_held_to_the_same(model: LlamaForCausalLM, tmp_path: Path, quantize: Any) -> None:
+def test_a_gguf_file_is_held_to_the_same(model, tmp_path, quantize):
     path, config = tmp_path / "tiny.gguf", tied_config()
     torch.manual_seed(0)
     tied = LlamaForCausalLM(config)

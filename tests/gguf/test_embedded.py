@@ -53,7 +53,7 @@ def report(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ["tuned", "lora"])
-def test_llama_cpp_computes_what_was_trained_and_ends_every_turn(run: Path, name: str):
+def test_llama_cpp_computes_what_was_trained_and_ends_every_turn(run, name):
     """Ten questions: in our tokens, which are those of llama.cpp's own rendering, or the report would have reasons."""
     exact = report(run / name)["exact"]
     assert exact["reasons"] == []
@@ -62,7 +62,7 @@ def test_llama_cpp_computes_what_was_trained_and_ends_every_turn(run: Path, name
 
 
 @pytest.mark.soak
-def test_the_ladder_is_ordered(run: Path):
+def test_the_ladder_is_ordered(run):
     half, eighth, quarter = report(run / "tuned")["merged"]
     assert half["mean_kl"] < 1e-4
     assert half["mean_kl"] < eighth["mean_kl"] < quarter["mean_kl"]
@@ -71,7 +71,7 @@ def test_the_ladder_is_ordered(run: Path):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("place", [".", "tuned", "lora"])
-def test_what_the_card_says_gives_the_trained_answers(run: Path, place: str):
+def test_what_the_card_says_gives_the_trained_answers(run, place):
     """Its code alone, in a fresh process in the card's folder."""
     card = (run / place / "README.md").read_text("utf-8")
     codes = [code for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "xllamacpp" in code]

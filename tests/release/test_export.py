@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -68,7 +67,7 @@ def test_an_exported_adapter_loads_with_peft_and_computes_the_truncated_change(t
     assert result.report["relative_error"]["total"] == pytest.approx(math.sqrt(squares[0] / squares[1]))
 
 
-def test_a_rank_that_loses_too_much_is_rejected_with_the_figures(adapter: Path, tmp_path, capsys):
+def test_a_rank_that_loses_too_much_is_rejected_with_the_figures(adapter, tmp_path, capsys):
     status = main(["export", str(adapter), str(tmp_path / "small"), "--rank", "1", "--max-kl", "1e-9"])
     assert status == 3
     assert [path.name for path in tmp_path.iterdir()] == ["small.rejected"]
@@ -78,7 +77,7 @@ def test_a_rank_that_loses_too_much_is_rejected_with_the_figures(adapter: Path, 
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_rank_that_does_not_make_it_smaller_is_refused(rank: int, adapter: Path, tmp_path, capsys):
+def test_a_rank_that_does_not_make_it_smaller_is_refused(rank, adapter, tmp_path, capsys):
     assert main(["export", str(adapter), str(tmp_path / "small"), "--rank", str(rank)]) == 2
     assert f"rank must be from 1 to 3, below the adapter's 4, got {rank}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

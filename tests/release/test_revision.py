@@ -65,7 +65,7 @@ def warnings_of(command: str, folder: Path, out: Path, rows: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_another_revision_is_one_line_with_both_fingerprints(command: str, run: Path, rows: Path, tmp_path: Path):
+def test_another_revision_is_one_line_with_both_fingerprints(command, run, rows, tmp_path):
     (line,) = warnings_of(command, run, tmp_path / "out", rows)
     recorded = json.loads((run / "run.json").read_text())["model"]["fingerprint"]
     found = base_fingerprint(qriemann.load_base(run.parent / "base")[0])
@@ -75,14 +75,12 @@ def test_another_revision_is_one_line_with_both_fingerprints(command: str, run: 
     assert found[:12] in line
 
 
-def test_the_base_that_was_trained_on_and_an_adapter_of_another_tool_give_no_warning(
-    trained: tuple[Path, Path], adapter: Path, rows: Path, tmp_path: Path
-):
+def test_the_base_that_was_trained_on_and_an_adapter_of_another_tool_give_no_warning(trained, adapter, rows, tmp_path):
     for folder in (trained[1], adapter):
         assert warnings_of("eval", folder, tmp_path / "out", rows) == []
 
 
-def test_a_chat_begins_with_the_same_line(trained: tuple[Path, Path], run: Path):
+def test_a_chat_begins_with_the_same_line(trained, run):
     assert [note for note in load_session(trained[1]).notes if "computing on" not in note] == []
     note, where = load_session(run).notes
     assert where.startswith("computing on the CPU")
@@ -92,13 +90,13 @@ def test_a_chat_begins_with_the_same_line(trained: tuple[Path, Path], run: Path)
     assert "trained on the base in 4 bit, and is read on it unquantized" in note
 
 
-def test_an_adapter_changes_nothing_of_the_fingerprint_of_its_base(base: Path):
+def test_an_adapter_changes_nothing_of_the_fingerprint_of_its_base(base):
     model, _ = qriemann.load_base(base)
     before = base_fingerprint(model)
     assert base_fingerprint(with_lora(model, modules_to_save=["lm_head"])) == before
 
 
-def test_the_precision_of_a_base_stored_in_bfloat16_does_not_change_its_fingerprint(tmp_path: Path):
+def test_the_precision_of_a_base_stored_in_bfloat16_does_not_change_its_fingerprint(tmp_path):
     folder = save_chat_base(tmp_path / "base", dtype=torch.bfloat16)
     prints = {base_fingerprint(qriemann.load_base(folder, dtype=dtype)[0]) for dtype in ("float32", "bfloat16")}
     assert len(prints) == 1
