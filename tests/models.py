@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,10 @@ def edit_json(path: Path, **changes: Any) -> None:
 def relative(a: Tensor, b: Tensor) -> float:
     """||a - b|| / ||b|| in float64."""
     return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300)).item()
+
+
+def same_bits(first: Iterable[Tensor], second: Iterable[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

@@ -259,16 +259,6 @@ def test_layers_that_read_one_input_keep_it_once_and_as_it_is():
         assert kept_bytes(lambda model=model: model.train()(x), model) == x.untyped_storage().nbytes() + products
 
 
-def test_only_what_is_asked_for_is_differentiated():
-    case = Case()
-    case.point.v_transposed.requires_grad_(False)
-    case.loss(case.model(case.x.detach())).backward()
-    _, g, _ = case.dense(case.loss)
-    assert case.point.v_transposed.grad is None
-    assert case.x.grad is None
-    assert relative(case.point.u.grad, g @ case.point.v_transposed.data.mT.double()) < FLOAT32_RTOL
-
-
 # Whole models.
 
 

@@ -140,19 +140,6 @@ def test_a_plan_runs_once_and_only_what_a_change_adds(tmp_path):
     assert [(line["steps"], line["arm"]) for line in lines[4:]] == [(3, "ours"), (3, "adamw")]
 
 
-def test_the_last_test_is_on_other_rows_and_out_of_time_is_not_done(tmp_path):
-    (plan,) = beds.read_plans(write_plan(tmp_path, layers=[2], arms={"adamw": {"method": "adamw", "lrs": [1e-3]}}))
-    assert beds.run_plan(plan, tmp_path)
-    (tested,) = beds.read_plans(
-        write_plan(tmp_path, layers=[2], test=True, arms={"adamw": {"method": "adamw", "lrs": [1e-3]}})
-    )
-    assert not beds.run_plan(tested, tmp_path, deadline=0)
-    assert beds.run_plan(tested, tmp_path)
-    search, test = (json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines())
-    assert search["training_loss"] == test["training_loss"]
-    assert search["loss"] != test["loss"]
-
-
 @pytest.mark.parametrize("path", sorted(MEASURE.glob("beds_*.yaml")), ids=lambda path: path.name)
 def test_the_plans_of_the_recipes_name_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -21,23 +21,6 @@ from tests.release.conftest import save_adapter, save_chat_base
 TRUNCATED_RTOL = 1e-6
 
 
-def test_truncation_is_the_best_approximation_of_its_rank():
-    """Against the dense singular value decomposition of scaling B A (Eckart and Young)."""
-    generator = torch.Generator().manual_seed(0)
-    layer = LoraFactors(torch.randn(30, 6, generator=generator), torch.randn(6, 20, generator=generator), 0.7)
-    dense = 0.7 * layer.b.double() @ layer.a.double()
-    u, sigma, vh = torch.linalg.svd(dense, full_matrices=False)
-    best = u[:, :3] * sigma[:3] @ vh[:3]
-    small, lost, whole = truncate(layer, 3)
-    assert small.b.shape == (30, 3)
-    assert small.a.shape == (3, 20)
-    assert relative(small.scaling * small.b.double() @ small.a.double(), best) < TRUNCATED_RTOL
-    assert lost == pytest.approx((dense - best).norm().item(), rel=1e-9)
-    assert whole == pytest.approx(dense.norm().item(), rel=1e-9)
-    # Balanced: neither factor carries more than the other.
-    assert relative(small.b.mT @ small.b, small.a @ small.a.mT) < 1e-5
-
-
 def test_truncation_of_a_layer_that_changes_nothing_is_zero():
     small, lost, whole = truncate(LoraFactors(torch.zeros(8, 4), torch.randn(4, 6), 2.0), 2)
     assert not (small.b @ small.a).any()

@@ -62,7 +62,9 @@ CASES = {
         },
     ),
     "some layers": Case({}, {**Q, "layers_to_transform": [1], "layers_pattern": "layers"}),
-    "left out": Case({}, {"exclude_modules": r".*1.*v_proj"}),
+    "a pattern of targets": Case(
+        {}, {"target_modules": r".*layers\.\d+\.self_attn\.(q|v)_proj", "exclude_modules": r".*1.*v_proj"}
+    ),
     "biases": Case({"attention_bias": True}, {"bias": "all", "target_modules": ["q_proj"]}),
     "lora_bias": Case({"attention_bias": True}, {"lora_bias": True, "target_modules": ["q_proj", "o_proj"]}),
     "a head": Case({}, {**Q, "modules_to_save": ["lm_head"]}),

@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTTrainer
 import qriemann
 from qriemann import InputError, LocallyOptimalInit
 from qriemann.training.sample import lean_loss
-from tests.dense import best_approximation, tangent_projection
+from tests.dense import shares_kept
 from tests.models import (
     dense_gradients,
     load_nf4,
@@ -59,15 +59,6 @@ class Watch(TrainerCallback):
         embedding.register_forward_pre_hook(lambda _, inputs: self.trained.append(inputs[0].clone()))
 
 
-def shares_kept(bases: dict[str, tuple[Tensor, Tensor]], gradients: dict[str, Tensor], rank: int) -> list[float]:
-    """How much of the norm of the best approximation of `rank` the tangent space holds, layer by layer."""
-    shares = []
-    for name, (u, v) in bases.items():
-        kept = tangent_projection(gradients[name], u.double(), v.double()).norm()
-        shares.append((kept / best_approximation(gradients[name], rank).norm()).item())
-    return shares
-
-
 @pytest.mark.parametrize(("kind", "start"), [("sft", "offset"), ("transformers", "zero")])
 def test_training_begins_where_the_tangent_space_holds_the_gradient_of_the_data(kind, start, tmp_path, capsys):
     # Six batches of four are all the rows, so the sample is the data in whatever order.
@@ -88,7 +79,7 @@ def test_training_begins_where_the_tangent_space_holds_the_gradient_of_the_data(
     reference = with_lora(tiny_llama(), r=RANK)
     qriemann.attach(reference, start="zero")
     gradients = dense_gradients(tiny_llama(), reference, [rows])
-    assert min(shares_kept(watch.bases, gradients, 2 * RANK if start == "offset" else RANK)) > 0.99
+    assert min(shares_kept(watch.bases, gradients, 2 * RANK if start == "offset" else RANK).values()) > 0.99
     printed = capsys.readouterr().err
     assert "4 passes over 6 batches" in printed
     assert "done in" in printed

@@ -6,13 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import qriemann
@@ -20,9 +18,11 @@ from qriemann import InputError
 from qriemann.training.seam import fixed_rank_optimizer
 from tests.models import (
     WORDS,
+    assert_unchanged,
     counting_rows,
     load_nf4,
     save_tiny_base,
+    snapshot,
     tiny_llama,
     trainer_settings,
     variants,
@@ -53,23 +53,6 @@ def assert_on_the_manifold(trainer: Any) -> None:
             assert error.abs().max() < 1e-5, name  # the bound of the contract
 
 
-class KeepsBase(TrainerCallback):
-    """Notes the 4-bit base's bytes when training begins."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        self.before = quantized(model)
-
-
-def quantized(model: nn.Module) -> dict[str, Tensor]:
-    frozen = {}
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            frozen[name] = module.weight.data.clone()
-            for key, value in module.weight.quant_state.as_dict(packed=True).items():
-                frozen[f"{name}.{key}"] = value.clone()
-    return frozen
-
-
 # SFT on a 4-bit model.
 
 
@@ -86,18 +69,13 @@ def quantized(model: nn.Module) -> dict[str, Tensor]:
     ids=["zero", "offset", "rslora, dropout, rank_pattern", "accumulation", "non-reentrant", "options"],
 )
 def test_sft_on_a_4_bit_model_ends_on_the_manifold_with_the_same_base(start, options, base, tmp_path):
-    keep = KeepsBase()
-    trainer = sft_trainer(
-        load_nf4(base), tmp_path, start, callbacks=[keep], eval_strategy="steps", eval_steps=2, **options
-    )
+    trainer = sft_trainer(load_nf4(base), tmp_path, start, eval_strategy="steps", eval_steps=2, **options)
+    before = snapshot(trainer.model)
     assert {p.dtype for p in factors(trainer.model).values()} == {torch.bfloat16}  # TRL's cast, which comes first
     trainer.train()
     assert_on_the_manifold(trainer)
     assert fixed_rank_optimizer(trainer.optimizer).orthonormality_drift() < 1e-5
-    after = quantized(trainer.model)
-    assert len(after) > 14
-    assert keep.before.keys() == after.keys()
-    assert all(torch.equal(value, after[key]) for key, value in keep.before.items())
+    assert_unchanged(trainer.model, before, frozen=True)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
 
