@@ -324,7 +324,6 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "GPTQ": (gptq, "", "quantized by gptq; of these only"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "", "safetensors"),
     "weights cut short": (lambda f: cut(f / "model.safetensors", 1000), "", "damaged or cut short"),
-    "a GGUF file of a header": (lambda f: cut(f / "model.gguf", 100), "model.gguf", "damaged or cut short"),
     "a GGUF file cut short": (lambda f: cut(f / "model.gguf", 20_000), "model.gguf", "damaged or cut short"),
     "a file that is not GGUF": (lambda f: cut(f / "model.gguf", 2), "model.gguf", "must be a GGUF file"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,17 +51,27 @@ class Adapter:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
 
 
-def follow(adapter: Adapter, gradients, steps: int = 50, lr: float = 0.01, momentum: float = 0.9, **options) -> float:
+def follow(
+    adapter: Adapter,
+    gradients: Callable[[Adapter], Tensor],
+    steps: int = 50,
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    *,
+    method: type = Riemannion,
+    truth: type = DenseRiemannion,
+    rtol: float = POLAR_RTOL,
+    **options,
+) -> float:
     """The worst relative distance to the dense trajectory over the steps; every value is checked to be finite."""
-    dense = DenseRiemannion(adapter.x, adapter.record.u.data, adapter.record.v_transposed.data.mT, POLAR_RTOL)
-    optimizer = Riemannion(adapter.parameters, lr=lr, momentum=momentum, **options)
-    dense_options = {k: v for k, v in options.items() if k != "weight_decay"}
+    dense = truth(adapter.x, adapter.record.u.data, adapter.record.v_transposed.data.mT, rtol)
+    optimizer = method(adapter.parameters, lr=lr, momentum=momentum, **options)
     worst = 0.0
     for _ in range(steps):
         g = gradients(adapter)
         adapter.set_gradient(g)
         optimizer.step()
-        dense.step(g, lr, momentum, options.get("weight_decay", 0.0), **dense_options)
+        dense.step(g, lr, momentum, **options)
         assert all(p.isfinite().all() for p in adapter.parameters)
         worst = max(worst, relative(adapter.x, dense.x))
     assert optimizer.orthonormality_drift() < 1e-5

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
-from qriemann.ops import POLAR_RTOL
 from qriemann.optim import RiemannLoRA
 from tests.dense import DenseRiemannLoRA
-from tests.models import relative
+from tests.optim import test_riemannion_step as riemannion_step
 from tests.optim.test_riemannion_step import STEP_RTOL, Adapter, noisy_quadratic
 
-
-def follow(
-    adapter: Adapter,
-    gradients,
-    steps: int = 50,
-    lr: float = 0.01,
-    momentum: float = 0.9,
-    rtol: float = POLAR_RTOL,
-    **options,
-) -> float:
-    """The worst relative distance to the dense trajectory over the steps."""
-    dense = DenseRiemannLoRA(adapter.x, adapter.record.u.data, adapter.record.v_transposed.data.mT, rtol)
-    optimizer = RiemannLoRA(adapter.parameters, lr=lr, momentum=momentum, **options)
-    worst = 0.0
-    for _ in range(steps):
-        g = gradients(adapter)
-        adapter.set_gradient(g)
-        optimizer.step()
-        dense.step(g, lr, momentum, **options)
-        worst = max(worst, relative(adapter.x, dense.x))
-    assert optimizer.orthonormality_drift() < 1e-5
-    return worst
+follow = functools.partial(riemannion_step.follow, method=RiemannLoRA, truth=DenseRiemannLoRA)
 
 
 @pytest.mark.parametrize("simulate_adam", [False, True])

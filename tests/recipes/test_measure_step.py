@@ -80,19 +80,6 @@ def test_state_and_floor_are_counted_to_the_byte(report, name, state, floor):
     assert (record["state_bytes"], record["floor_bytes"]) == (state, floor)
 
 
-@pytest.mark.parametrize("rank", [1, RANK])
-def test_gradients_are_blocks_of_one_dense_gradient(bench_step, rank):
-    gradients = bench_step.Gradients(SHAPES, rank, CPU, seed=0)
-    for name in ("riemannion-offset", "muon"):
-        contender = bench_step.ENTRIES[name].build(SHAPES, rank, CPU)
-        gradients.leave(contender.pairs, turn=1)
-        for (b, a), (p, q), d in zip(contender.pairs, gradients._tall, gradients._middle[1], strict=True):
-            g = p @ d @ q.mT
-            torch.testing.assert_close(b.grad, g @ a.data.mT)
-            torch.testing.assert_close(a.grad, b.data.mT @ g)
-            assert rank == 1 or a.grad.stride() == a.stride()
-
-
 def five_steps(bench_step, names, change=lambda contenders: None):
     """The contenders after five steps on the same gradients."""
     gradients = bench_step.Gradients(SHAPES, RANK, CPU, seed=0)

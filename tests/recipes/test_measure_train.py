@@ -57,17 +57,6 @@ def test_both_contenders_run_and_begin_at_the_same_loss(report):
     assert ours[-1] != stock[-1]
 
 
-@pytest.mark.slow
-def test_a_contender_that_fails_says_why_in_the_report(bench_train, tmp_path):
-    bench_train.save_random_base(tmp_path, TINY, None, "cpu")
-    sizes = {"batch": 1, "accumulation": 1, "length": 4, "warmup": 0, "steps": 1, "threads": 1}
-    # Rank 48 is above the smaller side of every layer.
-    task = bench_train.Task(folder=str(tmp_path), rank=48, checkpointing=False, device="cpu", cap_gib=None, **sizes)
-    (record,) = bench_train.measure(task, ["qriemann"]).values()
-    assert not record["ran"]
-    assert "rank" in record["reason"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

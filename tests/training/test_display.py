@@ -107,6 +107,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_resumed_run_forgets_the_records_after_its_checkpoint(tmp_path):
+    for step in (1, 2, 3):
+        records.append_metrics(tmp_path, {"step": step, "loss": 1.0})
+    with (tmp_path / records.METRICS).open("ab") as lines:
+        lines.write(b'12\n{"a": 1}\n\xff\xfe\n{"step": 4, "lo')
+    records.rewind_metrics(tmp_path, 2)
+    assert [record["step"] for record in records.read_metrics(tmp_path)] == [1, 2]
+
+
 def test_overwriting_removes_the_run_and_neither_other_files_nor_what_a_link_points_to(tmp_path):
     archive, run = tmp_path / "archive", tmp_path / "run"
     for folder in (archive, run, run / "checkpoint-3", run / "checkpoint-best"):
