@@ -226,6 +226,18 @@ def next_token_loss(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
+def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: Iterable[int]) -> list[float]:
+    """A step on the batch of each seed; returns the losses before them."""
+    losses = []
+    for seed in seeds:
+        model.zero_grad()
+        loss = next_token_loss(model, token_batch(seed))
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    return losses
+
+
 def dense_gradients(reference: nn.Module, model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
     """dL/dX of every layer on the manifold, m x n, by autograd in float64 on W + s (X - X_0) made dense.
 

@@ -20,6 +20,7 @@ from tests.models import (
     next_token_loss,
     relative,
     save_tiny_base,
+    take_steps,
     tiny_llama,
     token_batch,
     variants,
@@ -92,27 +93,18 @@ def test_a_deep_copy_trains_as_the_original_does_and_apart_from_it(start, traine
     original = with_lora(tiny_llama())
     attach(original, start=start, seed=0)
     if trained:  # the factors are views of the optimizer's buffers then
-        next_token_loss(original, token_batch()).backward()
-        Riemannion(original, lr=0.05).step()
-        original.zero_grad()
+        take_steps(original, Riemannion(original, lr=0.05), [4])
     twin = copy.deepcopy(original)
     expected = logits(original)
     assert torch.equal(logits(twin), expected)
 
-    def train(model: PeftModel) -> Riemannion:
-        optimizer = Riemannion(model, lr=0.05)
-        for seed in range(3):
-            optimizer.zero_grad()
-            next_token_loss(model, token_batch(seed)).backward()
-            optimizer.step()
-        return optimizer
-
-    optimizer = train(twin)
+    optimizer = Riemannion(twin, lr=0.05)
+    take_steps(twin, optimizer, range(3))
     assert torch.equal(logits(original), expected)
     assert relative(logits(twin), expected) > 1e-3
     assert optimizer.orthonormality_drift() < 1e-5
     assert {id(point) for point in optimizer.points} == {id(point) for _, point in variants(twin).values()}
-    train(original)
+    take_steps(original, Riemannion(original, lr=0.05), range(3))
     # The same numbers through the same operations.
     assert torch.equal(logits(original), logits(twin))
 
@@ -291,10 +283,7 @@ def test_a_base_from_load_base_takes_a_checkpoint_with_an_offset_without_a_callb
 def trained(model: nn.Module) -> torch.Tensor:
     """The logits after two steps of the active adapter, which is put on the manifold with an offset."""
     optimizer = Riemannion(model, lr=0.1, start="offset")
-    for seed in range(2):
-        optimizer.zero_grad()
-        next_token_loss(model, token_batch(seed)).backward()
-        optimizer.step()
+    take_steps(model, optimizer, range(2))
     return logits(model)
 
 

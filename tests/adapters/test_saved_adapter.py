@@ -16,9 +16,9 @@ from tests.models import (
     load_nf4,
     logits,
     logits_under_plain_peft,
-    next_token_loss,
     relative,
     save_tiny_base,
+    take_steps,
     tiny_llama,
     token_batch,
     with_lora,
@@ -85,10 +85,7 @@ def train_in_a_loop(folder: Path, start: str, options: dict) -> Saved:
     """An adapter that a few steps outside any trainer left, saved by PEFT's own save_pretrained."""
     model = with_lora(tiny_llama(bias=True), **options)
     optimizer = qriemann.Riemannion(model, lr=0.05, adamw_lr=0.01, start=start, seed=0)
-    for seed in range(3):
-        optimizer.zero_grad()
-        next_token_loss(model, token_batch(seed)).backward()
-        optimizer.step()
+    take_steps(model, optimizer, range(3))
     model.save_pretrained(folder)
     return Saved(folder, logits(model, IDS), False)
 
@@ -148,12 +145,6 @@ def test_a_saved_adapter_loaded_again_is_the_same_point_and_trains_on(start, sav
     optimizer = qriemann.Riemannion(model, lr=0.05)
     assert all(point.offset is None for point in optimizer.points)  # the offset is part of the rank 2 r point now
     assert relative(logits(model, IDS), entry.expected) < LOGITS_RTOL
-    losses = []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = next_token_loss(model, token_batch())
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
+    losses = take_steps(model, optimizer, [4] * 8)
     assert losses[-1] < losses[0] - 0.05
     assert optimizer.orthonormality_drift() < 1e-5

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
 import qriemann
@@ -23,6 +23,7 @@ from tests.models import (
     next_token_loss,
     relative,
     same_bits,
+    take_steps,
     tiny_llama,
     token_batch,
     trainer_settings,
@@ -68,6 +69,12 @@ def trainer_of(name: str, base: Path, folder: Path, **settings: Any) -> SFTTrain
         callbacks=[qriemann.FixedRankCallback()] if METHODS[name].on_manifold else [],
         **settings,
     )
+
+
+def made(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """The optimizer that a trainer makes."""
+    factory, keywords = qriemann.for_trainer(name, **options)
+    return factory()(model, **keywords)
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +132,7 @@ def test_the_saved_adapter_gives_the_same_logits_in_plain_peft(name, lives):
 def test_lora_tsd_is_riemannion_with_three_iterations_and_one_iteration_is_riemannion_itself():
     def trained(name: str, **options: Any) -> list[Tensor]:
         model = with_lora(tiny_llama())
-        factory, keywords = qriemann.for_trainer(name, lr=0.05, seed=1, **options)
-        optimizer = factory()(model, **keywords)
-        for seed in range(4):
-            optimizer.zero_grad()
-            next_token_loss(model, token_batch(seed)).backward()
-            optimizer.step()
+        take_steps(model, made(name, model, lr=0.05, seed=1, **options), range(4))
         return [part.clone() for _, point in variants(model).values() for part in point.point()]
 
     plain, three = trained("riemannion"), trained("lora-tsd")
@@ -141,8 +143,7 @@ def test_lora_tsd_is_riemannion_with_three_iterations_and_one_iteration_is_riema
 
 def test_lora_plus_moves_b_by_its_ratio_more_than_a():
     model = with_lora(tiny_llama())
-    factory, options = qriemann.for_trainer("adamw", lr=1e-3, lora_plus_ratio=16.0)
-    optimizer = factory()(model, **options)
+    optimizer = made("adamw", model, lr=1e-3, lora_plus_ratio=16.0)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     generator = torch.Generator().manual_seed(0)
@@ -162,21 +163,16 @@ def test_adamw_at_ratio_one_is_torchs_to_the_bit():
         (ours, AdamW(ours, **rates)),
         (reference, torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], fused=True, **rates)),
     ]
-    for seed in range(3):
-        for model, optimizer in pair:
-            optimizer.zero_grad()
-            next_token_loss(model, token_batch(seed)).backward()
-            optimizer.step()
+    for model, optimizer in pair:
+        take_steps(model, optimizer, range(3))
     assert same_bits(*([p.detach() for p in model.parameters()] for model, _ in pair))
 
 
 @every_method
 def test_what_is_saved_is_the_factors_and_the_blocks_of_state_that_the_table_promises(name, tmp_path):
     model = with_lora(tiny_llama(), r=16)
-    factory, options = qriemann.for_trainer(name)
-    optimizer = factory()(model, **options)
-    next_token_loss(model, token_batch()).backward()
-    optimizer.step()
+    optimizer = made(name, model)
+    take_steps(model, optimizer, [0])
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     factors = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     # Each number once, though the tensors are views of buffers; less than 2 KiB of cores and names for each of 28 factors.
@@ -188,8 +184,7 @@ def test_what_is_saved_is_the_factors_and_the_blocks_of_state_that_the_table_pro
 def test_a_step_under_autocast_is_the_step_without(name):
     def stepped(*, autocast: bool) -> list[Tensor]:
         model = with_lora(tiny_llama(layers=1))
-        factory, options = qriemann.for_trainer(name, **({"seed": 0} if METHODS[name].on_manifold else {}))
-        optimizer = factory()(model, **options)
+        optimizer = made(name, model, **({"seed": 0} if METHODS[name].on_manifold else {}))
         next_token_loss(model, token_batch()).backward()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             optimizer.step()
@@ -203,8 +198,7 @@ def test_a_step_under_autocast_is_the_step_without(name):
 
 @every_method
 def test_every_default_has_a_source_and_reaches_the_optimizer_whoever_makes_it(name):
-    factory, options = qriemann.for_trainer(name)
-    group = factory()(with_lora(tiny_llama(layers=1)), **options).param_groups[0]
+    group = made(name, with_lora(tiny_llama(layers=1))).param_groups[0]
     of_class = METHODS[name].optimizer(with_lora(tiny_llama(layers=1))).param_groups[0]
     defaults = METHODS[name].defaults
     assert {"lr", "weight_decay"} < defaults.keys()
@@ -336,10 +330,8 @@ def test_every_step_of_a_resumed_run_needs_the_state_of_its_own_method(name):
     states = {}
     for each in (name, other):
         model = with_lora(tiny_llama(layers=1))
-        factory, options = qriemann.for_trainer(each)
-        states[each] = optimizer = factory()(model, **options)
-        next_token_loss(model, token_batch()).backward()
-        optimizer.step()
+        states[each] = made(each, model)
+        take_steps(model, states[each], [0])
     with pytest.raises((qriemann.InputError, ValueError)):
         states[name].load_state_dict(states[other].state_dict())
 

@@ -12,18 +12,12 @@ from torch import Tensor, nn
 from qriemann import InputError, Riemannion, RiemannLoRA, attach
 from qriemann.geometry import FixedRankParameter
 from qriemann.optim import ScaledAdamW
-from tests.models import next_token_loss, relative, same_bits, tiny_llama, token_batch, variants, with_lora
+from tests.models import next_token_loss, relative, same_bits, take_steps, tiny_llama, token_batch, variants, with_lora
 
 
 def backward(model: nn.Module, seed: int = 0) -> None:
     model.zero_grad()
     next_token_loss(model, token_batch(seed)).backward()
-
-
-def train(model: nn.Module, optimizer: Riemannion, seeds: range) -> None:
-    for seed in seeds:
-        backward(model, seed)
-        optimizer.step()
 
 
 def points_of(model: nn.Module) -> list[FixedRankParameter]:
@@ -54,7 +48,7 @@ def saved_and_loaded(state: dict, folder: Path) -> dict:
 def test_a_state_saved_and_loaded_goes_on_bit_for_bit(start, options, method, tmp_path):
     model = with_lora(tiny_llama(), **options)
     optimizer = method(model, lr=0.05, weight_decay=0.1, start=start, seed=0)
-    train(model, optimizer, range(3))
+    take_steps(model, optimizer, range(3))
     loaded = saved_and_loaded(optimizer.state_dict(), tmp_path)
     # A fresh model with other bases; what is not the optimizer's is taken from the model's own state.
     resumed = with_lora(tiny_llama(), seed=8, **options)
@@ -64,21 +58,21 @@ def test_a_state_saved_and_loaded_goes_on_bit_for_bit(start, options, method, tm
             parameter.data.copy_(model.get_parameter(name).data)
     again.load_state_dict(loaded)
     assert same_bits(all_numbers(model, optimizer), all_numbers(resumed, again))
-    train(model, optimizer, range(3, 6))
-    train(resumed, again, range(3, 6))
+    take_steps(model, optimizer, range(3, 6))
+    take_steps(resumed, again, range(3, 6))
     assert same_bits(all_numbers(model, optimizer), all_numbers(resumed, again))
 
 
 def test_loading_goes_back_in_the_same_optimizer():
     model = with_lora(tiny_llama())
     optimizer = Riemannion(model, lr=0.05)
-    train(model, optimizer, range(2))
+    take_steps(model, optimizer, range(2))
     state, numbers = optimizer.state_dict(), all_numbers(model, optimizer)
-    train(model, optimizer, range(2, 4))
+    take_steps(model, optimizer, range(2, 4))
     after = all_numbers(model, optimizer)
     optimizer.load_state_dict(state)
     assert same_bits(all_numbers(model, optimizer), numbers)
-    train(model, optimizer, range(2, 4))
+    take_steps(model, optimizer, range(2, 4))
     assert same_bits(all_numbers(model, optimizer), after)
 
 
@@ -138,7 +132,7 @@ def test_the_learning_rate_can_be_a_tensor():
     rates = [0.05, torch.tensor(0.05)]
     optimizers = [Riemannion(m, lr=rate, seed=0) for m, rate in zip(models, rates, strict=True)]
     for model, optimizer in zip(models, optimizers, strict=True):
-        train(model, optimizer, range(3))
+        take_steps(model, optimizer, range(3))
     assert same_bits(*(all_numbers(m, o) for m, o in zip(models, optimizers, strict=True)))
 
 
@@ -201,7 +195,7 @@ def test_a_group_of_plain_parameters_sets_its_own_adamw(prefix):
 def test_a_state_of_the_other_start_is_saved_so_that_plain_peft_loads_it(saved, other, tmp_path):
     first, second = with_lora(tiny_llama()), with_lora(tiny_llama())
     optimizer = Riemannion(first, lr=0.1, start=saved, seed=0)
-    train(first, optimizer, range(2))
+    take_steps(first, optimizer, range(2))
     Riemannion(second, lr=0.1, start=other, seed=1).load_state_dict(optimizer.state_dict())
     second.save_pretrained(tmp_path)
     reloaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
@@ -216,7 +210,7 @@ def test_a_state_of_the_other_start_is_saved_so_that_plain_peft_loads_it(saved, 
 def test_the_drift_is_the_worst_entry_and_stays_small(start):
     model = with_lora(tiny_llama())
     optimizer = Riemannion(model, lr=0.1, start=start)
-    train(model, optimizer, range(20))
+    take_steps(model, optimizer, range(20))
     worst = max(
         (q.double().mT @ q.double() - torch.eye(q.shape[1], dtype=torch.float64)).abs().max().item()
         for point in points_of(model)
@@ -286,7 +280,7 @@ def test_a_group_that_comes_later_is_refused():
     optimizer = Riemannion(model, lr=0.1)
     with pytest.raises(InputError, match="param groups must be given when Riemannion is made"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
-    train(model, optimizer, range(1))
+    take_steps(model, optimizer, range(1))
 
 
 def test_nothing_to_train_is_refused():

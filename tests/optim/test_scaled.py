@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qriemann
 from qriemann.optim import AdamW, Muon, ScaledAdamW, ScaledGD
-from tests.models import next_token_loss, relative, same_bits, tiny_llama, token_batch, with_lora
+from tests.models import next_token_loss, relative, same_bits, take_steps, tiny_llama, token_batch, with_lora
 
 # Factors are float32: 6e-8 relative each, over 50 steps, through Gram matrices of condition number under 100.
 STEP_RTOL = 1e-5
@@ -337,13 +337,7 @@ def test_a_bf16_adapter_becomes_float32_and_trains(method, lora):
     # Small for everything but a step that divides by the scale of the loss.
     optimizer = method(model, lr=0.1 if method is ScaledGD else 0.01)
     assert {p.dtype for name, p in model.named_parameters() if ".lora_" in name} == {torch.float32}
-    losses = []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = next_token_loss(model, token_batch())
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
+    losses = take_steps(model, optimizer, [4] * 8)
     assert losses[-1] < losses[0] - 0.05
 
 
