@@ -50,13 +50,13 @@ def vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate([*SPECIAL, *alphabet, "he"])}
 
 
-def tiny_tokenizer(special: list[str] = SPECIAL) -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab=vocabulary(), merges=[("h", "e")]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        bos_token=special[-2],
+        bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
         chat_template=CHATML,

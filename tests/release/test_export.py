@@ -17,9 +17,6 @@ from qriemann.release.export import export, truncate
 from tests.models import relative
 from tests.release.conftest import save_adapter, save_chat_base
 
-# float32 factors of a float64 decomposition.
-TRUNCATED_RTOL = 1e-6
-
 
 def test_truncation_of_a_layer_that_changes_nothing_is_zero():
     small, lost, whole = truncate(LoraFactors(torch.zeros(8, 4), torch.randn(4, 6), 2.0), 2)

@@ -16,8 +16,6 @@ from qriemann.ops.triton.factor import factor_gram, orthonormalize
 from tests.dense import polar, tangent_projection
 from tests.ops.triton.layers import Maker, Options, Stepped, replace
 
-DEPTH = 16
-
 
 @triton.jit
 def polar_kernel(k, work, coefficients, PADDED: tl.constexpr, STEPS: tl.constexpr):  # noqa: N803
