@@ -76,6 +76,15 @@ def test_loading_goes_back_in_the_same_optimizer():
     assert same_bits(all_numbers(model, optimizer), after)
 
 
+def test_a_state_without_factors_is_refused():
+    model = with_lora(tiny_llama())
+    optimizer = Riemannion(model)
+    take_steps(model, optimizer, range(1))
+    foreign = torch.optim.Optimizer.state_dict(optimizer)
+    with pytest.raises(InputError, match=r"factors of base_model\.model\.model\.layers\.0"):
+        optimizer.load_state_dict(foreign)
+
+
 # Groups and schedules.
 
 
