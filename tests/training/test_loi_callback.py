@@ -250,6 +250,11 @@ def test_batches_without_labels_are_refused_unless_a_loss_is_given(given, tmp_pa
             trainer.train()
 
 
+def test_a_value_out_of_range_is_refused_at_the_call():
+    with pytest.raises(InputError, match="oversampling must be an integer >= 0, got -1"):
+        LocallyOptimalInit(oversampling=-1)
+
+
 # In a recipe.
 
 
