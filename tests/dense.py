@@ -32,6 +32,15 @@ def polar(z: Tensor, rtol: float) -> Tensor:
     return (left * (sigma > rtol * sigma[0])) @ right
 
 
+def shares_kept(bases: dict[str, tuple[Tensor, Tensor]], gradients: dict[str, Tensor], rank: int) -> dict[str, float]:
+    """How much of the norm of the best approximation of `rank` the tangent space holds, layer by layer."""
+    shares = {}
+    for name, (u, v) in bases.items():
+        kept = tangent_projection(gradients[name], u.double(), v.double()).norm()
+        shares[name] = (kept / best_approximation(gradients[name], rank).norm()).item()
+    return shares
+
+
 class DenseRiemannion:
     """X+ = truncate((1 - lr wd) X - lr P(polar(M))), with M transported by projection.
 

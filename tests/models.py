@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,10 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300)).item()
 
 
+def same_bits(first: Iterable[Tensor], second: Iterable[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word; a prompt-completion dataset needs no chat template."""
     core = Tokenizer(WordLevel({w: i for i, w in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}, unk_token="<unk>"))
@@ -219,6 +224,18 @@ for folder, nf4, adapter in adapters:
 def next_token_loss(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:
     logits = model(input_ids=ids, **options).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: Iterable[int]) -> list[float]:
+    """A step on the batch of each seed; returns the losses before them."""
+    losses = []
+    for seed in seeds:
+        model.zero_grad()
+        loss = next_token_loss(model, token_batch(seed))
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    return losses
 
 
 def dense_gradients(reference: nn.Module, model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:

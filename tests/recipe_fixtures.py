@@ -1,5 +1,6 @@
 """A byte-level tokenizer with a ChatML template and a random Llama of a few thousand weights, both saved where asked."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,21 @@ def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) 
 def train_on(values: dict[str, Any], *, callbacks: Sequence[TrainerCallback] = (), **given: Any) -> TrainResult:
     """The whole way from settings to a result, as `qriemann train` goes it; `given` goes to `prepare`."""
     return train(prepare(settings_from(with_rate(values)), **given), callbacks=callbacks)
+
+
+def train_in(folder: Path, base: str | Path, rows: Sequence[dict[str, Any]], **changes: Any) -> TrainResult:
+    """A short run on these rows; they are left in rows.jsonl of the folder, the run in its folder `run`."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model_name_or_path": str(base),
+        "dataset_name": str(folder / "rows.jsonl"),
+        "output_dir": str(folder / "run"),
+        "lora_r": 4,
+        "per_device_train_batch_size": 4,
+        "display": "none",
+        "use_cpu": True,
+    }
+    return train_on({**settings, **changes})
 
 
 def with_rate(values: dict[str, Any]) -> dict[str, Any]:

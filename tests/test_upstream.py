@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import subprocess
 import sys
 import warnings
 
@@ -95,10 +94,3 @@ def test_a_console_that_cannot_show_a_character_shows_a_question_mark(monkeypatc
     assert "?" in shown
     assert "caf" in shown
     assert error == "qriemann: no file ?.yaml\n"
-
-
-def test_importing_it_imports_none_of_the_libraries():
-    heavy = ("torch", "transformers", "datasets", "peft", "trl", "bitsandbytes")
-    code = f"import sys, qriemann.upstream; print([name for name in {heavy} if name in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"

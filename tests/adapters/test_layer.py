@@ -10,11 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from qriemann import attach, locally_optimal_, truncate_
-from qriemann.geometry import FixedRankParameter, point_from_factors
+from qriemann import attach
+from qriemann.geometry import FixedRankParameter
 from qriemann.optim.methods import METHODS, resolve_options
 from tests.models import (
     assert_blocks_match,
@@ -189,30 +188,6 @@ def test_autocast_computes_in_its_dtype_and_leaves_float32_blocks():
     assert_matches(case, y, case.dense(case.linear_loss), BFLOAT16_RTOL)
 
 
-class RecordTall(TorchDispatchMode):
-    """Notes the dtype of everything of one row a token that is computed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.shape[:-1] in (TOKENS, (math.prod(TOKENS),)):
-            self.dtypes.add(result.dtype)
-        return result
-
-
-@pytest.mark.parametrize("start", ["zero", "offset"])
-def test_nothing_of_the_size_of_the_input_is_computed_or_kept_in_float32(start):
-    case = Case(torch.bfloat16, start)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), RecordTall() as computed:
-        case.model(case.x)
-    assert computed.dtypes == {torch.bfloat16}
-    assert {t.dtype for t in kept if t.shape[:-1] == TOKENS} == {torch.bfloat16}
-
-
 def kept_bytes(run: Callable[[], Tensor], own: nn.Module) -> int:
     """Bytes of the distinct storages that autograd keeps for backward, those of the model's own tensors aside."""
     held = {p.untyped_storage().data_ptr() for p in own.parameters()}
@@ -257,16 +232,6 @@ def test_layers_that_read_one_input_keep_it_once_and_as_it_is():
         # The input itself, and for each layer its products with the bases of the point and of the offset.
         products = 3 * x.shape[0] * x.shape[1] * 2 * 16 * x.element_size()
         assert kept_bytes(lambda model=model: model.train()(x), model) == x.untyped_storage().nbytes() + products
-
-
-def test_only_what_is_asked_for_is_differentiated():
-    case = Case()
-    case.point.v_transposed.requires_grad_(False)
-    case.loss(case.model(case.x.detach())).backward()
-    _, g, _ = case.dense(case.loss)
-    assert case.point.v_transposed.grad is None
-    assert case.x.grad is None
-    assert relative(case.point.u.grad, g @ case.point.v_transposed.data.mT.double()) < FLOAT32_RTOL
 
 
 # Whole models.
@@ -315,43 +280,6 @@ def test_after_each_step_checkpointed_microbatches_leave_the_dense_blocks(name, 
         assert_blocks_match(model, dense_gradients(reference, model, batches), FLOAT32_RTOL)
         optimizer.step()
         optimizer.zero_grad()
-
-
-WHOLE = {
-    "load_state_dict": lambda case, saved: case.model.load_state_dict(saved),
-    "a cast": lambda case, saved: case.model.double(),
-    "truncate_": lambda case, saved: truncate_(case.model),
-    "assign": lambda case, saved: case.point.assign(case.point.offset),
-}
-
-
-@pytest.mark.parametrize("write", WHOLE.values(), ids=WHOLE.keys())
-def test_what_is_done_to_a_whole_adapter_reaches_the_next_pass(write):
-    case = Case(start="offset")
-    saved = {key: value.clone() for key, value in case.model.state_dict().items()}
-    generator = torch.Generator().manual_seed(9)
-    case.point.assign(point_from_factors(torch.randn(ROWS, RANK), torch.randn(RANK, COLUMNS), generator))
-    with torch.no_grad():
-        before = case.model(case.x)
-        write(case, saved)
-        after = case.model(case.x.to(case.module.get_base_layer().weight.dtype))
-    expected = case.dense(case.loss)[0]
-    assert relative(after, expected) < FLOAT32_RTOL
-    assert (relative(before, expected) > 1e-3) == (write is not WHOLE["a cast"])
-
-
-def test_a_locally_optimal_start_reaches_the_next_pass():
-    reference, model, ids = tiny_llama(), with_lora(tiny_llama()), token_batch()
-    points = attach(model, start="offset", seed=3)
-    with torch.no_grad():
-        model(ids)
-    locally_optimal_(model, [ids], next_token_loss, oversampling=0)
-    next_token_loss(model, ids).backward()
-    assert_blocks_match(model, dense_gradients(reference, model, [ids]), FLOAT32_RTOL)
-    move_points(points, seed=9)
-    model.zero_grad()
-    next_token_loss(model, ids).backward()
-    assert_blocks_match(model, dense_gradients(reference, model, [ids]), FLOAT32_RTOL)
 
 
 def test_a_pass_in_eval_mode_leaves_the_backward_of_one_in_train_mode_as_it_was():

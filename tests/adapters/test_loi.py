@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qriemann import InputError, Riemannion, attach, locally_optimal_
 from qriemann.geometry.parameter import orthonormality_drift
 from qriemann.upstream import protect_quantized_weights
-from tests.dense import best_approximation, tangent_projection
+from tests.dense import shares_kept
 from tests.models import (
     assert_unchanged,
     dense_gradients,
@@ -61,12 +61,8 @@ def loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 def kept_shares(model: nn.Module, base: nn.Module, batches: list[Tensor], rank: int) -> dict[str, float]:
     """How much of the best approximation of each layer's dense gradient, of this rank, its tangent space holds."""
-    shares = {}
-    for name, gradient in dense_gradients(base, model, batches).items():
-        u, _, v = (part.double() for part in variants(model)[name][1].point())
-        best = best_approximation(gradient, rank)
-        shares[name] = (tangent_projection(gradient, u, v).norm() / best.norm()).item()
-    return shares
+    points = {name: point.point() for name, (_, point) in variants(model).items()}
+    return shares_kept({name: (p.u, p.v) for name, p in points.items()}, dense_gradients(base, model, batches), rank)
 
 
 # What the start holds of the gradient.
@@ -81,14 +77,6 @@ def test_the_tangent_space_holds_the_best_approximation_of_the_dense_gradient(st
     shares = kept_shares(model, dequantized(model), BATCHES, 2 * RANK if start == "offset" else RANK)
     assert len(shares) == 14
     assert min(shares.values()) >= KEPT
-
-
-def test_without_power_iterations_and_oversampling_the_tangent_space_holds_less(model):
-    def worst(**options: Any) -> float:
-        locally_optimal_(model, BATCHES, loss, **options)
-        return min(kept_shares(model, dequantized(model), BATCHES, 2 * RANK).values())
-
-    assert worst(oversampling=0, power_iterations=0) < worst(oversampling=0) < worst(power_iterations=2) <= 1 + 1e-6
 
 
 def test_a_zero_start_moves_along_the_best_approximation_in_its_first_step(model):
@@ -241,8 +229,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "not a mapping": ({"loss_fn": None}, "batches must hold labels.* got Tensor"),
     "a misspelt start": ({"start": "ofset"}, "start must be one of 'zero', 'offset', got 'ofset'"),
     "alpha 0": ({"alpha": 0.0}, "alpha must be a finite number > 0, got 0.0"),
-    "alpha in words": ({"alpha": "big"}, "alpha must be a number, got 'big'"),
-    "a seed in words": ({"seed": "x"}, "seed must be an integer >= 0, got 'x'"),
     "batches None": ({"batches": None}, "batches must be an iterable of training batches, got None"),
     "a loss that is no tensor": ({"loss_fn": lambda *_: 1.0}, "the loss must be one number with a gradient, got 1.0"),
     "a loss of each row": (

@@ -10,7 +10,6 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from qriemann.base.host_embedding import keep_embeddings_on_host
-from qriemann.errors import InputError
 from tests.models import fill_lora, next_token_loss, tiny_llama, token_batch, with_lora
 
 
@@ -79,10 +78,3 @@ def test_an_embedding_that_scales_its_rows_goes_on_scaling_them():
     with torch.no_grad():
         torch.testing.assert_close(offloaded(model)(ids).logits, model(ids).logits, rtol=0, atol=0)
         assert offloaded(model).to("meta").get_input_embeddings()(ids).device.type == "meta"
-
-
-def test_a_tied_matrix_is_refused():
-    model = tiny_llama()
-    model.lm_head.weight = model.model.embed_tokens.weight
-    with pytest.raises(InputError, match=r"tiny.*offload_embeddings must be false"):
-        keep_embeddings_on_host(model, "tiny")

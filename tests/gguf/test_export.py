@@ -32,7 +32,7 @@ def exported(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_merged_files_come_with_the_ladder_and_a_modelfile(exported: Path):
+def test_merged_files_come_with_the_ladder_and_a_modelfile(exported):
     names = {path.name for path in (exported / "tiny").iterdir()}
     assert {"tiny-F16.gguf", "Modelfile", "README.md", "gguf_report.json"} <= names
     assert not any("F32" in name for name in names)
@@ -47,7 +47,7 @@ def test_merged_files_come_with_the_ladder_and_a_modelfile(exported: Path):
     assert report["stops"] == ["<|im_end|>"]
 
 
-def test_a_rung_that_is_too_far_is_rejected_by_name(adapter: Path, exported: Path, tmp_path: Path):
+def test_a_rung_that_is_too_far_is_rejected_by_name(adapter, exported, tmp_path):
     half, small = json.loads((exported / "tiny" / "gguf_report.json").read_text())["merged"]
     between = math.sqrt(half["mean_kl"] * small["mean_kl"])
     result = export_gguf(adapter, tmp_path / "tiny", types=["f16", "q4_0"], max_kl=between)
@@ -59,7 +59,7 @@ def test_a_rung_that_is_too_far_is_rejected_by_name(adapter: Path, exported: Pat
     assert "rejected: tiny-Q4_0.gguf: mean KL to the trained model is" in result.report["conclusions"][1]
 
 
-def test_files_that_llama_cpp_computes_otherwise_are_rejected(adapter: Path, tmp_path: Path, monkeypatch, capsys):
+def test_files_that_llama_cpp_computes_otherwise_are_rejected(adapter, tmp_path, monkeypatch, capsys):
     """As if the permutation of one layer had been forgotten, in the files and in the look at the weights."""
     as_stored = Layout.as_stored
 
@@ -73,7 +73,7 @@ def test_files_that_llama_cpp_computes_otherwise_are_rejected(adapter: Path, tmp
     assert "rejected: llama.cpp does not compute what was trained: log-probabilities differ by up to" in said
 
 
-def test_without_llama_cpp_the_files_are_called_unproved(adapter: Path, tmp_path: Path, monkeypatch, capsys):
+def test_without_llama_cpp_the_files_are_called_unproved(adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("qriemann.gguf.compare.has_engine", lambda: False)
     assert main(["export", str(adapter), str(tmp_path / "tiny"), "--to", "gguf", "--type", "q8_0"]) == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -84,7 +84,7 @@ def test_without_llama_cpp_the_files_are_called_unproved(adapter: Path, tmp_path
     assert "accepted" not in card
 
 
-def test_the_card_of_the_run_says_how_to_run_the_files(exported: Path):
+def test_the_card_of_the_run_says_how_to_run_the_files(exported):
     card = (exported / "README.md").read_text()
     assert "llama-cli -m tiny/tiny-F16.gguf" in card or "llama-cli -m tiny/tiny-Q4_0.gguf" in card
     assert "ollama create tuned -f tiny/Modelfile" in card
@@ -112,7 +112,7 @@ def test_the_card_of_the_run_says_how_to_run_the_files(exported: Path):
     ],
     ids=["biases and a head", "LoRA on a tied head", "tokens"],
 )
-def test_whatever_can_be_merged_is_in_the_merged_file(options, tmp_path: Path):
+def test_whatever_can_be_merged_is_in_the_merged_file(options, tmp_path):
     """On a base whose head is its embeddings."""
     base = tmp_path / "base"
     save_chat_base(base, tokenizer=byte_tokenizer(), tie_word_embeddings=True, attention_bias=True)
@@ -124,7 +124,7 @@ def test_whatever_can_be_merged_is_in_the_merged_file(options, tmp_path: Path):
         export_gguf(adapter, tmp_path / "lora", to="gguf-adapter")
 
 
-def test_push_takes_the_files_along(exported: Path):
+def test_push_takes_the_files_along(exported):
     names = {upload.name for upload in push(exported, "someone/tuned", dry_run=True, base_id="someone/base").uploads}
     assert {"adapter_model.safetensors", "tiny/tiny-F16.gguf", "tiny/Modelfile", "lora/lora-LoRA-F32.gguf"} <= names
     alone = push(exported / "tiny", "someone/tuned-GGUF", dry_run=True)
@@ -146,6 +146,6 @@ def test_push_takes_the_files_along(exported: Path):
         ({"max_kl": -1.0}, "max_kl must be a number of nats >= 0, got -1.0"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused_before_anything_is_loaded(arguments, message, tmp_path: Path):
+def test_arguments_that_cannot_be_are_refused_before_anything_is_loaded(arguments, message, tmp_path):
     with pytest.raises(InputError, match=message):
         export_gguf(tmp_path / "nothing", tmp_path / "out", **arguments)

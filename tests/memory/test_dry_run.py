@@ -11,14 +11,12 @@ from safetensors.torch import load_file
 from qriemann import cli
 from qriemann.config import settings_from
 from qriemann.errors import InputError
-from qriemann.memory.dry_run import make_ready, measure_step, measure_training_batch
 from qriemann.memory.footprint import Footprint, read_run
 from qriemann.memory.plan import plan
 from qriemann.training.check import check
 from qriemann.training.prepare import prepare
 from qriemann.training.train import train
 from tests.recipe_fixtures import chat_rows, train_on
-from tests.runs import protected_trainer
 
 
 @pytest.fixture
@@ -48,21 +46,6 @@ def test_a_run_is_the_same_to_the_bit_with_and_without_it(settings, tmp_path, ca
     assert logged[0] == logged[1]
     for name, tensor in adapters[0].items():
         assert torch.equal(tensor, adapters[1][name]), name
-
-
-def test_it_takes_the_longest_rows_and_one_step(tmp_path):
-    trainer, _ = protected_trainer(tmp_path, per_device_train_batch_size=3, activation_checkpointing=True)
-    lengths = sorted(map(len, trainer.train_dataset["input_ids"]))
-    make_ready(trainer)
-    assert trainer.model.is_gradient_checkpointing
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    measured = measure_training_batch(trainer, counted=True)
-    assert (measured.rows, measured.tokens) == (3, lengths[-1])
-    assert measured.counted > 0
-    assert all(p.grad is None and p.equal(before[name]) for name, p in trainer.model.named_parameters())
-    measure_training_batch(trainer, keep_gradients=True)
-    assert measure_step(trainer) > 0
-    assert any(not p.equal(before[name]) for name, p in trainer.model.named_parameters())
 
 
 PACKED = {"packing": True, "eval_strategy": "no"}

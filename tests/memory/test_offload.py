@@ -6,27 +6,14 @@ from safetensors.torch import load_file
 from qriemann.base.host_embedding import HostEmbedding
 from qriemann.errors import InputError
 from tests.models import tiny_llama
-from tests.recipe_fixtures import chat_rows, train_on
+from tests.recipe_fixtures import train_on
 
 
 @pytest.fixture
-def run(tmp_path, model_folder, write_rows):
-    def run(name, **settings):
-        result = train_on(
-            {
-                "model_name_or_path": str(model_folder),
-                "quantize": "none",
-                "dataset_name": str(write_rows(chat_rows(8))),
-                "output_dir": str(tmp_path / name),
-                "lora_r": 4,
-                "max_steps": 2,
-                "per_device_train_batch_size": 2,
-                "activation_checkpointing": True,
-                "use_cpu": True,
-                "display": "none",
-                **settings,
-            }
-        )
+def run(tmp_path, settings):
+    def run(name, **changes):
+        steps = {"max_steps": 2, "per_device_train_batch_size": 2, "activation_checkpointing": True, "use_cpu": True}
+        result = train_on({**settings, "output_dir": str(tmp_path / name), **steps, **changes})
         result.trainer.end()
         return result
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qriemann.ops import POLAR_RTOL, CoreResult, apply, core, correct, gram, specification
+from qriemann.ops import POLAR_RTOL, CoreResult, apply, core, correct, gram
 from tests.dense import DenseRiemannion
+from tests.ops import specification
 
 EPS = torch.finfo(torch.float32).eps
 # Two orders of summation of the same products differ in their worst entry by chance: of 70 shapes the largest ratio seen
@@ -178,17 +179,6 @@ def test_apply_corrects_a_factor_that_drifted_and_hands_the_rest_to_s(drift):
     assert worst(compensation[0], exact.compensation) <= left_out
 
 
-def test_apply_leaves_a_factor_without_drift_to_the_bit():
-    side = make_tall_side(97, 8, seed=0)
-    coefficients = torch.eye(16, 16)[None].clone()
-    blocks = [side.u[None].clone(), side.n[None].clone()]
-    momentum = torch.full((1, 97, 8), torch.nan)
-    compensation = correct(blocks[:1], [apply(blocks, coefficients, momentum, torch.full((1, 97, 8), torch.nan))])
-    assert torch.equal(blocks[0][0], side.u)
-    assert torch.equal(momentum[0], side.n)
-    assert torch.equal(compensation[0], torch.eye(8))
-
-
 class Outcome(NamedTuple):
     """What does not depend on the gauge: X+ and the projections M+ V+ V+^T and U+ U+^T M+, in orthonormal coordinates."""
 
@@ -251,75 +241,6 @@ def test_core_is_as_exact_as_plain_float32(m, n, rank, options):
     s = well_conditioned(rank, rank, generator).float()[None]
     for count in (2, 3):
         check_core([u[:count]], [v[:count]], s, lr=0.01, options=options)
-
-
-@pytest.mark.parametrize("rank", RANKS)
-def test_gram_core_and_apply_together_are_as_exact_as_plain_float32(rank):
-    generator = torch.Generator().manual_seed(1)
-    for m, n in ((rank, 4097), (2 * rank + 1, 2 * rank + 1), (1025, 257)):
-        u, v = make_sides(m, n, rank)
-        s = well_conditioned(rank, rank, generator).float()
-        vectors = torch.tensor(0.01), torch.tensor(0.0), torch.tensor(True)
-        dense = {}
-        for dtype in (torch.float64, torch.float32):
-            grams = torch.stack([specification.gram(side[:2], dtype=dtype) for side in (u, v)])
-            result = specification.core(grams, s, *vectors, dtype=dtype)
-            left, right = (
-                specification.apply(side[:2], t, dtype=dtype)
-                for side, t in zip((u, v), result.coefficients, strict=True)
-            )
-            s_new = left.compensation @ result.s @ right.compensation
-            dense[dtype] = product(left.u, s_new, right.u), product(left.momentum, None, right.u)
-        sides = [[block[None].clone() for block in side[:2]] for side in (u, v)]
-        grams = torch.stack([gram(blocks) for blocks in sides])
-        result = core(grams, s[None], *(vector[None] for vector in vectors))
-        outs = []
-        for blocks, t in zip(sides, result.coefficients, strict=True):
-            momentum, scratch = (torch.full_like(blocks[0], torch.nan) for _ in range(2))
-            outs.append((blocks[0], momentum, correct(blocks[:1], [apply(blocks, t, momentum, scratch)])))
-        (new_u, new_n, left), (new_v, _, right) = outs
-        got = product(new_u[0], (left @ result.s @ right)[0], new_v[0]), product(new_n[0], None, new_v[0])
-        for ours, plain, exact in zip(got, dense[torch.float32], dense[torch.float64], strict=True):
-            own = distance(plain, exact)
-            assert distance(ours, exact) <= SUMMATION * own + 4 * EPS * distance(exact, None), (m, n, rank)
-
-
-def product(left: Tensor, s: Tensor | None, right: Tensor) -> tuple[Tensor, Tensor]:
-    """left s right^T, unformed, in float64."""
-    return left.double() if s is None else left.double() @ s.double(), right.double()
-
-
-def distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor] | None) -> float:
-    """||a_1 a_2^T - b_1 b_2^T||_F, by way of small matrices."""
-    left, right = a if b is None else (torch.cat([a[0], -b[0]], -1), torch.cat([a[1], b[1]], -1))
-    return (torch.linalg.qr(left)[1] @ torch.linalg.qr(right)[1].mT).norm().item()
-
-
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-8, 1e12])
-def test_core_survives_momenta_of_any_size(scale):
-    u, v = make_sides(40, 30, 8)
-    sides = [Side(side.u, scale * side.n, scale * side.d) for side in (u, v)]
-    one, s = torch.ones(1), torch.eye(8)[None]
-    result = core(both_grams([sides[0]], [sides[1]]), s, 0.01 * one, 0 * one, one.bool())
-    assert all(part.isfinite().all() for part in result[:3])
-
-
-@pytest.mark.parametrize("cause", ["inactive", "nan", "inf"])
-def test_core_leaves_a_layer_that_cannot_move_and_only_that(cause):
-    u, v = make_sides(40, 30, 8)
-    grams = both_grams([u[:2], u[:2]], [v[:2], v[:2]])
-    active = torch.tensor([cause != "inactive", True])
-    if cause != "inactive":
-        grams[1, 0, 3, 2] = float(cause)
-    generator = torch.Generator().manual_seed(0)
-    s = torch.randn(2, 8, 8, generator=generator)
-    one = torch.ones(2)
-    result = core(grams, s, 0.01 * one, 0 * one, active)
-    spared = specification.core(grams[:, 0], s[0], one[0], one[0], active[0])
-    assert result.moved.tolist() == [False, True]
-    assert torch.equal(result.coefficients[:, 0].double(), spared.coefficients)
-    assert torch.equal(result.s[0], s[0])
-    assert not torch.equal(result.s[1], s[1])
 
 
 @pytest.mark.parametrize("momentum_form", ["raw", "orthogonalized"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qriemann.ops import POLAR_RTOL, polar, specification
+from qriemann.ops import POLAR_RTOL, polar
+from tests.ops import specification
 
 # A matrix counts as settled when ||O - O O^T O||_F < 1e-5; for a singular value v that is v |1 - v^2| < 1e-5: near one
 # |1 - v| < 5e-6, near zero v < 1e-5.

@@ -18,20 +18,22 @@ from qriemann.optim.methods import METHODS, find_method, resolve_options
 from tests.models import (
     counting_rows,
     load_nf4,
+    logits,
     logits_under_plain_peft,
     next_token_loss,
     relative,
+    same_bits,
+    take_steps,
     tiny_llama,
     token_batch,
     trainer_settings,
     variants,
     with_lora,
-    word_tokenizer,
 )
 from tests.recipe_fixtures import train_on
+from tests.runs import assert_same, outcome, sft_trainer
 
-NAMES = ("riemannion", "lora-tsd", "riemannlora", "scaled-gd", "scaled-adamw", "adamw", "muon")
-ON_MANIFOLD = ("riemannion", "lora-tsd", "riemannlora")
+NAMES = tuple(METHODS)
 # Eight steps on 24 rows: rates at which the loss falls. The scale of scaled GD's is that of the loss.
 RATES = {
     "riemannion": 0.05,
@@ -48,11 +50,6 @@ every_method = pytest.mark.parametrize("name", NAMES)
 LOGITS_RTOL = 1e-4
 
 
-def test_the_table_has_the_methods_that_are_promised():
-    assert tuple(METHODS) == NAMES
-    assert tuple(name for name in NAMES if METHODS[name].on_manifold) == ON_MANIFOLD
-
-
 # One life of each method: trained, saved, resumed, loaded in plain PEFT.
 
 
@@ -63,33 +60,21 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def sft_trainer(model: nn.Module, folder: Path, name: str, **settings: Any) -> SFTTrainer:
-    return SFTTrainer(
-        model=model,
-        processing_class=word_tokenizer(),
-        args=SFTConfig(**trainer_settings(folder, **settings)),
-        train_dataset=counting_rows(),
-        peft_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear"),
-        optimizer_cls_and_kwargs=qriemann.for_trainer(name, lr=RATES[name]),
+def trainer_of(name: str, base: Path, folder: Path, **settings: Any) -> SFTTrainer:
+    return sft_trainer(
+        load_nf4(base),
+        folder,
+        lora={"lora_dropout": 0.1},
+        optimizer=qriemann.for_trainer(name, lr=RATES[name]),
         callbacks=[qriemann.FixedRankCallback()] if METHODS[name].on_manifold else [],
+        **settings,
     )
 
 
-def everything(trainer: SFTTrainer) -> list[Any]:
-    """Every number that training moves: the adapter and the optimizer's state, factors, cores and offsets included."""
-    state = trainer.optimizer.state_dict()["state"]
-    numbers = [p.detach().clone() for _, p in sorted(trainer.model.named_parameters()) if p.requires_grad]
-    return numbers + [entry[key] for _, entry in sorted(state.items()) for key in sorted(entry)]
-
-
-def same(left: list[Any], right: list[Any]) -> bool:
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(left, right, strict=True))
-
-
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(ids).logits
+def made(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """The optimizer that a trainer makes."""
+    factory, keywords = qriemann.for_trainer(name, **options)
+    return factory()(model, **keywords)
 
 
 @pytest.fixture(scope="module")
@@ -99,19 +84,19 @@ def lives(tmp_path_factory, base) -> dict[str, dict[str, Any]]:
     settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 5}
     lives = {}
     for name in NAMES:
-        whole = sft_trainer(load_nf4(base), root / name, name, **settings)
+        whole = trainer_of(name, base, root / name, **settings)
         cast = {p.dtype for n, p in whole.model.named_parameters() if ".lora_" in n}
         whole.train()
         whole.save_model(str(root / name / "final"))
         torch.manual_seed(99)  # another process: whatever was drawn before must not matter
-        resumed = sft_trainer(load_nf4(base), root / f"{name}-resumed", name, **settings)
+        resumed = trainer_of(name, base, root / f"{name}-resumed", **settings)
         resumed.train(resume_from_checkpoint=str(root / name / "checkpoint-5"))
         lives[name] = {
             "cast": cast,
             "dtypes": {p.dtype for n, p in whole.model.named_parameters() if ".lora_" in n},
             "losses": [entry["loss"] for entry in whole.state.log_history if "loss" in entry],
-            "whole": everything(whole),
-            "resumed": everything(resumed),
+            "whole": outcome(whole),
+            "resumed": outcome(resumed),
             "logits": logits(whole.model, ids),
         }
     adapters = [(base, True, root / name / "final") for name in NAMES]
@@ -136,7 +121,7 @@ def test_the_factors_are_float32_although_the_trainer_cast_them(name, lives):
 
 @every_method
 def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(name, lives):
-    assert same(lives[name]["whole"], lives[name]["resumed"])
+    assert_same(lives[name]["whole"], lives[name]["resumed"])
 
 
 @every_method
@@ -144,41 +129,21 @@ def test_the_saved_adapter_gives_the_same_logits_in_plain_peft(name, lives):
     assert relative(lives[name]["plain"], lives[name]["logits"]) < LOGITS_RTOL
 
 
-@every_method
-def test_parameters_outside_the_adapter_are_trained_too(name):
-    model = with_lora(tiny_llama(), modules_to_save=["lm_head"], target_modules=["q_proj"])
-    factory, keywords = qriemann.for_trainer(name, lr=RATES[name])
-    optimizer = factory()(model, **keywords)
-    head = model.base_model.model.lm_head.modules_to_save["default"].weight
-    before = head.detach().clone()
-    next_token_loss(model, token_batch()).backward()
-    optimizer.step()
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2 * 2 + 1
-    # AdamW's first step moves every entry that has a gradient by its learning rate: 1e-4, or the method's own.
-    assert 0.9e-4 < (head - before).abs().max() < 1.1e-2
-
-
 def test_lora_tsd_is_riemannion_with_three_iterations_and_one_iteration_is_riemannion_itself():
     def trained(name: str, **options: Any) -> list[Tensor]:
         model = with_lora(tiny_llama())
-        factory, keywords = qriemann.for_trainer(name, lr=0.05, seed=1, **options)
-        optimizer = factory()(model, **keywords)
-        for seed in range(4):
-            optimizer.zero_grad()
-            next_token_loss(model, token_batch(seed)).backward()
-            optimizer.step()
+        take_steps(model, made(name, model, lr=0.05, seed=1, **options), range(4))
         return [part.clone() for _, point in variants(model).values() for part in point.point()]
 
     plain, three = trained("riemannion"), trained("lora-tsd")
-    assert same(trained("lora-tsd", tangent_iterations=1), plain)
-    assert same(trained("riemannion", tangent_iterations=3), three)
-    assert not same(three, plain)
+    assert same_bits(trained("lora-tsd", tangent_iterations=1), plain)
+    assert same_bits(trained("riemannion", tangent_iterations=3), three)
+    assert not same_bits(three, plain)
 
 
 def test_lora_plus_moves_b_by_its_ratio_more_than_a():
     model = with_lora(tiny_llama())
-    factory, options = qriemann.for_trainer("adamw", lr=1e-3, lora_plus_ratio=16.0)
-    optimizer = factory()(model, **options)
+    optimizer = made("adamw", model, lr=1e-3, lora_plus_ratio=16.0)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     generator = torch.Generator().manual_seed(0)
@@ -198,39 +163,52 @@ def test_adamw_at_ratio_one_is_torchs_to_the_bit():
         (ours, AdamW(ours, **rates)),
         (reference, torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], fused=True, **rates)),
     ]
-    for seed in range(3):
-        for model, optimizer in pair:
-            optimizer.zero_grad()
-            next_token_loss(model, token_batch(seed)).backward()
+    for model, optimizer in pair:
+        take_steps(model, optimizer, range(3))
+    assert same_bits(*([p.detach() for p in model.parameters()] for model, _ in pair))
+
+
+@every_method
+def test_what_is_saved_is_the_factors_and_the_blocks_of_state_that_the_table_promises(name, tmp_path):
+    model = with_lora(tiny_llama(), r=16)
+    optimizer = made(name, model)
+    take_steps(model, optimizer, [0])
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    factors = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    # Each number once, though the tensors are views of buffers; less than 2 KiB of cores and names for each of 28 factors.
+    saved = (tmp_path / "optimizer.pt").stat().st_size
+    assert saved < (1 + METHODS[name].state_blocks) * factors + 28 * 2048
+
+
+@every_method
+def test_a_step_under_autocast_is_the_step_without(name):
+    def stepped(*, autocast: bool) -> list[Tensor]:
+        model = with_lora(tiny_llama(layers=1))
+        optimizer = made(name, model, **({"seed": 0} if METHODS[name].on_manifold else {}))
+        next_token_loss(model, token_batch()).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             optimizer.step()
-    assert same(*([p.detach() for p in model.parameters()] for model, _ in pair))
+        return list(model.state_dict().values())
+
+    assert same_bits(stepped(autocast=True), stepped(autocast=False))
 
 
 # Defaults.
 
 
 @every_method
-def test_every_default_reaches_the_optimizer_and_has_a_source(name):
-    factory, options = qriemann.for_trainer(name)
-    group = factory()(with_lora(tiny_llama(layers=1)), **options).param_groups[0]
+def test_every_default_has_a_source_and_reaches_the_optimizer_whoever_makes_it(name):
+    group = made(name, with_lora(tiny_llama(layers=1))).param_groups[0]
+    of_class = METHODS[name].optimizer(with_lora(tiny_llama(layers=1))).param_groups[0]
     defaults = METHODS[name].defaults
     assert {"lr", "weight_decay"} < defaults.keys()
     assert {"momentum", "betas"} & defaults.keys()
     for key, default in defaults.items():
         # The rate of Riemannion depends on the model: test_rate.py.
         assert group[key] == default.value or (key, default.value) == ("lr", None)
+        # LoRA-TSD is Riemannion with another number of iterations.
+        assert of_class[key] == default.value or default.value is None or key == "tangent_iterations"
         assert default.source
-
-
-@every_method
-def test_the_classes_own_defaults_are_those_of_the_table(name):
-    group = METHODS[name].optimizer(with_lora(tiny_llama(layers=1))).param_groups[0]
-    own = {
-        key: default.value
-        for key, default in METHODS[name].defaults.items()
-        if key != "tangent_iterations" and default.value is not None
-    }
-    assert {key: group[key] for key in own} == own
 
 
 @pytest.fixture
@@ -277,7 +255,7 @@ def test_riemannian_gradient_descent_has_no_usual_learning_rate(warned):
 
 
 @pytest.mark.parametrize("option", [{"start": "zero"}, {"alpha": 0.5}, {"seed": 3}], ids=str)
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ON_MANIFOLD])
+@pytest.mark.parametrize("name", [name for name in NAMES if not METHODS[name].on_manifold])
 def test_a_start_is_refused_for_plain_factors(name, option):
     (key,) = option
     with pytest.raises(
@@ -308,6 +286,8 @@ def test_a_method_that_resembles_none_is_answered_with_all_of_them():
         ("muon", {"adamw_eps": -1.0}, "eps must be"),
         ("scaled-gd", {"dampin": 1.0}, "did you mean 'damping'"),
         ("scaled-adamw", {"damping_form": "none"}, "damping_form must be"),
+        ("riemannion", {"start": "ofset"}, "start must be one of 'zero', 'offset', got 'ofset'"),
+        ("riemannion", {"start": "offset", "alpha": 0.0}, "alpha must be a finite number > 0, got 0.0"),
         ("lora-tsd", {"tangent_iterations": 0}, "tangent_iterations must be an integer >= 1"),
         ("lora-tsd", {"tangent_iterations": 1.5}, r"tangent_iterations must be an integer, got 1\.5"),
         ("adamw", {"betas": 0.9}, r"betas must be two numbers, got 0\.9"),
@@ -323,7 +303,7 @@ def test_a_method_that_resembles_none_is_answered_with_all_of_them():
 )
 def test_an_option_that_cannot_be_is_refused_before_any_model_is_loaded(name, given, message):
     with pytest.raises(qriemann.InputError, match=message) as caught:
-        resolve_options(name, given)
+        qriemann.for_trainer(name, **given)
     assert "\n" not in str(caught.value)
 
 
@@ -350,20 +330,18 @@ def test_every_step_of_a_resumed_run_needs_the_state_of_its_own_method(name):
     states = {}
     for each in (name, other):
         model = with_lora(tiny_llama(layers=1))
-        factory, options = qriemann.for_trainer(each)
-        states[each] = optimizer = factory()(model, **options)
-        next_token_loss(model, token_batch()).backward()
-        optimizer.step()
+        states[each] = made(each, model)
+        take_steps(model, states[each], [0])
     with pytest.raises((qriemann.InputError, ValueError)):
         states[name].load_state_dict(states[other].state_dict())
 
 
 def test_an_adapter_with_an_offset_does_not_go_on_under_plain_factors(base, tmp_path):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    first = sft_trainer(load_nf4(base), tmp_path / "first", "riemannion", **settings)
+    first = trainer_of("riemannion", base, tmp_path / "first", **settings)
     first.optimizer_cls_and_kwargs = qriemann.for_trainer("riemannion", start="offset")
     first.train()
-    other = sft_trainer(load_nf4(base), tmp_path / "second", "adamw", **settings)
+    other = trainer_of("adamw", base, tmp_path / "second", **settings)
     qriemann.FixedRankCallback().on_init_end(other.args, other.state, other.control, model=other.model)
     with pytest.raises(qriemann.InputError, match=r"q_proj was saved with an offset, which plain LoRA"):
         other.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-1"))
@@ -381,12 +359,6 @@ def test_one_word_of_a_recipe_changes_the_method(settings):
     assert {optimizer.defaults[key] for key in ("lr", "damping", "weight_decay")} == {1e-3, 1e-4, 0.01}
     assert result.eval_loss < result.eval_loss_before
     assert result.orthonormality_drift is None
-
-
-def test_a_start_in_a_recipe_is_refused_for_plain_factors_before_anything_is_written(tmp_path, settings):
-    with pytest.raises(qriemann.InputError, match="start must be left out for adamw"):
-        train_on({**settings, "method": "adamw", "start": "zero"})
-    assert not (tmp_path / "out").exists()
 
 
 # The embedded model.
@@ -426,7 +398,7 @@ def test_the_embedded_model_learns_saves_resumes_and_reloads_in_plain_peft(name,
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     resumed = trainer(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-25"))
-    assert same(everything(whole), everything(resumed))
+    assert_same(outcome(whole), outcome(resumed))
     ids = token_batch(rows=1, length=12, vocabulary=1000)
     adapter = (embedded, True, tmp_path / "whole" / "checkpoint-30")
     (plain,) = logits_under_plain_peft([adapter], ids)

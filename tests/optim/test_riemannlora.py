@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
-from qriemann.ops import POLAR_RTOL
 from qriemann.optim import RiemannLoRA
-from tests.dense import DenseRiemannLoRA, best_approximation, low_rank_factors, tangent_projection
-from tests.optim.test_riemannion_step import STEP_RTOL, Adapter, noisy_quadratic, relative
+from tests.dense import DenseRiemannLoRA
+from tests.optim import test_riemannion_step as riemannion_step
+from tests.optim.test_riemannion_step import STEP_RTOL, Adapter, noisy_quadratic
 
-
-def follow(
-    adapter: Adapter,
-    gradients,
-    steps: int = 50,
-    lr: float = 0.01,
-    momentum: float = 0.9,
-    rtol: float = POLAR_RTOL,
-    **options,
-) -> float:
-    """The worst relative distance to the dense trajectory over the steps."""
-    dense = DenseRiemannLoRA(adapter.x, adapter.record.u.data, adapter.record.v_transposed.data.mT, rtol)
-    optimizer = RiemannLoRA(adapter.parameters, lr=lr, momentum=momentum, **options)
-    worst = 0.0
-    for _ in range(steps):
-        g = gradients(adapter)
-        adapter.set_gradient(g)
-        optimizer.step()
-        dense.step(g, lr, momentum, **options)
-        worst = max(worst, relative(adapter.x, dense.x))
-    assert optimizer.orthonormality_drift() < 1e-5
-    return worst
+follow = functools.partial(riemannion_step.follow, method=RiemannLoRA, truth=DenseRiemannLoRA)
 
 
 @pytest.mark.parametrize("simulate_adam", [False, True])
@@ -69,18 +50,6 @@ def test_fifty_steps_with_simulated_adam_follow_a_computation_without_any_cut_of
     adapter = Adapter(m, n, rank)
     adapter.start_at(start * torch.diag(torch.linspace(1.2, 0.8, rank)))
     assert follow(adapter, noisy_quadratic(), rtol=0.0, simulate_adam=True) < STEP_RTOL
-
-
-def test_without_momentum_it_is_riemannian_gradient_descent():
-    adapter = Adapter(30, 20, 4)
-    adapter.start_at(torch.eye(4))
-    optimizer = RiemannLoRA(adapter.parameters, lr=0.1, momentum=0.0, simulate_adam=False)
-    for _ in range(5):
-        g, before = adapter.randn(30, 20), adapter.x
-        u, v = low_rank_factors(before, 4)
-        adapter.set_gradient(g)
-        optimizer.step()
-        assert relative(adapter.x, best_approximation(before - 0.1 * tangent_projection(g, u, v), 4)) < STEP_RTOL
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])

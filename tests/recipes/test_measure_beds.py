@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
 import json
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from qriemann import InputError
 from tests.recipe_fixtures import make_tokenizer
 
 MEASURE = Path(__file__).parents[2] / "recipes" / "measure"
@@ -91,14 +89,6 @@ def test_a_run_learns_repeats_and_leaves_the_model_as_it_was(model, rows, method
     assert all(torch.equal(weight, before[name]) for name, weight in bed.tail.state_dict().items())
 
 
-def test_no_steps_measure_the_rate_alone(model, rows):
-    bed = make_bed(model, rows, 2)
-    measured = training.train(bed, training.Training("riemannion", "auto", steps=0, rank=4), range(8, 24), range(8))
-    trained = training.train(bed, training.Training("riemannion", "auto", steps=2, rank=4), range(8, 24), range(8))
-    assert measured["loss"] == pytest.approx(training.evaluate(bed, range(8))["loss"], rel=1e-5)
-    assert measured["rate"] == trained["rate"]
-
-
 def test_the_tasks_are_what_they_say_and_no_question_comes_twice():
     tokenizer = make_tokenizer()
     for task, solve in (("sums", lambda asked: str(eval(asked.rstrip("= ")))), ("words", _reversed)):
@@ -150,32 +140,6 @@ def test_a_plan_runs_once_and_only_what_a_change_adds(tmp_path):
     assert [(line["steps"], line["arm"]) for line in lines[4:]] == [(3, "ours"), (3, "adamw")]
 
 
-def test_the_last_test_is_on_other_rows_and_out_of_time_is_not_done(tmp_path):
-    (plan,) = beds.read_plans(write_plan(tmp_path, layers=[2], arms={"adamw": {"method": "adamw", "lrs": [1e-3]}}))
-    assert beds.run_plan(plan, tmp_path)
-    (tested,) = beds.read_plans(
-        write_plan(tmp_path, layers=[2], test=True, arms={"adamw": {"method": "adamw", "lrs": [1e-3]}})
-    )
-    assert not beds.run_plan(tested, tmp_path, deadline=0)
-    assert beds.run_plan(tested, tmp_path)
-    search, test = (json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines())
-    assert search["training_loss"] == test["training_loss"]
-    assert search["loss"] != test["loss"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"bed": "sea"}, "bed must be tail or toy, got 'sea'"),
-        ({"tasks": ["sums"]}, "tasks must be some of copy, .*, got sums"),
-        ({"speed": 1}, "unexpected keyword argument 'speed'; the keys are bed"),
-    ],
-)
-def test_a_wrong_plan_is_refused(tmp_path, changes, message):
-    with pytest.raises(InputError, match=message):
-        beds.read_plans(write_plan(tmp_path, **changes))
-
-
 @pytest.mark.parametrize("path", sorted(MEASURE.glob("beds_*.yaml")), ids=lambda path: path.name)
 def test_the_plans_of_the_recipes_name_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -198,27 +162,3 @@ def test_the_default_rate_is_near_the_best_over_a_thousand_steps():
     losses = {rate: loss(rate) for rate in ("auto", 2e-4, 5e-3, 2e-2)}
     assert losses["auto"] <= 1.1 * min(losses.values()), losses
     assert losses[2e-4] > 1.1 * losses["auto"], losses
-
-
-def test_the_report_places_the_measured_rate_in_its_grid(tmp_path):
-    place = {"bed": "tail", "task": "sums", "layers": 6, "rank": 8, "batch": 8, "scale": 1.0, "seed": 0, "exact": 0.5}
-    arm = {"arm": "riemannion-zero", "method": "riemannion", "options": {"start": "zero"}}
-    rows = [
-        {**place, **arm, "steps": 300, "lr": rate, "rate": rate, "loss": loss}
-        for rate, loss in ((1e-2, 1.0), (1e-3, 4.0))
-    ]
-    rows.append({**rows[0], "seed": 1, "loss": 2.0})
-    rows.append({**place, **arm, "steps": 0, "lr": "auto", "rate": 10**-2.5, "loss": 9.0})
-    (tmp_path / "runs.jsonl").write_text("".join(json.dumps({"key": i, **row}) + "\n" for i, row in enumerate(rows)))
-    assert report.main(argparse.Namespace(folder=tmp_path)) == 0
-    (line,) = (tmp_path / "report.md").read_text().splitlines()[2:]
-    # Half-way in the logarithm of the rate, the loss is the geometric mean.
-    assert "0.001 4.000, **0.01 1.000** | 50% | 1.500 ± 0.707 (2) | 0.0032 | 2.000 | +100% |" in line
-    assert "6 layers adapted, rank 8, 300 steps" in line
-    assert (tmp_path / "rates.png").stat().st_size > 1000
-    # Where a training ran at the measured rate, it says what is there.
-    with (tmp_path / "runs.jsonl").open("a") as lines:
-        lines.write(json.dumps({"key": 9, **rows[0], "lr": "auto", "rate": 3e-3, "loss": 3.0}) + "\n")
-    assert "0.001 4.000, **0.01 1.000** | 50% | 1.500 ± 0.707 (2) | 0.003 | 3.000 | +200% |" in report.write_report(
-        tmp_path
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import subprocess
@@ -10,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from qriemann import InputError
 
 MEASURE = Path(__file__).parents[2] / "recipes" / "measure"
 sys.path.insert(0, str(MEASURE))
@@ -50,13 +47,3 @@ def test_a_part_whose_time_is_up_is_killed_and_the_call_fails(on_a_card, tmp_pat
     assert on_a_card._conclude(path, ["numbers"]) == 0
     assert on_a_card._conclude(path, ["numbers", "basics"]) == 1
     assert "basics: out of time" in capsys.readouterr().out
-
-
-def test_facts_of_another_device_are_not_overwritten(on_a_card, tmp_path):
-    path = tmp_path / "card.json"
-    path.write_text(json.dumps({"parts": {}, "device": "cuda"}))
-    parser = argparse.ArgumentParser()
-    on_a_card.add_arguments(parser)
-    with pytest.raises(InputError, match="holds facts of cuda; name another file"):
-        on_a_card.main(parser.parse_args(["--device", "cpu", "--json", str(path)]))
-    assert json.loads(path.read_text())["device"] == "cuda"

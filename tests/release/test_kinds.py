@@ -26,7 +26,7 @@ from qriemann.release.export import export
 from qriemann.release.inspect import inspect
 from qriemann.release.merge import merge
 from qriemann.upstream import quiet
-from tests.models import edit_json, logits, relative
+from tests.models import edit_json, logits, relative, with_lora
 from tests.recipe_fixtures import make_tokenizer
 from tests.release.conftest import save_chat_base, write_rows
 
@@ -62,7 +62,9 @@ CASES = {
         },
     ),
     "some layers": Case({}, {**Q, "layers_to_transform": [1], "layers_pattern": "layers"}),
-    "left out": Case({}, {"exclude_modules": r".*1.*v_proj"}),
+    "a pattern of targets": Case(
+        {}, {"target_modules": r".*layers\.\d+\.self_attn\.(q|v)_proj", "exclude_modules": r".*1.*v_proj"}
+    ),
     "biases": Case({"attention_bias": True}, {"bias": "all", "target_modules": ["q_proj"]}),
     "lora_bias": Case({"attention_bias": True}, {"lora_bias": True, "target_modules": ["q_proj", "o_proj"]}),
     "a head": Case({}, {**Q, "modules_to_save": ["lm_head"]}),
@@ -115,8 +117,7 @@ def made(request, tmp_path_factory) -> Made:
     if case.grown:
         tokenizer.add_tokens([f"<{n}>" for n in range(case.grown)])
         model.resize_token_embeddings(len(tokenizer))
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **case.options}
-    model = get_peft_model(model, LoraConfig(**settings))
+    model = with_lora(model, **case.options)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -129,7 +130,7 @@ def made(request, tmp_path_factory) -> Made:
     return Made(base, folder / "adapter", logits(model, IDS))
 
 
-def test_chat_and_eval_compute_what_peft_does(made: Made):
+def test_chat_and_eval_compute_what_peft_does(made):
     session = load_session(made.adapter, quantize="none", device="cpu")
     assert relative(logits(session.model, IDS), made.expected) < RTOL
     trained = load_trained(read_adapter(made.adapter, "eval"), None, None, Console(quiet=True), quantize="none")
@@ -139,7 +140,7 @@ def test_chat_and_eval_compute_what_peft_does(made: Made):
         assert relative(logits(base, IDS)[..., : plain.config.vocab_size], logits(plain, IDS)) < RTOL
 
 
-def test_inspect_shows_the_change_of_every_layer(made: Made, tmp_path: Path):
+def test_inspect_shows_the_change_of_every_layer(made, tmp_path):
     found = {one.name: one for one in inspect(made.adapter, plot=tmp_path / "x.png")}
     trained = load_trained(read_adapter(made.adapter), None, None, Console(quiet=True), quantize="none")
     assert found.keys() == trained.lora_layers.keys()
@@ -149,7 +150,7 @@ def test_inspect_shows_the_change_of_every_layer(made: Made, tmp_path: Path):
         assert found[name].relative_norm is not None or name == "lm_head"
 
 
-def test_export_keeps_everything_but_the_rank(made: Made, tmp_path: Path):
+def test_export_keeps_everything_but_the_rank(made, tmp_path):
     # No layer uses its fourth direction.
     assert export(made.adapter, tmp_path / "out", rank=3, quantize="none").accepted
     session = load_session(tmp_path / "out", quantize="none", device="cpu")
@@ -158,7 +159,7 @@ def test_export_keeps_everything_but_the_rank(made: Made, tmp_path: Path):
 
 @pytest.mark.slow  # a fresh process for each
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_merge_into_every_base_passes_its_proof_and_computes_what_peft_does(made: Made, tmp_path: Path, quantize: str):
+def test_merge_into_every_base_passes_its_proof_and_computes_what_peft_does(made, tmp_path, quantize):
     own = "original" if quantize == "none" else "nf4-dequantized"
     result = merge(made.adapter, tmp_path / "out", into=[own, "nf4", "original"], quantize=quantize)  # type: ignore[list-item]
     assert result.accepted, result.report["conclusions"]
@@ -196,7 +197,7 @@ def test_the_table_has_every_command_and_every_key_of_peft():
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("key", KINDS)
-def test_a_command_refuses_by_name_what_the_table_does_not_give_it(key, command, adapter: Path, tmp_path: Path):
+def test_a_command_refuses_by_name_what_the_table_does_not_give_it(key, command, adapter, tmp_path):
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     edit_json(folder / "adapter_config.json", **{key: SPECIAL.get(key, [1])})
     rows = write_rows(tmp_path / "rows.jsonl", [("say 1", "it is 1")])
@@ -210,7 +211,7 @@ def test_a_command_refuses_by_name_what_the_table_does_not_give_it(key, command,
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True`", "ignore:Adapter 'default'. .* invalid shape")
-def test_a_layer_without_a_bias_takes_no_lora_bias(tmp_path: Path):
+def test_a_layer_without_a_bias_takes_no_lora_bias(tmp_path):
     base = save_chat_base(tmp_path / "base")
     config = LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
@@ -218,7 +219,7 @@ def test_a_layer_without_a_bias_takes_no_lora_bias(tmp_path: Path):
         merge(tmp_path / "adapter", tmp_path / "out", quantize="none")
 
 
-def test_a_tokenizer_larger_than_the_model_is_said(tmp_path: Path, base: Path, adapter: Path):
+def test_a_tokenizer_larger_than_the_model_is_said(tmp_path, base, adapter):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<a>"])
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))

@@ -45,7 +45,7 @@ print(json.dumps([at_load[0] * 1024, kib("VmHWM") * 1024]))
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's own figure")
 @pytest.mark.parametrize("into", ["original", "nf4-dequantized"])
-def test_a_merge_adds_little_more_than_two_shards_to_the_loaded_4_bit_model(into: str, rows: Path, tmp_path):
+def test_a_merge_adds_little_more_than_two_shards_to_the_loaded_4_bit_model(into, rows, tmp_path):
     """A bfloat16 model of 0.3 GB, written in files of 20 MB."""
     base = save_chat_base(
         tmp_path / "base",

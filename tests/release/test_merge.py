@@ -9,7 +9,6 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from qriemann.release.merge import merge
 from qriemann.release.weights import read_checkpoint, write_checkpoint
 from tests.models import fill_lora, logits, relative
 from tests.recipe_fixtures import make_tokenizer
-from tests.release.conftest import Merged, greedy_elsewhere, save_chat_base
+from tests.release.conftest import greedy_elsewhere, save_chat_base
 
 # float32 sums of four products, in another order.
 MERGED_RTOL = 1e-6
@@ -52,9 +51,7 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_merge_adds_the_adapter_to_the_original_weights_and_keeps_every_other_byte(
-    base: Path, adapter: Path, merged: Merged
-):
+def test_merge_adds_the_adapter_to_the_original_weights_and_keeps_every_other_byte(base, adapter, merged):
     before, after = read_checkpoint(base), read_checkpoint(merged.result.folder / "original")
     assert set(before) == set(after)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -64,9 +61,7 @@ def test_merge_adds_the_adapter_to_the_original_weights_and_keeps_every_other_by
         assert relative(after[name], before[name].double() + change) < MERGED_RTOL, name
 
 
-def test_merge_into_the_dequantized_weights_computes_what_the_4_bit_model_computes(
-    base: Path, adapter: Path, merged: Merged
-):
+def test_merge_into_the_dequantized_weights_computes_what_the_4_bit_model_computes(base, adapter, merged):
     quantized, _ = qriemann.load_base(base)
     trained = logits(PeftModel.from_pretrained(quantized, adapter), IDS)
     folder = merged.result.folder / "nf4-dequantized"
@@ -76,7 +71,7 @@ def test_merge_into_the_dequantized_weights_computes_what_the_4_bit_model_comput
     assert found["top_agreement"] == 1.0
 
 
-def test_merge_back_into_4_bit_adds_the_adapter_to_the_original_weights(base: Path, adapter: Path, merged: Merged):
+def test_merge_back_into_4_bit_adds_the_adapter_to_the_original_weights(base, adapter, merged):
     """Added to the dequantized weights, which lie on the grid, most of it would be rounded away."""
     layer = AutoModelForCausalLM.from_pretrained(merged.result.folder / "nf4").get_submodule(Q_PROJ)
     change, original = dense_change(adapter, Q_PROJ), read_checkpoint(base)[f"{Q_PROJ}.weight"]
@@ -84,7 +79,7 @@ def test_merge_back_into_4_bit_adds_the_adapter_to_the_original_weights(base: Pa
     assert (found * change).sum() / change.square().sum() > 0.9
 
 
-def test_the_folder_holds_a_model_and_its_proof_and_no_path(merged: Merged, base: Path):
+def test_the_folder_holds_a_model_and_its_proof_and_no_path(merged, base):
     folder = merged.result.folder
     assert files(folder.parent) == {"out"}
     assert files(folder) == {"merge_report.json", "nf4", "nf4-dequantized", "original"}
@@ -104,16 +99,14 @@ def test_the_folder_holds_a_model_and_its_proof_and_no_path(merged: Merged, base
             assert str(base.parents[1]) not in path.read_text(), path
 
 
-def test_the_merged_folder_and_the_adapter_say_the_same_where_qriemann_is_not_installed(
-    base: Path, adapter: Path, merged: Merged
-):
+def test_the_merged_folder_and_the_adapter_say_the_same_where_qriemann_is_not_installed(base, adapter, merged):
     folder = merged.result.folder / "nf4-dequantized"
     texts = greedy_elsewhere(folder, folder)
     assert texts == greedy_elsewhere(base, base, adapter)
     assert len(set(map(tuple, texts))) > 5
 
 
-def test_a_base_in_half_precision_and_several_files_is_merged_in_float32_and_rounded_once(adapter: Path, tmp_path):
+def test_a_base_in_half_precision_and_several_files_is_merged_in_float32_and_rounded_once(adapter, tmp_path):
     base = save_chat_base(tmp_path / "base", dtype=torch.bfloat16)
     assert len(list(base.glob("*.safetensors"))) > 1
     result = merge(adapter, tmp_path / "out", into="original", base=str(base), shard_gb=5e-5)
@@ -159,7 +152,7 @@ DAMAGES = [forget_one, forget_scaling, transpose, disturb_a_norm, lose_one, take
 
 @pytest.mark.parametrize("into", ["nf4-dequantized", "original"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_merge_is_rejected(damage: Callable, into: Any, base: Path, adapter: Path, tmp_path, monkeypatch):
+def test_a_damaged_merge_is_rejected(damage, into, base, adapter, tmp_path, monkeypatch):
     other = save_chat_base(tmp_path.with_name(f"{tmp_path.name}_other"), seed=5)
 
     def write_and_damage(folder: Path, *arguments: Any) -> None:
@@ -185,7 +178,7 @@ def test_a_damaged_merge_is_rejected(damage: Callable, into: Any, base: Path, ad
 
 
 @pytest.mark.slow
-def test_generation_settings_that_transformers_does_not_save_are_kept_in_4_bit(base: Path, adapter: Path, tmp_path):
+def test_generation_settings_that_transformers_does_not_save_are_kept_in_4_bit(base, adapter, tmp_path):
     odd = Path(shutil.copytree(base, tmp_path / "base"))
     settings = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 257}
     (odd / "generation_config.json").write_text(json.dumps(settings))
@@ -215,7 +208,7 @@ def test_experts_are_written_in_4_bit_as_the_model_holds_them(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
-def test_weights_have_the_mode_that_other_files_have(tmp_path: Path, umask: int, mode: int):
+def test_weights_have_the_mode_that_other_files_have(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
         with written_or_nothing(tmp_path / "out") as partial:
@@ -226,7 +219,7 @@ def test_weights_have_the_mode_that_other_files_have(tmp_path: Path, umask: int,
     assert stat.S_IMODE((tmp_path / "out" / "model.safetensors").stat().st_mode) == mode
 
 
-def test_an_output_with_something_in_it_is_left_alone(adapter: Path, tmp_path, capsys):
+def test_an_output_with_something_in_it_is_left_alone(adapter, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     assert main(["merge", str(adapter), str(tmp_path / "out")]) == 2
@@ -234,7 +227,7 @@ def test_an_output_with_something_in_it_is_left_alone(adapter: Path, tmp_path, c
     assert files(tmp_path / "out") == {"thesis.txt"}
 
 
-def test_a_base_that_does_not_fit_or_is_gone_is_one_line_and_leaves_nothing(adapter: Path, tmp_path, capsys):
+def test_a_base_that_does_not_fit_or_is_gone_is_one_line_and_leaves_nothing(adapter, tmp_path, capsys):
     other = save_chat_base(tmp_path / "other", intermediate_size=80)
     for base, named in ((other, "[80, 4]"), (tmp_path / "gone", "gone")):
         capsys.readouterr()
@@ -245,7 +238,7 @@ def test_a_base_that_does_not_fit_or_is_gone_is_one_line_and_leaves_nothing(adap
         assert files(tmp_path) == {"other"}
 
 
-def test_too_little_disk_is_said_before_anything_is_written(adapter: Path, tmp_path, monkeypatch):
+def test_too_little_disk_is_said_before_anything_is_written(adapter, tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     monkeypatch.setattr("qriemann.release.merge.write_checkpoint", lambda *_: pytest.fail("written"))
@@ -254,7 +247,7 @@ def test_too_little_disk_is_said_before_anything_is_written(adapter: Path, tmp_p
     assert files(tmp_path) == set()
 
 
-def test_a_disk_that_fills_up_on_the_way_leaves_nothing_half_written(adapter: Path, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_on_the_way_leaves_nothing_half_written(adapter, tmp_path, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +15,10 @@ import qriemann
 from qriemann.cli import main
 from qriemann.evaluation import proof
 from qriemann.folder.contents import proof_rows
-from tests.release.conftest import Merged
 from tests.release.folders import PROOF
 
 
-def test_the_report_compares_every_base_with_the_untrained_one_and_prefers_the_nearest(merged: Merged):
+def test_the_report_compares_every_base_with_the_untrained_one_and_prefers_the_nearest(merged):
     report = json.loads((merged.result.folder / "merge_report.json").read_text())
     kl = {one["into"]: one["mean_kl"] for one in report["merged"]}
     assert list(kl) == ["original", "nf4-dequantized", "nf4"]
@@ -37,7 +35,7 @@ def test_the_report_compares_every_base_with_the_untrained_one_and_prefers_the_n
 
 
 @pytest.mark.parametrize("width", [60, 80])
-def test_every_figure_is_whole_in_a_narrow_terminal(width: int):
+def test_every_figure_is_whole_in_a_narrow_terminal(width):
     console = Console(file=io.StringIO(), width=width)
     entry = {**PROOF["merged"][0], "into": "a-name-that-is-long-F16.gguf", "bytes": 16_083_000_000}
     content = {**PROOF, "merged": [entry]}
@@ -50,7 +48,7 @@ def test_every_figure_is_whole_in_a_narrow_terminal(width: int):
             assert all(word in shown for word in cell.split())
 
 
-def test_the_divergence_and_the_loss_are_the_textbook_ones(base: Path, adapter: Path, rows: Path, merged: Merged):
+def test_the_divergence_and_the_loss_are_the_textbook_ones(base, adapter, rows, merged):
     """The untrained base against the trained model, over the answers' tokens, from the definitions."""
     quantized, tokenizer = qriemann.load_base(base)
     model = PeftModel.from_pretrained(quantized, adapter).eval()
@@ -75,7 +73,7 @@ def test_the_divergence_and_the_loss_are_the_textbook_ones(base: Path, adapter: 
     assert found["top_agreement"] == pytest.approx(sum(same) / len(same))
 
 
-def test_a_threshold_below_what_is_measured_rejects(base: Path, adapter: Path, tmp_path, capsys):
+def test_a_threshold_below_what_is_measured_rejects(base, adapter, tmp_path, capsys):
     assert main(["merge", str(adapter), str(tmp_path / "out"), "--into", "original", "--max-kl", "1e-6"]) == 3
     assert "above 1e-06" in " ".join(capsys.readouterr().out.split())
     assert [path.name for path in tmp_path.iterdir()] == ["out.rejected"]

@@ -240,6 +240,7 @@ def test_a_training_ends_in_a_push_of_the_same_files(hub, tmp_path, monkeypatch)
     from tests.models import counting_rows, save_tiny_base, word_tokenizer
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN")
     base = save_tiny_base(Path("base"))
     settings = {
         "output_dir": "out",
@@ -247,6 +248,7 @@ def test_a_training_ends_in_a_push_of_the_same_files(hub, tmp_path, monkeypatch)
         "push_to_hub": True,
         "hub_model_id": "me/trained",
         "hub_private_repo": True,
+        "hub_token": TOKEN,
         "hub_base_id": "someone/base",
         "quantize": "none",
         "max_steps": 2,
@@ -264,3 +266,6 @@ def test_a_training_ends_in_a_push_of_the_same_files(hub, tmp_path, monkeypatch)
     assert len(hub.commits) == 1
     assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] == "someone/base"
     assert "hub_base_id: someone/base" in sent["README.md"].decode()
+    files = [path for path in Path("out").rglob("*") if path.is_file()]
+    assert {"training_args.bin", "run.json"} <= {path.name for path in files}
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]

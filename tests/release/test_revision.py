@@ -17,12 +17,11 @@ from safetensors.torch import load_file, save_file
 import qriemann
 from qriemann.chat.session import load_session
 from qriemann.checkpoints.fingerprints import base_fingerprint
-from qriemann.config import settings_from
 from qriemann.evaluation.evaluate import evaluate
 from qriemann.release.export import export
 from qriemann.release.merge import merge
 from tests.models import with_lora
-from tests.recipe_fixtures import chat_rows
+from tests.recipe_fixtures import chat_rows, train_in
 from tests.release.conftest import save_chat_base
 
 WARNING = "trained on another revision of"
@@ -33,20 +32,8 @@ CHANGED = "model.layers.1.mlp.up_proj.weight"
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base and a run of one step on it in 4 bit."""
     folder = tmp_path_factory.mktemp("revision")
-    base, rows = save_chat_base(folder / "base"), folder / "train.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(8)))
-    settings = {
-        "model_name_or_path": str(base),
-        "dataset_name": str(rows),
-        "output_dir": str(folder / "run"),
-        "lora_r": 4,
-        "max_steps": 1,
-        "per_device_train_batch_size": 4,
-        "eval_size": 0,
-        "save_strategy": "no",
-        "display": "none",
-    }
-    qriemann.train(qriemann.prepare(settings_from(settings)))
+    base = save_chat_base(folder / "base")
+    train_in(folder, base, chat_rows(8), max_steps=1, eval_size=0, save_strategy="no")
     return base, folder / "run"
 
 
@@ -78,7 +65,7 @@ def warnings_of(command: str, folder: Path, out: Path, rows: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_another_revision_is_one_line_with_both_fingerprints(command: str, run: Path, rows: Path, tmp_path: Path):
+def test_another_revision_is_one_line_with_both_fingerprints(command, run, rows, tmp_path):
     (line,) = warnings_of(command, run, tmp_path / "out", rows)
     recorded = json.loads((run / "run.json").read_text())["model"]["fingerprint"]
     found = base_fingerprint(qriemann.load_base(run.parent / "base")[0])
@@ -88,14 +75,12 @@ def test_another_revision_is_one_line_with_both_fingerprints(command: str, run: 
     assert found[:12] in line
 
 
-def test_the_base_that_was_trained_on_and_an_adapter_of_another_tool_give_no_warning(
-    trained: tuple[Path, Path], adapter: Path, rows: Path, tmp_path: Path
-):
+def test_the_base_that_was_trained_on_and_an_adapter_of_another_tool_give_no_warning(trained, adapter, rows, tmp_path):
     for folder in (trained[1], adapter):
         assert warnings_of("eval", folder, tmp_path / "out", rows) == []
 
 
-def test_a_chat_begins_with_the_same_line(trained: tuple[Path, Path], run: Path):
+def test_a_chat_begins_with_the_same_line(trained, run):
     assert [note for note in load_session(trained[1]).notes if "computing on" not in note] == []
     note, where = load_session(run).notes
     assert where.startswith("computing on the CPU")
@@ -105,13 +90,13 @@ def test_a_chat_begins_with_the_same_line(trained: tuple[Path, Path], run: Path)
     assert "trained on the base in 4 bit, and is read on it unquantized" in note
 
 
-def test_an_adapter_changes_nothing_of_the_fingerprint_of_its_base(base: Path):
+def test_an_adapter_changes_nothing_of_the_fingerprint_of_its_base(base):
     model, _ = qriemann.load_base(base)
     before = base_fingerprint(model)
     assert base_fingerprint(with_lora(model, modules_to_save=["lm_head"])) == before
 
 
-def test_the_precision_of_a_base_stored_in_bfloat16_does_not_change_its_fingerprint(tmp_path: Path):
+def test_the_precision_of_a_base_stored_in_bfloat16_does_not_change_its_fingerprint(tmp_path):
     folder = save_chat_base(tmp_path / "base", dtype=torch.bfloat16)
     prints = {base_fingerprint(qriemann.load_base(folder, dtype=dtype)[0]) for dtype in ("float32", "bfloat16")}
     assert len(prints) == 1

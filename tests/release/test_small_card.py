@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 
 import psutil
 import pytest
@@ -16,7 +15,6 @@ from qriemann.evaluation import proof, reload
 from qriemann.release.merge import merge
 from qriemann.release.weights import original_weights
 from tests.base.test_load import tiny_config, write_gguf
-from tests.release.conftest import Merged
 from tests.test_device import OF_CUDA, put_card
 
 GIB = 2**30
@@ -50,9 +48,7 @@ def test_the_proof_computes_on_the_card_only_what_fits_there(
     assert proof._compute_on(tmp_path) == expected
 
 
-def test_a_base_that_fills_the_card_is_recorded_on_the_cpu(
-    base: Path, adapter: Path, rows: Path, tmp_path, monkeypatch
-):
+def test_a_base_that_fills_the_card_is_recorded_on_the_cpu(base, adapter, rows, tmp_path, monkeypatch):
     load, asked = proof.load_trained, []
 
     def short_on_the_card(*arguments, device=None, **options):
@@ -70,7 +66,7 @@ def test_a_base_that_fills_the_card_is_recorded_on_the_cpu(
     assert "in a fresh process, on cpu in float32" in console.file.getvalue()
 
 
-def test_a_model_that_fills_the_card_in_the_fresh_process_is_compared_on_the_cpu(merged: Merged, tmp_path, monkeypatch):
+def test_a_model_that_fills_the_card_in_the_fresh_process_is_compared_on_the_cpu(merged, tmp_path, monkeypatch):
     load, places = AutoModelForCausalLM.from_pretrained, []
 
     def short_on_the_card(*arguments, device_map, **options):

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from qriemann.release.weights import read_checkpoint
 from tests.release.folders import plain_adapter
 
 
-def test_the_spectrum_is_that_of_the_dense_change_relative_to_the_weight(base: Path, adapter: Path, tmp_path):
+def test_the_spectrum_is_that_of_the_dense_change_relative_to_the_weight(base, adapter, tmp_path):
     tensors = load_file(adapter / "adapter_model.safetensors")
     weights = read_checkpoint(base)
     spectra = inspect(adapter, plot=tmp_path / "plot.png")
@@ -72,7 +71,7 @@ def test_the_effective_rank_counts_equal_directions():
         assert LayerSpectrum("q", sigma, len(sigma)).effective_rank == pytest.approx(expected)
 
 
-def test_dead_and_saturated_layers_are_named(adapter: Path, tmp_path, capsys):
+def test_dead_and_saturated_layers_are_named(adapter, tmp_path, capsys):
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     tensors = {name: tensor.clone() for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
     still, flat = "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj"
@@ -88,7 +87,7 @@ def test_dead_and_saturated_layers_are_named(adapter: Path, tmp_path, capsys):
     assert f"1 of 14 layers are dead (below 0.001 of the median layer's norm): {still}" in shown
 
 
-def test_without_its_base_an_adapter_is_shown_without_relative_norms(adapter: Path, tmp_path, capsys):
+def test_without_its_base_an_adapter_is_shown_without_relative_norms(adapter, tmp_path, capsys):
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     config = (folder / "adapter_config.json").read_text()
     base = json.loads(config)["base_model_name_or_path"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -13,11 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qriemann.config import settings_from
-from qriemann.evaluation.evaluate import evaluate
-from qriemann.release.merge import merge
 from qriemann.training.prepare import prepare
 from qriemann.training.train import train
-from tests.recipe_fixtures import train_on
 
 # Answers of 1 to 18 words: a mean over batches is far from the mean over tokens.
 HELD = [
@@ -81,13 +77,3 @@ def test_it_is_the_mean_over_all_tokens(settings, model_folder, change):
     assert logged[-1]["eval_loss"] == pytest.approx(truth, rel=1e-5)
     assert 0 <= logged[-1]["eval_mean_token_accuracy"] <= 1
     assert 0 < logged[-1]["eval_entropy"] <= math.log(300)
-
-
-@pytest.mark.slow
-def test_eval_and_merge_find_the_same(settings, tmp_path):
-    result = train_on({**settings, "quantize": "nf4", "per_device_eval_batch_size": 2})
-    (found,) = evaluate(result.output_dir, settings["dataset_eval_name"])
-    assert found.loss.value == pytest.approx(result.eval_loss, rel=1e-5)
-    merge(result.output_dir, tmp_path / "merged", data=settings["dataset_eval_name"])
-    proof = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
-    assert proof["trained"]["loss"] == pytest.approx(result.eval_loss, rel=1e-5)

@@ -7,16 +7,15 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
 
 import qriemann
 from qriemann import InputError, MeasuredRate
 from qriemann.optim.measured_rate import measure_rate
 from qriemann.training.rate_callback import measured_rate
-from tests.models import counting_rows, tiny_llama, token_batch, trainer_settings, with_lora, word_tokenizer
+from tests.models import tiny_llama, token_batch, with_lora
 from tests.recipe_fixtures import chat_llama, make_tokenizer, train_on
+from tests.runs import sft_trainer
 
 METHODS = ("riemannion", "riemannlora", "adamw", "muon", "scaled-adamw")
 
@@ -42,14 +41,10 @@ class Factors(TrainerCallback):
 
 def run(folder, method, callbacks, lora=None, **settings):
     factors = Factors()
-    trainer = SFTTrainer(
-        model=tiny_llama(),
-        processing_class=word_tokenizer(),
-        args=SFTConfig(**trainer_settings(folder, max_steps=3, **settings)),
-        train_dataset=counting_rows(),
-        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1, **(lora or {})),
-        optimizer_cls_and_kwargs=method,
-        callbacks=[*callbacks, factors],
+    lora = {"lora_dropout": 0.1, **(lora or {})}
+    callbacks = [*callbacks, factors]
+    trainer = sft_trainer(
+        tiny_llama(), folder, lora=lora, optimizer=method, callbacks=callbacks, max_steps=3, **settings
     )
     trainer.train()
     return trainer, factors
@@ -109,15 +104,9 @@ class Stop(TrainerCallback):
 
 def test_a_training_is_resumed_by_the_trainer_that_it_was_interrupted_in(tmp_path):
     def trainer(name, *callbacks):
-        made = SFTTrainer(
-            model=tiny_llama(),
-            processing_class=word_tokenizer(),
-            args=SFTConfig(**trainer_settings(tmp_path / name, max_steps=4)),
-            train_dataset=counting_rows(),
-            peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
-            optimizer_cls_and_kwargs=qriemann.for_trainer("riemannion", seed=3),
-            callbacks=[MeasuredRate(0.01, rows=8), *callbacks],
-        )
+        callbacks = [MeasuredRate(0.01, rows=8), *callbacks]
+        method = qriemann.for_trainer("riemannion", seed=3)
+        made = sft_trainer(tiny_llama(), tmp_path / name, optimizer=method, callbacks=callbacks)
         qriemann.protect(made)
         return made
 
@@ -159,9 +148,9 @@ def test_the_recipe_records_the_rate_and_a_resumed_run_keeps_it(tmp_path):
 
     tokenizer = make_tokenizer()
 
-    def train(name, **more):
+    def train(name, callbacks=(), **more):
         model = chat_llama(tokenizer, initializer_range=0.3)
-        return train_on(settings(name, **more), model=model, tokenizer=tokenizer)
+        return train_on(settings(name, **more), model=model, tokenizer=tokenizer, callbacks=callbacks)
 
     whole = train("whole")
     written = json.loads((tmp_path / "whole/run.json").read_text())
@@ -170,8 +159,7 @@ def test_the_recipe_records_the_rate_and_a_resumed_run_keeps_it(tmp_path):
     rates = [line["learning_rate"] for line in whole.trainer.state.log_history if "learning_rate" in line]
     assert max(rates) == pytest.approx(written["learning_rate"])
 
-    tokenizer_model = chat_llama(tokenizer, initializer_range=0.3)
-    train_on(settings("cut"), model=tokenizer_model, tokenizer=tokenizer, callbacks=[Stop()])
+    train("cut", callbacks=[Stop()])
     resumed = train("cut", resume="auto")
     ends = [[p for p in r.trainer.model.parameters() if p.requires_grad] for r in (whole, resumed)]
     assert all(map(torch.equal, *ends))

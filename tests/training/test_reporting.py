@@ -50,15 +50,6 @@ def test_what_a_library_would_say_in_a_traceback_is_one_line(tmp_path, settings,
     assert not (tmp_path / "out").exists()
 
 
-def test_numbers_without_a_dot_are_numbers_inside_a_mapping_too(tmp_path, settings):
-    text = "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-5}\n"
-    path = tmp_path / "more.yaml"
-    path.write_text(text + "".join(f"{key}: {value}\n" for key, value in settings.items()))
-    from qriemann import cli
-
-    assert cli.main(["train", str(path)]) == 0
-
-
 @pytest.mark.parametrize(("switch", "told"), [(None, 0), ("1", 0), ("0", 1)])
 def test_trl_is_told_of_a_run_only_where_the_user_turned_it_on(settings, monkeypatch, switch, told):
     calls = []

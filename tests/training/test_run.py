@@ -133,21 +133,6 @@ def test_bad_input_is_one_line_with_status_2_and_writes_nothing(tmp_path, settin
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("rows", "part"),
-    [
-        ([{"a": "b"}], "usable columns"),
-        ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}], "row 1"),
-        ([{"messages": [{"role": "user", "content": "a"}]}], "every token is masked"),
-        ([], "at least one row"),
-    ],
-)
-def test_bad_rows_are_one_line_with_status_2_and_write_nothing(tmp_path, settings, rows, part, write_rows, capsys):
-    assert run_cli(tmp_path, {**settings, "dataset_name": str(write_rows(rows, "bad.jsonl"))}) == 2
-    assert part in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_missing_package_is_named_with_its_pip_install(tmp_path, settings, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "qriemann.training.prepare")
     monkeypatch.setitem(sys.modules, "trl", None)
