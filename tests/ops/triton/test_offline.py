@@ -13,7 +13,7 @@ import pytest
 SHARED_BYTES, REGISTERS = 99 * 1024, 65536
 # Bytes that a thread may spill; recipes/results/README.md has the measured ones. The most are those of the core kernel, which
 # at rank 128 holds as much as a multiprocessor has registers.
-SPILLED_BYTES = {8: 0, 16: 0, 32: 484, 64: 184, 128: 1112}
+SPILLED_BYTES = {8: 0, 16: 0, 32: 484, 64: 184, 128: 1220}
 # The default rank on a common card takes 25 s of one core, all of them half an hour.
 CASES = [
     pytest.param(rank, capability, marks=pytest.mark.slow if (rank, capability) == (16, 89) else pytest.mark.soak)
