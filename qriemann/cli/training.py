@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qriemann.cli.parser import Commands, arg
 from qriemann.errors import InputError
-from qriemann.folder.files import check_exists
+from qriemann.folder.files import ROW_FILES, check_exists
 from qriemann.upstream import quiet
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ _LOADING = "loading torch, transformers and TRL"
 # Keys that may name a local file, with the endings that only a file has.
 _PATHS = {
     "model_name_or_path": (".gguf",),
-    "dataset_name": (".jsonl", ".json", ".csv", ".parquet"),
-    "dataset_eval_name": (".jsonl", ".json", ".csv", ".parquet"),
+    "dataset_name": ROW_FILES,
+    "dataset_eval_name": ROW_FILES,
     "chat_template_path": (".jinja", ".j2"),
 }
 _FILE = arg("file", metavar="FILE.yaml", help="the settings; --key value overrides them")

@@ -99,7 +99,7 @@ class Conversation:
     labels: dict[str, str] = field(default_factory=dict)
 
 
-def read_conversation(row: Row, style: AssistantTokenizer, parts: Sequence[tuple[str, Any]]) -> Conversation:
+def read_conversation(row: Row, tokenizer: AssistantTokenizer, parts: Sequence[tuple[str, Any]]) -> Conversation:
     """The turns of a row, its system prompt first.
 
     Args:
@@ -112,7 +112,7 @@ def read_conversation(row: Row, style: AssistantTokenizer, parts: Sequence[tuple
         if not isinstance(turns, list) or not turns:
             raise RowError(f"no list of turns in {column}, or an empty one", "fill it or remove the row")
         for number, turn in enumerate(turns, 1):
-            _add_turn(talk, row, style, column, turn)
+            _add_turn(talk, row, tokenizer, column, turn)
             talk.sources.append(f"{column}, turn {number}")
     _add_system(talk, row)
     return talk
@@ -183,7 +183,7 @@ def _add_system(talk: Conversation, row: Row) -> None:
         talk.first_trained += bool(talk.first_trained)
 
 
-def _add_turn(talk: Conversation, row: Row, style: AssistantTokenizer, column: str, turn: Any) -> None:
+def _add_turn(talk: Conversation, row: Row, tokenizer: AssistantTokenizer, column: str, turn: Any) -> None:
     number = len(talk.messages) + 1
     if not isinstance(turn, dict):
         raise RowError(f"a {type(turn).__name__} as turn {number}, without role and content", "rewrite that turn")
@@ -198,7 +198,7 @@ def _add_turn(talk: Conversation, row: Row, style: AssistantTokenizer, column: s
     content = _content(turn)
     if role == "call":
         role = "assistant"
-        if style.writes_calls:
+        if tokenizer.writes_calls:
             message["tool_calls"], content = content, ""
         else:
             row.told.add("function calls are trained as text: the chat template writes no tool calls")
@@ -209,7 +209,7 @@ def _add_turn(talk: Conversation, row: Row, style: AssistantTokenizer, column: s
         if not all(learnt):
             talk.marked.add(len(talk.messages))
             row.told.add("answers that are marked as not to be learnt are context only")
-        _add_calls(message, style, number)
+        _add_calls(message, tokenizer, number)
         if not content.strip() and not ANSWERS & {key for key in message if not _is_blank(message[key])}:
             raise RowError("an empty assistant turn", "fill it or remove the row")
     talk.messages.append({**message, "role": role, "content": content})
@@ -217,7 +217,7 @@ def _add_turn(talk: Conversation, row: Row, style: AssistantTokenizer, column: s
         talk.labels.setdefault(key, f"{column}[].{key}")
 
 
-def _add_calls(message: Message, style: AssistantTokenizer, number: int) -> None:
+def _add_calls(message: Message, tokenizer: AssistantTokenizer, number: int) -> None:
     """Tool calls as a list of mappings, and their arguments as the template takes them; OpenAI's older key likewise."""
     older = message.pop("function_call", None)
     if not message.get("tool_calls") and not older:
@@ -226,21 +226,21 @@ def _add_calls(message: Message, style: AssistantTokenizer, number: int) -> None
     what = f"a tool call in turn {number}"
     calls = parse_json(message.get("tool_calls") or older, what)
     message["tool_calls"] = [
-        _call(parse_json(call, what), style, what) for call in (calls if isinstance(calls, list) else [calls])
+        _call(parse_json(call, what), tokenizer, what) for call in (calls if isinstance(calls, list) else [calls])
     ]
 
 
-def _call(call: Any, style: AssistantTokenizer, what: str) -> dict[str, Any]:
+def _call(call: Any, tokenizer: AssistantTokenizer, what: str) -> dict[str, Any]:
     if isinstance(call, dict) and "function" not in call:
         call = {"type": "function", "function": call}
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not function.get("name"):
         raise RowError(f"{what} without the name of a function", "correct it or remove the row")
     arguments = function.get("arguments")
-    if not (style.argument_text and isinstance(arguments, str)):
+    if not (tokenizer.argument_text and isinstance(arguments, str)):
         arguments = parse_json(arguments, f"arguments of {what}")
         arguments = {} if arguments is None else arguments
-        arguments = json.dumps(arguments, ensure_ascii=False) if style.argument_text else arguments
+        arguments = json.dumps(arguments, ensure_ascii=False) if tokenizer.argument_text else arguments
     return {**call, "function": {**function, "arguments": arguments}}
 
 
