@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field
 
+from qriemann.config.parsing import parse_pairs, read_config_file
 from qriemann.config.trl_keys import trl_hints
 from qriemann.config.values import accepts_none, coerce, nearest, shown
-from qriemann.config.written import parse_pairs, read_config_file
 from qriemann.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]

@@ -96,8 +96,8 @@ def export(
             smaller = read_adapter(partial, "export").put_on(trained.peft.unload(), trained.base)
             found = reload.differences(smaller, rows.rows, recording.path)
         bound = max(_KL_FLOOR, _KL_SHARE * recording.untrained["mean_kl"]) if max_kl is None else max_kl
-        written = proof.Written(partial, f"rank {rank}", "float32", (total, "all layers"), bound)
-        verdict = proof.Verdict(written, found, proof.far_from_trained(found, bound, "the whole adapter"))
+        candidate = proof.Candidate(partial, f"rank {rank}", "float32", (total, "all layers"), bound)
+        verdict = proof.Verdict(candidate, found, proof.far_from_trained(found, bound, "the whole adapter"))
         content = {
             **proof.describe(trained, rows, recording.untrained),
             "merged": [verdict.as_dict()],

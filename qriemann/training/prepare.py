@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
+from qriemann.adapters.attach import load_base
 from qriemann.adapters.targets import adapter_config, check_targets, without_experts
 from qriemann.base.chat_template import adjust_tokenizer
-from qriemann.base.load import load_base
 from qriemann.checkpoints.fingerprints import check_same_run, fingerprints
 from qriemann.checkpoints.manifest import FoundCheckpoint
 from qriemann.checkpoints.starting_point import starting_point
