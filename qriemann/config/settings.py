@@ -203,7 +203,7 @@ def load_settings(path: str | os.PathLike[str] | None, pairs: Sequence[str] = ()
         raise InputError(
             f"trust_remote_code in {path} is not enough; if you have read the model's code, add --trust_remote_code"
         )
-    settings = settings_from({**from_file, **from_command_line})
+    settings = _complete({**from_file, **from_command_line})
     os.environ.update(environment)
     return settings
 
@@ -214,7 +214,11 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     Raises:
         InputError: a key or value is wrong, or two of them disagree.
     """
-    checked = _check(values, "in the settings")
+    return _complete(_check(values, "in the settings"))
+
+
+def _complete(checked: dict[str, Any]) -> Settings:
+    """The settings of checked values, unless two of them disagree."""
     for key, (accepted, remedy) in FIXED.items():
         if checked.get(key, accepted) != accepted:
             raise InputError(f"{key} must be {accepted!r} or left out, got {shown(checked[key], key)}; {remedy}")

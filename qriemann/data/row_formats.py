@@ -16,9 +16,7 @@ from qriemann.data.turns import (
     Conversation,
     Row,
     history_turns,
-    parse_json,
     read_conversation,
-    read_tools,
     system_prompt,
     turns_in_text,
 )
@@ -47,18 +45,13 @@ class RowEncoder:
             )
         talk = row.talk = read_conversation(row, self._tokenizer, parts)
         talk.sources[len(talk.sources) - len(last) :] = last
-        messages, template_kwargs = talk.messages, parse_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
-        if not isinstance(template_kwargs, dict | None):
-            raise RowError("chat_template_kwargs that are no mapping", "correct them")
-        talk.options = {"tools": read_tools(row), **(template_kwargs or {})}
         if self._loss_on == "all":
-            examples = [self._tokenizer.conversation(messages, talk.options, talk.marked, whole=True)]
+            examples = [self._tokenizer.conversation(talk.messages, talk.options, talk.marked, whole=True)]
         else:
-            context = talk.marked | {i for i in range(talk.first_trained) if messages[i]["role"] == "assistant"}
-            examples = self._tokenizer.conversations(messages, talk.options, context)
-        unwritten = self._tokenizer.unwritten(messages, talk.options, split=len(examples) > 1)
+            examples = self._tokenizer.conversations(talk.messages, talk.options, talk.context)
+        unwritten = self._tokenizer.unwritten(talk.messages, talk.options, split=len(examples) > 1)
         row.dropped |= {talk.labels.get(name, name) for name in unwritten}
-        for turn in messages:
+        for turn in talk.messages:
             if turn["role"] == "assistant" and not turn["content"].strip() and not (ANSWERS & {*turn}) - unwritten:
                 lost = ", ".join(sorted(ANSWERS & {*turn}))
                 raise RowError(

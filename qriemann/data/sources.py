@@ -75,7 +75,8 @@ class Source:
 
 
 def _from_json(batch: Batch, renamed: Mapping[str, str]) -> list[Row]:
-    return [Row(_renamed(json.loads(text), renamed)) for text in batch[JSON_COLUMN]]
+    rows = [Row(json.loads(text)) for text in batch[JSON_COLUMN]]
+    return [Row(_renamed(row, renamed)) for row in rows] if renamed else rows
 
 
 def _from_columns(batch: Batch, features: Features) -> list[Row]:

@@ -98,9 +98,14 @@ class Conversation:
     first_trained: int = 0
     labels: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def context(self) -> set[int]:
+        """Indices of the answers that are not trained."""
+        return self.marked | {i for i in range(self.first_trained) if self.messages[i]["role"] == "assistant"}
+
 
 def read_conversation(row: Row, tokenizer: AssistantTokenizer, parts: Sequence[tuple[str, Any]]) -> Conversation:
-    """The turns of a row, its system prompt first.
+    """The turns of a row, its system prompt first, and what else the chat template is to have.
 
     Args:
         parts: column and turns; the answers of the last one are trained.
@@ -115,6 +120,10 @@ def read_conversation(row: Row, tokenizer: AssistantTokenizer, parts: Sequence[t
             _add_turn(talk, row, tokenizer, column, turn)
             talk.sources.append(f"{column}, turn {number}")
     _add_system(talk, row)
+    template_kwargs = parse_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
+    if not isinstance(template_kwargs, dict | None):
+        raise RowError("chat_template_kwargs that are no mapping", "correct them")
+    talk.options = {"tools": _read_tools(row), **(template_kwargs or {})}
     return talk
 
 
@@ -136,7 +145,7 @@ def system_prompt(row: Row) -> str:
     return next((text for key in _SYSTEM if not _is_blank(dict.get(row, key)) and (text := row.string(key))), "")
 
 
-def read_tools(row: Row) -> list[Any] | None:
+def _read_tools(row: Row) -> list[Any] | None:
     """The tools that a row offers, from `tools` or from OpenAI's older `functions`."""
     tools = parse_json(row.get("tools"), "tools")
     if not tools and not _is_blank(dict.get(row, "functions")):
