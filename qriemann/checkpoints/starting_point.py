@@ -69,7 +69,7 @@ class OutputFolder:
             records.rewind_metrics(self.path, step if described["resumed_from"] else -1)
         elif self.overwrite:
             records.remove_run(self.path)
-        records.write_run(self.path, described)
+        records.write_json(self.path / records.RUN, described)
 
 
 def look_at_output(settings: Settings) -> OutputFolder:

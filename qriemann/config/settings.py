@@ -40,11 +40,11 @@ FIXED: dict[str, tuple[Any, str]] = {
     "fsdp": (None, "FSDP shards the factors, and a step needs both of a layer; use accelerate launch --multi_gpu"),
     "deepspeed": (None, "DeepSpeed flattens or shards the factors; use accelerate launch --multi_gpu"),
     "optim": (None, "the optimizer is chosen by method; remove the key"),
-    "optim_args": (None, "the optimizer is chosen by method; use method_kwargs"),
     "optim_target_modules": (None, "the optimizer is chosen by method; use lora_target_modules"),
-    "adam_beta1": (None, "the optimizer is chosen by method; use method_kwargs"),
-    "adam_beta2": (None, "the optimizer is chosen by method; use method_kwargs"),
-    "adam_epsilon": (None, "the optimizer is chosen by method; use method_kwargs"),
+    **dict.fromkeys(
+        ("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
+        (None, "the optimizer is chosen by method; use method_kwargs"),
+    ),
 }
 # Keys that mean one thing under two names.
 _ALIASES = {

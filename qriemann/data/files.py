@@ -82,9 +82,12 @@ def _json(path: Path, columns: dict[str, None]) -> list[str]:
         content = json.loads(text)
         _refuse_half_characters(text, content)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError) and _is_object(text.lstrip().partition("\n")[0]):
-            return _json_lines(path, columns)
-        where = f"line {error.lineno}, " if isinstance(error, json.JSONDecodeError) else ""
+        where = ""
+        if isinstance(error, json.JSONDecodeError):
+            # More than one object, the first on a line of its own.
+            if error.msg == "Extra data" and "\n" not in text[: error.pos].strip():
+                return _json_lines(path, columns)
+            where = f"line {error.lineno}, "
         raise InputError(f"{path} is not valid JSON: {where}{_reason(error)}; correct it") from error
     rows = _rows_of(content) if isinstance(content, dict) else content
     if not isinstance(rows, list):
@@ -147,13 +150,6 @@ def _refuse_half_characters(text: str, value: Any) -> None:
     """Raises UnicodeEncodeError for half of a surrogate pair, which no tokenizer takes."""
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return bool(_object(text))
-    except (ValueError, RecursionError):
-        return False
 
 
 def _reason(error: BaseException) -> str:

@@ -54,14 +54,13 @@ class Source:
     @property
     def columns(self) -> list[str]:
         """The names of the columns."""
-        return [*_renamed(dict.fromkeys(self.keys), self.renamed)] if self.holds_json else self.rows.column_names
+        return [*_renamed(dict.fromkeys(self.keys if self.holds_json else self.rows.column_names), self.renamed)]
 
     @property
     def read(self) -> Callable[[Batch], list[Row]]:
         """Makes rows of a batch of the dataset."""
-        if self.holds_json:
-            return functools.partial(_from_json, renamed=self.renamed)
-        return functools.partial(_from_columns, features=self.rows.features)
+        make = _from_json if self.holds_json else functools.partial(_from_columns, features=self.rows.features)
+        return functools.partial(_read, make=make, renamed=self.renamed)
 
     def first(self, count: int | None) -> "Source":
         """The first rows; all of them without a count."""
@@ -74,15 +73,18 @@ class Source:
             yield from self.read(batch)
 
 
-def _from_json(batch: Batch, renamed: Mapping[str, str]) -> list[Row]:
-    rows = [Row(json.loads(text)) for text in batch[JSON_COLUMN]]
-    return [Row(_renamed(row, renamed)) for row in rows] if renamed else rows
+def _read(batch: Batch, make: Callable[[Batch], list[dict[str, Any]]], renamed: Mapping[str, str]) -> list[Row]:
+    return [Row(_renamed(row, renamed) if renamed else row) for row in make(batch)]
 
 
-def _from_columns(batch: Batch, features: Features) -> list[Row]:
+def _from_json(batch: Batch) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in batch[JSON_COLUMN]]
+
+
+def _from_columns(batch: Batch, features: Features) -> list[dict[str, Any]]:
     """Rows without what Arrow adds: every object of a column has the keys of all, those that it lacked with null."""
     count = len(next(iter(batch.values())))
-    return [Row({key: _as_written(batch[key][i], features[key]) for key in batch}) for i in range(count)]
+    return [{key: _as_written(batch[key][i], features[key]) for key in batch} for i in range(count)]
 
 
 def _as_written(value: Any, feature: Any) -> Any:
@@ -140,15 +142,7 @@ def _pick(splits: Mapping[str, Source], split: str, name: str, key: str, columns
     for old in columns or {}:
         if old not in source.columns:
             raise InputError(f"dataset_columns must be among {name}'s {', '.join(source.columns)}, got {old!r}")
-    named = f"{name} ({split})"
-    if source.holds_json:
-        return dataclasses.replace(source, name=named, renamed=columns or {})
-    rows = source.rows
-    for old, new in (columns or {}).items():
-        # Drop an existing column of that name: the renamed one replaces it.
-        rows = rows.remove_columns(new) if new in rows.column_names else rows
-        rows = rows.rename_column(old, new)
-    return Source(rows, named)
+    return dataclasses.replace(source, name=f"{name} ({split})", renamed=columns or {})
 
 
 def _load(name: str, config: str | None) -> dict[str, Source]:

@@ -100,14 +100,14 @@ def tokenize_rows(
         return kept
 
     tokens = tokenize(train)
-    kept = None if held_out is None else _without_numbers(tokenize(held_out))
+    kept = None if held_out is None else tokenize(held_out).remove_columns("row")
     for name in read_elsewhere:
         del unused[name]
     notices += _unused_notices(unused, len(train.rows) + (0 if held_out is None else len(held_out.rows)))
     if encoder.writes_date and row_format.has_answers:
         notices.append(f"the chat template writes today's date: rows have {TODAY:%d %B %Y} instead, on any day")
-    numbers = tokens["row"][:]
-    data = TokenizedData(_without_numbers(tokens), kept, row_format.name, notices, dict(unused), numbers, left_out)
+    numbers, tokens = tokens["row"][:], tokens.remove_columns("row")
+    data = TokenizedData(tokens, kept, row_format.name, notices, dict(unused), numbers, left_out)
     if kept is not None:
         return data
     # A conversation that became several rows is held out whole.
@@ -209,7 +209,7 @@ def _tokenize(
 def _given_tokens(source: Source) -> Dataset:
     """The tokens and labels of rows that hold them."""
     names = ["input_ids", "labels"]
-    if not source.holds_json:
+    if not (source.holds_json or source.renamed):
         return source.rows.select_columns(names)
     features = Features(dict.fromkeys(names, List(Value("int64"))))
     try:
@@ -218,10 +218,6 @@ def _given_tokens(source: Source) -> Dataset:
         raise InputError(
             f"input_ids and labels of {source.name} must be lists of whole numbers: {first_line(error)}"
         ) from error
-
-
-def _without_numbers(examples: Dataset) -> Dataset:
-    return examples.select_columns(["input_ids", "labels"])
 
 
 def _drop_untrained(

@@ -157,7 +157,7 @@ class _Training:
     def _finish(self, result: TrainResult) -> None:
         plot_losses(self.folder / CURVE, records.read_metrics(self.folder))
         ended = {"status": "finished", "wall_clock_s": result.wall_clock_s, "result": figures(result)}
-        records.write_run(self.folder, {**self._record(), **ended})
+        records.write_json(self.folder / records.RUN, {**self._record(), **ended})
         if self.prepared.settings.display != "none":
             show_result(result, self.view.console)
 
@@ -169,7 +169,7 @@ class _Training:
             ended = {"status": status, "reason": str(error) or None, "wall_clock_s": since(self.prepared.started)}
             # The disk may be what failed.
             with suppress(OSError):
-                records.write_run(self.folder, {**self._record(), **ended})
+                records.write_json(self.folder / records.RUN, {**self._record(), **ended})
         if is_failed_save(error) or (isinstance(error, OSError) and error.errno in _DISK_FAILURES):
             raise save_failed(self.folder, error) from error
 
@@ -177,13 +177,13 @@ class _Training:
         if is_main_process():
             self.view.note(str(event))
             records.append_metrics(self.folder, event.as_record())
-            records.write_run(self.folder, self._record())
+            records.write_json(self.folder / records.RUN, self._record())
 
     def _keep_fit(self, fit: BatchFit) -> None:
         self.view.note(str(fit))
         self.described["auto_batch"] = asdict(fit)
         if self.monitor.begun:
-            records.write_run(self.folder, self._record())
+            records.write_json(self.folder / records.RUN, self._record())
 
     def _record(self) -> dict[str, Any]:
         """The content of `run.json` so far."""
