@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +38,17 @@ class LoraFactors(NamedTuple):
     bias: Tensor | None = None
 
 
-class Content(NamedTuple):
-    """What a folder's weights are; see `SavedAdapter`, whose fields have these names."""
+@dataclass(frozen=True)
+class Content:
+    """The weights in an adapter's folder.
+
+    Attributes:
+        keys: the names of all tensors.
+        layers: the change of each layer, by the module's name in the base.
+        replaced: whole tensors that were trained (`modules_to_save`, biases), by their name in the base.
+        rows: of the embeddings that were trained alone (`trainable_token_indices`): their numbers and values, by the name of
+            the tensor in the base.
+    """
 
     keys: frozenset[str]
     layers: dict[str, LoraFactors]

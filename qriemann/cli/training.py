@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from qriemann.cli.parser import Commands, arg
 from qriemann.errors import InputError
 from qriemann.folder.files import ROW_FILES, check_exists
-from qriemann.upstream import quiet
 
 if TYPE_CHECKING:
     from qriemann.config import Settings
@@ -53,7 +52,7 @@ def run_training(path: str | None, pairs: Sequence[str]) -> int:
     from qriemann.checkpoints.starting_point import look_at_output
 
     output = look_at_output(settings)
-    with quiet(), view.doing(_LOADING):
+    with view.doing(_LOADING):
         from qriemann.training.prepare import prepare
         from qriemann.training.train import train
     try:
@@ -81,9 +80,9 @@ def _plan(file: str, vram: float | None, all_cards: bool, pairs: list[str]) -> N
     settings = load_settings(file, pairs)
     _refuse_missing_paths(settings, data=False)
     view = make_view("auto")
-    with quiet(), view.doing(_LOADING):
+    with view.doing(_LOADING):
         from qriemann.memory.plan import describe, describe_cards, plan, plan_cards
-    with quiet(), view.doing(f"planning {settings.model_name_or_path}"):
+    with view.doing(f"planning {settings.model_name_or_path}"):
         shown = describe_cards(plan_cards(settings)) if all_cards else describe(plan(settings, vram))
     view.console.print(shown)
 
@@ -100,7 +99,7 @@ def _check(file: str, vram: float | None, html: str | None, pairs: list[str]) ->
     settings, view = _begin(file, pairs)
     if html is not None and (Path(html).expanduser().is_dir() or not Path(html).expanduser().parent.is_dir()):
         raise InputError(f"html must name a file in a folder that exists, got {html!r}")
-    with quiet(), view.doing(_LOADING):
+    with view.doing(_LOADING):
         from qriemann.training.check import check
         from qriemann.training.prepare import prepare
     check(prepare(settings, view=view, to_train=False), vram, view.console, html)

@@ -10,7 +10,8 @@ from peft.utils import load_peft_weights
 from rich.console import Console
 from safetensors.torch import save_file
 
-from qriemann.adapters.saved import LoraFactors, read_adapter
+from qriemann.adapters.saved import read_adapter
+from qriemann.adapters.saved_tensors import LoraFactors
 from qriemann.adapters.spectrum import factored_svd
 from qriemann.errors import InputError
 from qriemann.evaluation import proof, reload
