@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.adapters.saved_config import CONFIG, check_config
 from qriemann.adapters.saved_tensors import Content, adapter_folder, name_in_base, read_content
-from qriemann.base.files import load_tokenizer
+from qriemann.base.checks import load_tokenizer
 from qriemann.errors import InputError, first_line
 from qriemann.upstream import quiet
 

@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.base import EMBEDDED_MODEL as EMBEDDED_MODEL
-from qriemann.base.files import check_loaded
+from qriemann.base.checks import check_loaded
 from qriemann.errors import InputError, MissingExtraError
 from qriemann.upstream import gguf_parsed_once, set_attention
 

@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.base.chat_template import end_tokens
-from qriemann.base.files import (
+from qriemann.base.checks import (
     check_finite,
     check_index,
     check_loaded,

@@ -14,7 +14,7 @@ import datasets
 from datasets import Dataset, DatasetDict, Features, List, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
-from qriemann.data.files import JSON_COLUMN, read_files
+from qriemann.data.row_files import JSON_COLUMN, read_files
 from qriemann.data.turns import Row
 from qriemann.errors import InputError, first_line
 from qriemann.folder.files import ROW_FILES
@@ -30,7 +30,7 @@ class Source:
     """One split.
 
     Attributes:
-        rows: a dataset with columns, or one whose only column, `files.JSON_COLUMN`, holds each row as a JSON object.
+        rows: a dataset with columns, or one whose only column, `row_files.JSON_COLUMN`, holds each row as a JSON object.
         keys: the columns of rows that are JSON objects.
     """
 

@@ -28,7 +28,7 @@ from qriemann.base.gguf import EMBEDDED_MODEL
 from qriemann.device import compute_device, explaining_memory
 from qriemann.errors import ShortMemoryError
 from qriemann.evaluation import reload
-from qriemann.evaluation.reload import Differences, Row
+from qriemann.evaluation.reload import Differences, ScoredRow
 from qriemann.evaluation.rows import Rows
 from qriemann.evaluation.trained import Trained, load_trained
 from qriemann.folder.contents import proof_rows
@@ -94,7 +94,7 @@ class Recording:
     """Logits of the trained model on the rows, in a file, and how far the untrained base is from them."""
 
     path: Path
-    rows: list[Row]
+    rows: list[ScoredRow]
     untrained: Differences
 
 

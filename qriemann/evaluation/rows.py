@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from qriemann.data.row_formats import answer_as_completion, answer_of, answers_beside, text_to_score
 from qriemann.data.sources import Source, load_sources
 from qriemann.data.tokenized import IGNORED, tokenize_rows
-from qriemann.evaluation.reload import Row as ScoredRow
+from qriemann.evaluation.reload import ScoredRow
 
 _EXTRA = ("question", "metadata")
 # What the scorers read.
