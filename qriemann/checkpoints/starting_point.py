@@ -20,12 +20,14 @@ class OutputFolder:
     Attributes:
         resume: `auto`, a checkpoint's folder, or None for a new run.
         overwrite: whether the run replaces the one that is there.
+        unsaved: whether no run was there, or one that ended before its first checkpoint was complete.
         seen: size and time of change, in ns, of every file of the run that is there and of the checkpoint that is named.
     """
 
     path: Path
     resume: str | None
     overwrite: bool
+    unsaved: bool
     seen: Mapping[Path, tuple[int, int]]
 
     def find_checkpoint(self, allow: tuple[str, ...]) -> FoundCheckpoint:
@@ -39,7 +41,7 @@ class OutputFolder:
         Raises:
             InputError: there is nothing to resume from.
         """
-        if self.resume == "auto" and _nothing_was_saved(self.path):
+        if self.resume == "auto" and self.unsaved:
             unfinished = records.checkpoint_folders(self.path)
             return FoundCheckpoint(None, [f"{path.name}: its save was not finished" for path in unfinished])
         if self.resume == "auto":
@@ -93,28 +95,22 @@ def look_at_output(settings: Settings) -> OutputFolder:
         )
     if resume not in (None, "auto") and not Path(resume).is_dir():
         raise InputError(f"{resume}: no such folder; give --resume a checkpoint's folder, or nothing for the newest")
-    if resume == "auto" and not _has_manifests(folder) and not _nothing_was_saved(folder):
+    checkpoints = [path for path in found if path.is_dir()]
+    complete = any((path / records.MANIFEST).exists() for path in checkpoints)
+    # Foreign checkpoints, or an adapter without checkpoints: never treat the folder as empty.
+    foreign = bool(checkpoints) and folder / records.RUN not in found
+    finished = any(path.name.startswith("adapter_") for path in found)
+    if resume == "auto" and not complete and (foreign or finished):
         _newest(folder)
-    return OutputFolder(folder, resume, settings.overwrite, _status(found, resume))
+    unsaved = not (complete or foreign or finished)
+    return OutputFolder(folder, resume, settings.overwrite, unsaved, _status(found, resume))
 
 
 def _status(found: list[Path], resume: str | None) -> dict[Path, tuple[int, int]]:
     roots = [*found, *([] if resume in (None, "auto") else [Path(resume)])]
     status = {path: path.stat() for root in roots for path in (root, *root.rglob("*")) if path.is_file()}
-    return {path: (found.st_size, found.st_mtime_ns) for path, found in status.items()}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in status.items()}
 
 
 def _newest(folder: Path) -> FoundCheckpoint:
     return whole_checkpoint(folder, asked="resume", remedy="name another folder, or start anew with --overwrite")
-
-
-def _nothing_was_saved(folder: Path) -> bool:
-    """Whether no run was here, or one that was killed before its first checkpoint was complete."""
-    # Foreign checkpoints, or an adapter without checkpoints: never treat the folder as empty.
-    theirs = records.checkpoint_folders(folder) and not (folder / records.RUN).exists()
-    finished = any(path.name.startswith("adapter_") for path in records.run_files(folder))
-    return not (theirs or finished or _has_manifests(folder))
-
-
-def _has_manifests(folder: Path) -> bool:
-    return any((path / records.MANIFEST).exists() for path in records.checkpoint_folders(folder))

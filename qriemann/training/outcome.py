@@ -10,7 +10,6 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from qriemann.checkpoints.fingerprints import loaded_as
 from qriemann.folder import records
 from qriemann.folder.contents import CURVE, curve, read_json
 from qriemann.training.display import summary_table
@@ -73,8 +72,7 @@ def describe_run(prepared: Prepared, folder: Path) -> dict[str, Any]:
         "model": {
             "name_or_path": name_of(model),
             "parameters": model.num_parameters(),
-            "fingerprint": prepared.fingerprints["base"],
-            **loaded_as(model),
+            **prepared.fingerprints["loaded"],
             "dequantized": prepared.dense and asdict(prepared.dense),
         },
         "config": prepared.described,
