@@ -113,8 +113,8 @@ def quickstart(options: argparse.Namespace, started: float) -> dict[str, Any]:
     """
     from datasets import Dataset
 
+    from qriemann import load_base
     from qriemann.base.gguf import EMBEDDED_MODEL
-    from qriemann.base.load import load_base
     from qriemann.config import settings_from
     from qriemann.folder import records
     from qriemann.training.display import make_view

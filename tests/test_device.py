@@ -11,8 +11,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from trl import SFTConfig
 
-from qriemann import cli, device
-from qriemann.base.load import load_base
+from qriemann import cli, device, load_base
 from qriemann.config import settings_from
 from qriemann.config.arguments import training_arguments
 from qriemann.device import compute_device, compute_dtype, describe_device, describe_shortage, explaining_memory

@@ -15,7 +15,7 @@ from qriemann.adapters.layer import FixedRankVariant, delta_weight, lora_factors
 from qriemann.adapters.lora_layers import lora_layers
 from qriemann.adapters.saved_rank import config_owners, describe_saved_rank
 from qriemann.adapters.spectrum import factored_svd
-from qriemann.base import load as base
+from qriemann.base.load import load_model
 from qriemann.errors import InputError
 from qriemann.geometry.parameter import FixedRankParameter, fixed_rank_parameters
 from qriemann.geometry.point import FixedRankPoint, point_from_factors, random_orthonormal
@@ -191,10 +191,10 @@ def report_low_precision(model: nn.Module) -> None:
         )
 
 
-# The public `qriemann.load_base`: a trainer can resume an adapter on this base from a checkpoint with an offset.
-@functools.wraps(base.load_base)
+@functools.wraps(load_model, assigned=("__doc__", "__annotations__"))
 def load_base(*args: Any, **options: Any) -> tuple[Any, Any]:
-    model, tokenizer = base.load_base(*args, **options)
+    model, tokenizer = load_model(*args, **options)
+    # A trainer can then resume an adapter on this base from a checkpoint with an offset.
     model.register_load_state_dict_pre_hook(accept_offset_checkpoints)
     return model, tokenizer
 

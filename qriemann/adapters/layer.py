@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
-from qriemann.geometry.parameter import Bases, FixedRankParameter
+from qriemann.geometry.parameter import FixedRankParameter, Operands
 from qriemann.upstream.tuners import LoraVariant
 
 
@@ -40,7 +40,7 @@ class _Dropout(NamedTuple):
 class _FixedRankSum(torch.autograd.Function):
     """y + s (U S V^T - U_0 S_0 V_0^T) x, with the tangent blocks G V and G^T U as the gradients of U and V.
 
-    Kept for backward: x itself, the same tensor that the other layers that read it keep, and its product with the bases, a
+    Kept for backward: x itself, the same tensor that the other layers that read it keep, and its product with V, a
     few columns for each token. Backward casts and drops x again.
     """
 
@@ -51,18 +51,18 @@ class _FixedRankSum(torch.autograd.Function):
         x: Float[Tensor, "*tokens n"],
         u: Float[Tensor, "m r"],
         v_transposed: Float[Tensor, "r n"],
-        bases: Bases,
+        operands: Operands,
         dropout: _Dropout | None,
     ) -> Float[Tensor, "*tokens m"]:
-        dtype = bases.v.dtype
+        dtype = operands.v.dtype
         seen = x.to(dtype) if dropout is None else x.to(dtype) * dropout.mask(x)
         # One product for the point and its offset, so that x is read once.
-        z = seen @ bases.v
+        z = seen @ operands.v
         rank = u.shape[1]
         ctx.save_for_backward(x, z[..., :rank])
         # Not saved as tensors are: hooks would move them with the activations, layer by layer.
-        ctx.bases, ctx.version, ctx.dropout = bases, bases.v._version, dropout
-        folded = bases.u[:, rank:].mT
+        ctx.operands, ctx.version, ctx.dropout = operands, operands.v._version, dropout
+        folded = operands.u[:, rank:].mT
         # Into the base's output, for one launch and one tensor less. Autograd takes no view of a custom function's.
         if y.dtype == dtype and y.is_contiguous() and not y._is_view():
             y.view(-1, y.shape[-1]).addmm_(z.flatten(0, -2), folded)
@@ -73,12 +73,12 @@ class _FixedRankSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Float[Tensor, "*tokens m"]) -> tuple[Tensor | None, ...]:
         x, z = ctx.saved_tensors
-        bases, dropout = ctx.bases, ctx.dropout
-        if bases.v._version != ctx.version:
+        operands, dropout = ctx.operands, ctx.dropout
+        if operands.v._version != ctx.version:
             raise RuntimeError("an adapter's factors changed between two passes forward and the backward of the first")
-        dtype, rank = bases.v.dtype, z.shape[-1]
+        dtype, rank = operands.v.dtype, z.shape[-1]
         g = grad_y.to(dtype)
-        h = g @ bases.u
+        h = g @ operands.u
         grad_x = grad_u = grad_v = None
         mask = None if dropout is None else dropout.mask(x)
         if ctx.needs_input_grad[2]:
@@ -87,7 +87,7 @@ class _FixedRankSum(torch.autograd.Function):
             seen = x.to(dtype) if mask is None else x.to(dtype) * mask
             grad_v = float32_product(seen, h[..., :rank]).mT
         if ctx.needs_input_grad[1]:
-            grad_x = h[..., rank:] @ bases.v.mT
+            grad_x = h[..., rank:] @ operands.v.mT
             grad_x = (grad_x if mask is None else grad_x * mask).to(x.dtype)
         return grad_y, grad_x, grad_u, grad_v, *[None] * 2
 
@@ -139,8 +139,8 @@ class FixedRankVariant(LoraVariant):
         if layer_dropout.training and (rate := getattr(layer_dropout, "p", 0.0)) > 0:
             dropout = _Dropout(round(rate * 2**16), int(torch.randint(2**62, (), device="cpu")))
             scaling = scaling / dropout.keeps if dropout.keeps else 0.0
-        bases = point.bases(scaling, dtype)
-        result = _FixedRankSum.apply(result, x, point.u, point.v_transposed, bases, dropout)
+        operands = point.operands(scaling, dtype)
+        result = _FixedRankSum.apply(result, x, point.u, point.v_transposed, operands, dropout)
         bias = module.lora_B[active_adapter].bias
         if bias is not None:
             result = result + (bias * module.scaling[active_adapter]).to(result.dtype)

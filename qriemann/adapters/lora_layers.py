@@ -51,11 +51,7 @@ def _check_layer(name: str, module: LoraLayer, adapter: str) -> None:
         raise InputError(
             f"{name} is a LoRA {kind} layer; only linear layers are on the manifold: leave it out of target_modules"
         )
-    rank, (rows, columns) = module.r[adapter], (module.out_features, module.in_features)
-    if rank > min(rows, columns):
-        raise InputError(
-            f"the rank must be at most {min(rows, columns)} for {name} ({rows} x {columns}), got {rank}; see rank_pattern"
-        )
+    check_rank(name, module.r[adapter], module.out_features, module.in_features)
     factors = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     for other in module.lora_A.keys() - {adapter} if variant is not None else ():
         theirs = module.lora_A[other].weight, module.lora_B[other].weight
@@ -67,3 +63,11 @@ def _check_layer(name: str, module: LoraLayer, adapter: str) -> None:
     for factor in factors:
         if factor.is_meta or not factor.isfinite().all():
             raise InputError(f"the adapter of {name} must hold finite numbers; load it again, it is missing or broken")
+
+
+def check_rank(name: str, rank: int, rows: int, columns: int) -> None:
+    """Raises InputError for a rank that a matrix of that shape cannot have."""
+    if rank > min(rows, columns):
+        raise InputError(
+            f"the rank must be at most {min(rows, columns)} for {name} ({rows} x {columns}), got {rank}; see rank_pattern"
+        )

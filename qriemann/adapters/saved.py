@@ -5,7 +5,7 @@ Every command that puts an adapter on its base reads it here; `saved_tensors` an
 
 import copy
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.adapters.saved_config import CONFIG, check_config
-from qriemann.adapters.saved_tensors import LoraFactors, adapter_folder, name_in_base, read_content
-from qriemann.base.files import load_tokenizer
+from qriemann.adapters.saved_tensors import Content, adapter_folder, name_in_base, read_content
+from qriemann.base.checks import load_tokenizer
 from qriemann.errors import InputError, first_line
 from qriemann.upstream import quiet
 
@@ -23,22 +23,11 @@ _OTHER_BASE = "name the base that the adapter was trained on with --base"
 
 
 @dataclass(frozen=True)
-class SavedAdapter:
-    """The content of an adapter's folder.
-
-    Attributes:
-        layers: the change of each layer, by the module's name in the base.
-        replaced: whole tensors that were trained (`modules_to_save`, biases), by their name in the base.
-        rows: of the embeddings that were trained alone (`trainable_token_indices`): their numbers and values, by the name of
-            the tensor in the base.
-    """
+class SavedAdapter(Content):
+    """The content of an adapter's folder, with its configuration."""
 
     folder: Path
     config: LoraConfig
-    keys: frozenset[str]
-    layers: dict[str, LoraFactors]
-    replaced: dict[str, Tensor]
-    rows: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
 
     def replacement(self, name: str, stored: Tensor) -> Tensor:
         """The trained value of a tensor of the base; `stored` itself where it was not trained."""
@@ -114,7 +103,7 @@ def read_adapter(path: str | os.PathLike[str], command: str = "merge") -> SavedA
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # PEFT does not check the types of most values.
         raise InputError(f"PEFT cannot read {folder / CONFIG}: {first_line(error)}; check the file") from error
-    return SavedAdapter(folder, config, *content)
+    return SavedAdapter(**vars(content), folder=folder, config=config)
 
 
 def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

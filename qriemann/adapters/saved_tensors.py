@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qriemann.adapters.saved_config import CONFIG, value_for
-from qriemann.base.tensors import is_finite
+from qriemann.base.tensors import FLOATS, is_finite
 from qriemann.errors import InputError, first_line
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -22,7 +23,6 @@ _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>[\w.-]+)\.lora_(?P<sid
 _TOKENS = re.compile(r"base_model\.model\.(?P<module>[\w.-]+)\.token_adapter\.trainable_tokens_delta")
 # What PEFT puts into the names of tensors of a module that it wraps.
 _WRAPPED = re.compile(r"\.(token_adapter|base_layer|modules_to_save)\b")
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class LoraFactors(NamedTuple):
@@ -37,8 +37,17 @@ class LoraFactors(NamedTuple):
     bias: Tensor | None = None
 
 
-class Content(NamedTuple):
-    """What a folder's weights are; see `SavedAdapter`, whose fields have these names."""
+@dataclass(frozen=True)
+class Content:
+    """The weights in an adapter's folder.
+
+    Attributes:
+        keys: the names of all tensors.
+        layers: the change of each layer, by the module's name in the base.
+        replaced: whole tensors that were trained (`modules_to_save`, biases), by their name in the base.
+        rows: of the embeddings that were trained alone (`trainable_token_indices`): their numbers and values, by the name of
+            the tensor in the base.
+    """
 
     keys: frozenset[str]
     layers: dict[str, LoraFactors]
@@ -91,7 +100,7 @@ def stored_tensors(path: Path, *, finite: bool = True) -> Iterator[tuple[str, Te
     """The tensors of a safetensors file or a pickle, one at a time, in float32."""
     try:
         for key, tensor in _stored(path):
-            held = tensor.dtype in _FLOATS
+            held = tensor.dtype in FLOATS
             if not held or (finite and not is_finite(tensor)):
                 got = f"NaN or infinities in {key!r}" if held else f"{key!r:.80} as {tensor.dtype}"
                 raise InputError(f"{path} must hold finite numbers in floating point, got {got}; copy it again")

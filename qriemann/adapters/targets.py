@@ -8,6 +8,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qriemann.adapters.lora_layers import check_rank
 from qriemann.base.host_embedding import HostEmbedding
 from qriemann.errors import InputError
 from qriemann.upstream import name_of
@@ -112,11 +113,7 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
                 raise InputError(f"every value of {key} must be an integer >= 1, got {number!r} for {pattern!r}")
     for name, module in matched.items():
         rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
-        rows, columns = shape_of(module)
-        if rank > min(rows, columns):
-            raise InputError(
-                f"the rank must be at most {min(rows, columns)} for {name} ({rows} x {columns}), got {rank}; see rank_pattern"
-            )
+        check_rank(name, rank, *shape_of(module))
     for wanted in config.modules_to_save or []:
         meant = [m for name, m in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
         if not meant:

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from qriemann.base.files import load_tokenizer
+from qriemann.base.checks import load_tokenizer
 from qriemann.errors import InputError
 
 

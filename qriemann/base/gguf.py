@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.base import EMBEDDED_MODEL as EMBEDDED_MODEL
-from qriemann.base.files import check_loaded
+from qriemann.base.checks import check_loaded
 from qriemann.errors import InputError, MissingExtraError
 from qriemann.upstream import gguf_parsed_once, set_attention
 
@@ -66,7 +66,7 @@ def _parts(path: Path) -> list[Path]:
 
 
 def load_gguf(
-    path: Path, plan: dict[str, Any], options: dict[str, Any]
+    path: Path, storage: dict[str, Any], options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a GGUF file: dequantized, then loaded again like an ordinary checkpoint."""
     parts = _parts(path)
@@ -77,7 +77,7 @@ def load_gguf(
         unpacked, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=file,
-            dtype=plan["dtype"],
+            dtype=storage["dtype"],
             quantization_config=transformers.GgufConfig(dequantize=True),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -91,6 +91,6 @@ def load_gguf(
         del config.quantization_config
     if "attn_implementation" in options:
         set_attention(config, options["attn_implementation"])
-    model = type(unpacked).from_pretrained(None, config=config, state_dict=unpacked.state_dict(), **plan)
+    model = type(unpacked).from_pretrained(None, config=config, state_dict=unpacked.state_dict(), **storage)
     model.generation_config = unpacked.generation_config
     return model, tokenizer

@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qriemann.base.chat_template import end_tokens
-from qriemann.base.files import (
+from qriemann.base.checks import (
     check_finite,
     check_index,
     check_loaded,
@@ -45,7 +45,7 @@ _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|
 
 
 @quiet()
-def load_base(
+def load_model(
     name_or_path: str | os.PathLike[str],
     *,
     quantize: Literal["nf4", "fp4"] | None = "nf4",
@@ -106,9 +106,9 @@ def load_base(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     # How and where the weights are kept.
-    plan: dict[str, Any] = {"dtype": chosen_dtype, "device_map": {"": place}}
+    storage: dict[str, Any] = {"dtype": chosen_dtype, "device_map": {"": place}}
     if quantize is not None:
-        plan["quantization_config"] = transformers.BitsAndBytesConfig(
+        storage["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quantize,
             bnb_4bit_use_double_quant=double_quant,
@@ -122,13 +122,13 @@ def load_base(
         change = "end what else uses the memory, or take a smaller model"
     with explained(name), explaining_memory(f"loading {name}", change), noting_what_is_quantized() as not_finite:
         if gguf_path is not None:
-            model, tokenizer = load_gguf(gguf_path, plan, options)
+            model, tokenizer = load_gguf(gguf_path, storage, options)
         else:
             options |= {"revision": revision, "use_safetensors": None if allow_pickle else True}
-            model, tokenizer = _load_pretrained(_source(name), plan, options)
+            model, tokenizer = _load_pretrained(_source(name), storage, options)
     check_finite(name, model, not_finite)
 
-    # PEFT saves it as base_model_name_or_path: the name to give to load_base again, not the title in a GGUF header.
+    # PEFT saves it as base_model_name_or_path: the name to load it by again, not the title in a GGUF header.
     set_name(model, name)
     tokenizer.name_or_path = name
     _choose_pad_token(model, tokenizer, name)
@@ -147,10 +147,10 @@ def load_base(
 def read_config(
     name_or_path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> transformers.PreTrainedConfig:
-    """The configuration of a model that `load_base` takes; a folder needs no more than its `config.json`.
+    """The configuration of a model that `load_model` takes; a folder needs no more than its `config.json`.
 
     Raises:
-        InputError: as `load_base`, or the model does more than text.
+        InputError: as `load_model`, or the model does more than text.
     """
     name = os.fspath(name_or_path)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -196,7 +196,7 @@ def _source(name: str) -> str:
 
 
 def _load_pretrained(
-    source: str, plan: dict[str, Any], options: dict[str, Any]
+    source: str, storage: dict[str, Any], options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a Hub id or a local folder, quantized layer by layer while the weights are read."""
     # The configuration comes first: it is one small file, and most mistakes show in it.
@@ -207,14 +207,14 @@ def _load_pretrained(
     check_index(source, options["revision"])
     if stored is not None:
         # Left out rather than None, which would erase the quantization that the checkpoint is stored in.
-        plan = {key: value for key, value in plan.items() if key != "quantization_config"}
+        storage = {key: value for key, value in storage.items() if key != "quantization_config"}
     # Mismatched shapes are not ignored: check_loaded names them, where transformers would only refer to a logged report.
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        source, **plan, **options, output_loading_info=True, ignore_mismatched_sizes=True
+        source, **storage, **options, output_loading_info=True, ignore_mismatched_sizes=True
     )
     check_loaded(source, model, report)
     if stored is not None:
-        compute_in(model, plan["dtype"])
+        compute_in(model, storage["dtype"])
     return model, tokenizer
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qriemann.geometry.parameter import CountedWrites
 
 # The dtypes for which torch computes the least and the greatest.
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -36,7 +36,7 @@ class Tensors(Mapping[str, Tensor]):
 
 def is_finite(tensor: Tensor) -> bool:
     """False if the tensor holds NaN or an infinity; integers and 8-bit floats pass. Waits for the device."""
-    if tensor.dtype not in _FLOATS or not tensor.numel():
+    if tensor.dtype not in FLOATS or not tensor.numel():
         return True
     # A NaN reaches both extremes; isfinite() takes 25 times as long on CPUs, and memory of the tensor's size.
     return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())

@@ -13,9 +13,9 @@ from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from qriemann.adapters.attach import load_base
 from qriemann.adapters.saved import adapter_folder, read_adapter
 from qriemann.base.chat_template import end_tokens, render
-from qriemann.base.load import load_base
 from qriemann.device import describe_device, explaining_memory
 from qriemann.errors import InputError
 from qriemann.evaluation.trained import load_trained
@@ -26,7 +26,7 @@ from qriemann.upstream import quiet
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
-class Settings(BaseModel, validate_assignment=True):
+class AnswerSettings(BaseModel, validate_assignment=True):
     """How answers are generated.
 
     Attributes:
@@ -61,7 +61,7 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     name: str
     base: str | None = None
-    settings: Settings = field(default_factory=Settings)
+    settings: AnswerSettings = field(default_factory=AnswerSettings)
     history: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -194,7 +194,7 @@ def load_session(
         session.notes.append("the tokenizer has no chat template: what you write is continued as plain text")
     stored = session.model.generation_config
     if stored is not None and stored.do_sample:
-        session.settings = Settings(
+        session.settings = AnswerSettings(
             temperature=stored.temperature or 1.0, top_p=stored.top_p or 1.0, top_k=stored.top_k or 0
         )
     session.reset(system)

@@ -24,10 +24,10 @@ _HELP = """\
 /quit              end; so does Ctrl-D. Ctrl-C ends an answer"""
 
 
-def chat(session: Session, console: Console | None = None) -> None:
+def chat(session: Session) -> None:
     """Asks and answers until the input ends."""
     if sys.stdin.isatty():
-        _Terminal(session, console or Console()).run(_typed_lines())
+        _Terminal(session, Console()).run(_typed_lines())
     else:
         _Pipe(session).run(sys.stdin)
 

@@ -1,6 +1,6 @@
 """Complete checkpoints, exact resume and guarded steps.
 
-Call `protect` on a trainer and `newest_checkpoint` on its folder. A run also calls `starting_point` and `begin_run`,
+Call `protect` on a trainer and `newest_checkpoint` on its folder. A run also calls `look_at_output`,
 `fingerprints` and `check_same_run`, `save_adapter`, and `GracefulStop` for Ctrl-C.
 
 A checkpoint holds the adapter as plain LoRA (`adapter_model.safetensors` and its config); `optimizer.pt` with the momentum

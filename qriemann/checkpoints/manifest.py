@@ -30,12 +30,10 @@ class FoundCheckpoint:
 
     Attributes:
         passed_over: one line for each folder that looks newer and does not count.
-        files: size and time of change of every file that was looked at, by its path, before it was read.
     """
 
     path: Path | None
     passed_over: list[str] = field(default_factory=list)
-    files: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def commit(folder: Path, step: int, run: Mapping[str, Any] | None = None) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qriemann.cli.parser import Commands
-from qriemann.upstream import quiet
 
 COMMANDS = Commands()
 # A download of a model of 8 billion parameters, with room to merge it at half precision.
@@ -29,12 +28,11 @@ class Finding(NamedTuple):
 @COMMANDS.add("doctor", "say what qriemann can use on this machine, and what to fix (exits with 1 if anything)")
 def _doctor() -> int:
     wrong = 0
-    with quiet():
-        for finding in findings():
-            wrong += finding.remedy is not None
-            print(f"{'ok   ' if finding.remedy is None else 'wrong'} {finding.what:<14} {finding.found}", flush=True)
-            if finding.remedy is not None:
-                print(f"      {'':<14} -> {finding.remedy}")
+    for finding in findings():
+        wrong += finding.remedy is not None
+        print(f"{'ok   ' if finding.remedy is None else 'wrong'} {finding.what:<14} {finding.found}", flush=True)
+        if finding.remedy is not None:
+            print(f"      {'':<14} -> {finding.remedy}")
     print("nothing to fix" if not wrong else f"{wrong} to fix")
     return 1 if wrong else 0
 

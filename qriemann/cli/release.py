@@ -10,7 +10,6 @@ from typing import Any
 from qriemann.cli.parser import Commands, arg
 from qriemann.errors import InputError
 from qriemann.folder.files import check_exists, check_output
-from qriemann.upstream import quiet
 
 COMMANDS = Commands()
 _BASE = arg("--base", metavar="MODEL", help="instead of the base that the adapter names")
@@ -95,7 +94,7 @@ def _loading() -> Iterator[Any]:
     from qriemann.training.display import make_view
 
     view = make_view("auto")
-    with quiet(), view.doing("loading torch and transformers"):
+    with view.doing("loading torch and transformers"):
         yield view.console
 
 
@@ -164,9 +163,8 @@ def _chat(folder: str, **given: Any) -> None:
     check_exists(folder, "the adapter or the model")
     if sys.stdin.isatty():
         print(f"loading {folder} ...", flush=True)
-    with quiet():
-        from qriemann.chat.session import load_session
-        from qriemann.chat.terminal import chat
+    from qriemann.chat.session import load_session
+    from qriemann.chat.terminal import chat
 
     chat(load_session(folder, **given))
 

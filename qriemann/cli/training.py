@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from qriemann.cli.parser import Commands, arg
 from qriemann.errors import InputError
-from qriemann.folder.files import check_exists
-from qriemann.upstream import quiet
+from qriemann.folder.files import ROW_FILES, check_exists
 
 if TYPE_CHECKING:
     from qriemann.config import Settings
@@ -21,8 +20,8 @@ _LOADING = "loading torch, transformers and TRL"
 # Keys that may name a local file, with the endings that only a file has.
 _PATHS = {
     "model_name_or_path": (".gguf",),
-    "dataset_name": (".jsonl", ".json", ".csv", ".parquet"),
-    "dataset_eval_name": (".jsonl", ".json", ".csv", ".parquet"),
+    "dataset_name": ROW_FILES,
+    "dataset_eval_name": ROW_FILES,
     "chat_template_path": (".jinja", ".j2"),
 }
 _FILE = arg("file", metavar="FILE.yaml", help="the settings; --key value overrides them")
@@ -49,12 +48,15 @@ def _train(file: str | None, help_keys: bool, pairs: list[str]) -> None:
 
 def run_training(path: str | None, pairs: Sequence[str]) -> int:
     """Trains as the YAML file, if there is one, and the `--key value` pairs say; returns the exit status 0."""
-    settings, view = _begin(path, pairs, to_train=True)
-    with quiet(), view.doing(_LOADING):
+    settings, view = _begin(path, pairs)
+    from qriemann.checkpoints.starting_point import look_at_output
+
+    output = look_at_output(settings)
+    with view.doing(_LOADING):
         from qriemann.training.prepare import prepare
         from qriemann.training.train import train
     try:
-        result = train(prepare(settings, view=view), view=view)
+        result = train(prepare(settings, output=output, view=view), view=view)
     except KeyboardInterrupt:
         print("qriemann: the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         raise
@@ -78,9 +80,9 @@ def _plan(file: str, vram: float | None, all_cards: bool, pairs: list[str]) -> N
     settings = load_settings(file, pairs)
     _refuse_missing_paths(settings, data=False)
     view = make_view("auto")
-    with quiet(), view.doing(_LOADING):
+    with view.doing(_LOADING):
         from qriemann.memory.plan import describe, describe_cards, plan, plan_cards
-    with quiet(), view.doing(f"planning {settings.model_name_or_path}"):
+    with view.doing(f"planning {settings.model_name_or_path}"):
         shown = describe_cards(plan_cards(settings)) if all_cards else describe(plan(settings, vram))
     view.console.print(shown)
 
@@ -94,17 +96,16 @@ def _plan(file: str, vram: float | None, all_cards: bool, pairs: list[str]) -> N
     takes_pairs=True,
 )
 def _check(file: str, vram: float | None, html: str | None, pairs: list[str]) -> None:
-    settings, view = _begin(file, pairs, to_train=False)
+    settings, view = _begin(file, pairs)
     if html is not None and (Path(html).expanduser().is_dir() or not Path(html).expanduser().parent.is_dir()):
         raise InputError(f"html must name a file in a folder that exists, got {html!r}")
-    with quiet(), view.doing(_LOADING):
+    with view.doing(_LOADING):
         from qriemann.training.check import check
         from qriemann.training.prepare import prepare
     check(prepare(settings, view=view, to_train=False), vram, view.console, html)
 
 
-def _begin(path: str | None, pairs: Sequence[str], *, to_train: bool) -> tuple[Settings, PlainView]:
-    from qriemann.checkpoints.starting_point import check_folder
+def _begin(path: str | None, pairs: Sequence[str]) -> tuple[Settings, PlainView]:
     from qriemann.config import load_settings
     from qriemann.training.display import make_view
 
@@ -112,8 +113,6 @@ def _begin(path: str | None, pairs: Sequence[str], *, to_train: bool) -> tuple[S
     settings.named("model_name_or_path")
     settings.named("dataset_name")
     _refuse_missing_paths(settings)
-    if to_train:
-        check_folder(Path(settings.output_dir), resume=settings.resume, overwrite=settings.overwrite)
     return settings, make_view(settings.display)
 
 

@@ -13,11 +13,10 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 from trl import SFTConfig
 
 from qriemann.config.settings import FIXED, Settings
-from qriemann.config.values import PUBLIC_TOKEN_KEYS, redact
 from qriemann.device import compute_dtype, prefer_expandable_segments
 from qriemann.distributed import refuse_sharding
 from qriemann.errors import InputError, MissingExtraError
-from qriemann.folder.private import hide_credentials
+from qriemann.folder.private import PUBLIC_TOKEN_KEYS, hide_credentials, redact
 
 # What this project does itself. The trainer would send every save to the Hub, with training_args.bin and its own card, and
 # write the token into that file in clear; the chat template is in place before the trainer sees the tokenizer.

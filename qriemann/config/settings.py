@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field
 
+from qriemann.config.parsing import parse_pairs, read_config_file
 from qriemann.config.trl_keys import trl_hints
 from qriemann.config.values import accepts_none, coerce, nearest, shown
-from qriemann.config.written import parse_pairs, read_config_file
 from qriemann.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -40,11 +40,11 @@ FIXED: dict[str, tuple[Any, str]] = {
     "fsdp": (None, "FSDP shards the factors, and a step needs both of a layer; use accelerate launch --multi_gpu"),
     "deepspeed": (None, "DeepSpeed flattens or shards the factors; use accelerate launch --multi_gpu"),
     "optim": (None, "the optimizer is chosen by method; remove the key"),
-    "optim_args": (None, "the optimizer is chosen by method; use method_kwargs"),
     "optim_target_modules": (None, "the optimizer is chosen by method; use lora_target_modules"),
-    "adam_beta1": (None, "the optimizer is chosen by method; use method_kwargs"),
-    "adam_beta2": (None, "the optimizer is chosen by method; use method_kwargs"),
-    "adam_epsilon": (None, "the optimizer is chosen by method; use method_kwargs"),
+    **dict.fromkeys(
+        ("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
+        (None, "the optimizer is chosen by method; use method_kwargs"),
+    ),
 }
 # Keys that mean one thing under two names.
 _ALIASES = {
@@ -203,7 +203,7 @@ def load_settings(path: str | os.PathLike[str] | None, pairs: Sequence[str] = ()
         raise InputError(
             f"trust_remote_code in {path} is not enough; if you have read the model's code, add --trust_remote_code"
         )
-    settings = settings_from({**from_file, **from_command_line})
+    settings = _complete({**from_file, **from_command_line})
     os.environ.update(environment)
     return settings
 
@@ -214,7 +214,11 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     Raises:
         InputError: a key or value is wrong, or two of them disagree.
     """
-    checked = _check(values, "in the settings")
+    return _complete(_check(values, "in the settings"))
+
+
+def _complete(checked: dict[str, Any]) -> Settings:
+    """The settings of checked values, unless two of them disagree."""
     for key, (accepted, remedy) in FIXED.items():
         if checked.get(key, accepted) != accepted:
             raise InputError(f"{key} must be {accepted!r} or left out, got {shown(checked[key], key)}; {remedy}")

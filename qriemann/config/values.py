@@ -4,19 +4,15 @@ import difflib
 import re
 import types
 from collections.abc import Iterable
-from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from qriemann.folder.private import REDACTED, hide_credentials
+from qriemann.folder.private import hide_credentials, redact
 
-# Names that end in "token" and are vocabulary entries, not credentials.
-PUBLIC_TOKEN_KEYS = {"eos_token", "pad_token", "bos_token"}
 # Characters of a value that a message repeats.
 _SHOWN = 80
-_SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_?key|credentials?)$", re.IGNORECASE)
 _LAX = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 # pydantic's name of an error, and the rule as a sentence has it.
 _RULES = {
@@ -111,19 +107,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """The known word that looks most like `word`."""
     candidates = list(known)
     return (difflib.get_close_matches(word[:_SHOWN], candidates, n=1, cutoff=0.0) or candidates)[0]
-
-
-def redact(value: Any, key: str = "") -> Any:
-    """A JSON-ready copy in which the value of every key that names a credential is replaced."""
-    if value is not None and key not in PUBLIC_TOKEN_KEYS and _SECRET_KEY.search(key):
-        return REDACTED
-    if isinstance(value, dict):
-        return {str(name): redact(item, str(name)) for name, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [redact(item) for item in value]
-    if isinstance(value, Enum):
-        return value.value
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def shown(value: Any, key: str = "") -> str:

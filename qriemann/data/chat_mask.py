@@ -112,7 +112,8 @@ class AssistantTokenizer:
         mask = [whole] * len(ids)
         for index, message in enumerate(messages):
             if message["role"] == "assistant" and (index in context) == whole:
-                self._set(mask, not whole, messages, index, text, ids, options)
+                start, stop = self._span(messages, index, text, ids, options)
+                mask[start:stop] = [not whole] * (stop - start)
         return ids, mask
 
     def unwritten(self, messages: Sequence[Message], options: dict[str, Any], *, split: bool = False) -> set[str]:
@@ -212,10 +213,6 @@ class AssistantTokenizer:
         last = next((i for i in range(stop - 1, start - 1, -1) if ids[i] in self.special_ids), None)
         return start, stop if last is None or self.tokenizer.decode(ids[last + 1 : stop]).strip() else last + 1
 
-    def _set(self, mask: list[bool], trained: bool, messages: Sequence[Message], index: int, *rendered: Any) -> None:
-        start, stop = self._span(messages, index, *rendered)
-        mask[start:stop] = [trained] * (stop - start)
-
     def _up_to_end(self, turn: str, start: int, said: Message) -> str:
         """The text through the end token of its last turn, which begins at `start` and may quote that token."""
         if self.end is None:
@@ -254,7 +251,8 @@ class AssistantTokenizer:
             start = common_prefix_length(prompt_ids, ids)
             mask[:start] = [False] * start
         for index in (i for i in context if i > first):
-            self._set(mask, False, messages, index, text, ids, options)
+            start, stop = self._span(messages, index, text, ids, options)
+            mask[start:stop] = [False] * (stop - start)
         return mask
 
 

@@ -16,9 +16,7 @@ from qriemann.data.turns import (
     Conversation,
     Row,
     history_turns,
-    parse_json,
     read_conversation,
-    read_tools,
     system_prompt,
     turns_in_text,
 )
@@ -30,8 +28,8 @@ class RowEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: str, text_field: str) -> None:
         self.text_field = text_field
         self.has_template = bool(tokenizer.chat_template)
-        self._tokens, self._loss_on = AssistantTokenizer(tokenizer), loss_on
-        self.writes_date = self._tokens.writes_date
+        self._tokenizer, self._loss_on = AssistantTokenizer(tokenizer), loss_on
+        self.writes_date = self._tokenizer.writes_date
 
     def conversation(self, row: Row, parts: Sequence[tuple[str, Any]], *, last: Sequence[str] = ()) -> list[Example]:
         """One example, or one for each answer where the chat template rewrites earlier turns.
@@ -45,20 +43,15 @@ class RowEncoder:
                 "a conversation, but the tokenizer has no chat template",
                 "name a template, or a model that has one, with chat_template_path",
             )
-        talk = row.talk = read_conversation(row, self._tokens, parts)
+        talk = row.talk = read_conversation(row, self._tokenizer, parts)
         talk.sources[len(talk.sources) - len(last) :] = last
-        messages, template_kwargs = talk.messages, parse_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
-        if not isinstance(template_kwargs, dict | None):
-            raise RowError("chat_template_kwargs that are no mapping", "correct them")
-        talk.options = {"tools": read_tools(row), **(template_kwargs or {})}
         if self._loss_on == "all":
-            examples = [self._tokens.conversation(messages, talk.options, talk.marked, whole=True)]
+            examples = [self._tokenizer.conversation(talk.messages, talk.options, talk.marked, whole=True)]
         else:
-            context = talk.marked | {i for i in range(talk.first_trained) if messages[i]["role"] == "assistant"}
-            examples = self._tokens.conversations(messages, talk.options, context)
-        unwritten = self._tokens.unwritten(messages, talk.options, split=len(examples) > 1)
+            examples = self._tokenizer.conversations(talk.messages, talk.options, talk.context)
+        unwritten = self._tokenizer.unwritten(talk.messages, talk.options, split=len(examples) > 1)
         row.dropped |= {talk.labels.get(name, name) for name in unwritten}
-        for turn in messages:
+        for turn in talk.messages:
             if turn["role"] == "assistant" and not turn["content"].strip() and not (ANSWERS & {*turn}) - unwritten:
                 lost = ", ".join(sorted(ANSWERS & {*turn}))
                 raise RowError(
@@ -72,7 +65,7 @@ class RowEncoder:
         completion, place = str(turns[-1][1]["content"]), len(turns) - 1
         if not completion.strip():
             raise RowError("an empty completion", "fill it or remove the row")
-        ids, mask = self._tokens.completion(prompt, completion)
+        ids, mask = self._tokenizer.completion(prompt, completion)
         start = len(ids) - sum(mask)
         spans = {place - 1: range(start), place: range(start, len(ids))}
         row.talk = Conversation([turn for _, turn in turns], [column for column, _ in turns], spans=spans)
@@ -80,13 +73,13 @@ class RowEncoder:
 
     def text(self, row: Row, text: str) -> list[Example]:
         """A text without roles."""
-        example = self._tokens.text(text)
+        example = self._tokenizer.text(text)
         row.talk = Conversation([_turn("assistant", text)], [self.text_field], spans={0: range(len(example[0]))})
         return [example]
 
     def answers(self, row: Row, ids: list[int]) -> dict[int, range]:
         """The tokens of each answer of `row.talk` in one of the row's examples."""
-        return row.talk.spans or self._tokens.answers(row.talk.messages, ids, row.talk.options)
+        return row.talk.spans or self._tokenizer.answers(row.talk.messages, ids, row.talk.options)
 
 
 @dataclass(frozen=True)
@@ -96,12 +89,14 @@ class RowFormat:
     Attributes:
         columns: which a dataset must have; an empty name is the run's `text_field`.
         convert: makes the examples of a row; None where the rows hold tokens.
+        has_answers: whether its rows are written by somebody who asks and somebody who answers.
     """
 
     name: str
     columns: tuple[str, ...]
     words: str
     convert: Callable[[RowEncoder, Row], list[Example]] | None
+    has_answers: bool = True
 
 
 def _from_turns(column: str, encoder: RowEncoder, row: Row) -> list[Example]:
@@ -149,7 +144,7 @@ def _turn(role: str, content: str) -> Message:
 
 #: In order of precedence. Alpaca comes before text: its copies on the Hub also hold the rendered prompt in a text column.
 FORMATS = (
-    RowFormat("input_ids", ("input_ids", "labels"), "input_ids and labels", None),
+    RowFormat("input_ids", ("input_ids", "labels"), "input_ids and labels", None, has_answers=False),
     RowFormat("messages", ("messages",), "messages (role, content)", partial(_from_turns, "messages")),
     RowFormat("prompt-completion", ("prompt", "completion"), "prompt and completion", _from_prompt_and_completion),
     RowFormat(
@@ -159,10 +154,41 @@ FORMATS = (
         partial(_from_turns, "conversations"),
     ),
     RowFormat("alpaca", ("instruction", "output"), "instruction and output (Alpaca)", _from_alpaca),
-    RowFormat("text", ("",), "text", _from_text),
+    RowFormat("text", ("",), "text", _from_text, has_answers=False),
 )
 
 
 def find_format(columns: list[str], text_field: str) -> RowFormat | None:
     """The format of rows with these columns, if there is one."""
     return next((entry for entry in FORMATS if {c or text_field for c in entry.columns} <= set(columns)), None)
+
+
+def is_row(content: dict[str, Any]) -> bool:
+    """Whether an object is a row of some format, or of those that an evaluation takes beside them."""
+    return any(find_format([*content], text_field) for text_field in ("text", "prompt"))
+
+
+def text_to_score(columns: list[str]) -> str:
+    """The column of texts for an evaluation, which takes prompts without anything after them too."""
+    return "text" if "completion" in columns else "prompt"
+
+
+def answers_beside(columns: list[str]) -> bool:
+    """Whether an evaluation finds the right answers in a column of their own, beside prompts or conversations."""
+    return "answer" in columns and "completion" not in columns and not {"prompt", "messages"}.isdisjoint(columns)
+
+
+def answer_as_completion(row: Row) -> dict[str, Any]:
+    """`prompt` and `completion`, both conversations or both plain texts; the answer takes the place of a last answer."""
+    rest = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
+    answer, prompt = answer_of(row), row.get("messages") or row.get("prompt") or ""
+    if isinstance(prompt, str):
+        return {**rest, "prompt": prompt, "completion": answer}
+    turns = prompt[:-1] if prompt[-1].get("role") == "assistant" else prompt
+    return {**rest, "prompt": turns, "completion": [_turn("assistant", answer)]}
+
+
+def answer_of(row: Row) -> str:
+    """The right answer for an evaluation; empty if the row has none."""
+    answer = row.get("answer")
+    return "" if answer is None else str(answer)

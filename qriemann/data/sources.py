@@ -14,9 +14,10 @@ import datasets
 from datasets import Dataset, DatasetDict, Features, List, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
-from qriemann.data.files import ENDINGS, TEXT, read_files
+from qriemann.data.row_files import JSON_COLUMN, read_files
 from qriemann.data.turns import Row
 from qriemann.errors import InputError, first_line
+from qriemann.folder.files import ROW_FILES
 from qriemann.upstream import literal_folders
 
 _HELD_OUT_SPLITS = ("test", "validation", "eval")
@@ -29,7 +30,7 @@ class Source:
     """One split.
 
     Attributes:
-        rows: a dataset with columns, or one whose only column, `files.TEXT`, holds each row as a JSON object.
+        rows: a dataset with columns, or one whose only column, `row_files.JSON_COLUMN`, holds each row as a JSON object.
         keys: the columns of rows that are JSON objects.
     """
 
@@ -43,24 +44,23 @@ class Source:
         """Rows in memory; each keeps the keys that it has."""
         kept = list(rows)
         keys = dict.fromkeys(key for row in kept for key in row)
-        return cls(Dataset.from_dict({TEXT: [json.dumps(row, default=str) for row in kept]}), name, tuple(keys))
+        return cls(Dataset.from_dict({JSON_COLUMN: [json.dumps(row, default=str) for row in kept]}), name, tuple(keys))
 
     @property
-    def is_text(self) -> bool:
+    def holds_json(self) -> bool:
         """Whether the rows are JSON objects."""
-        return self.rows.column_names == [TEXT]
+        return self.rows.column_names == [JSON_COLUMN]
 
     @property
     def columns(self) -> list[str]:
         """The names of the columns."""
-        return [*_renamed(dict.fromkeys(self.keys), self.renamed)] if self.is_text else self.rows.column_names
+        return [*_renamed(dict.fromkeys(self.keys if self.holds_json else self.rows.column_names), self.renamed)]
 
     @property
     def read(self) -> Callable[[Batch], list[Row]]:
         """Makes rows of a batch of the dataset."""
-        if self.is_text:
-            return functools.partial(_from_text, renamed=self.renamed)
-        return functools.partial(_from_columns, features=self.rows.features)
+        make = _from_json if self.holds_json else functools.partial(_from_columns, features=self.rows.features)
+        return functools.partial(_read, make=make, renamed=self.renamed)
 
     def first(self, count: int | None) -> "Source":
         """The first rows; all of them without a count."""
@@ -73,14 +73,18 @@ class Source:
             yield from self.read(batch)
 
 
-def _from_text(batch: Batch, renamed: Mapping[str, str]) -> list[Row]:
-    return [Row(_renamed(json.loads(text), renamed)) for text in batch[TEXT]]
+def _read(batch: Batch, make: Callable[[Batch], list[dict[str, Any]]], renamed: Mapping[str, str]) -> list[Row]:
+    return [Row(_renamed(row, renamed) if renamed else row) for row in make(batch)]
 
 
-def _from_columns(batch: Batch, features: Features) -> list[Row]:
+def _from_json(batch: Batch) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in batch[JSON_COLUMN]]
+
+
+def _from_columns(batch: Batch, features: Features) -> list[dict[str, Any]]:
     """Rows without what Arrow adds: every object of a column has the keys of all, those that it lacked with null."""
     count = len(next(iter(batch.values())))
-    return [Row({key: _as_written(batch[key][i], features[key]) for key in batch}) for i in range(count)]
+    return [{key: _as_written(batch[key][i], features[key]) for key in batch} for i in range(count)]
 
 
 def _as_written(value: Any, feature: Any) -> Any:
@@ -138,26 +142,20 @@ def _pick(splits: Mapping[str, Source], split: str, name: str, key: str, columns
     for old in columns or {}:
         if old not in source.columns:
             raise InputError(f"dataset_columns must be among {name}'s {', '.join(source.columns)}, got {old!r}")
-    named = f"{name} ({split})"
-    if source.is_text:
-        return dataclasses.replace(source, name=named, renamed=columns or {})
-    rows = source.rows
-    for old, new in (columns or {}).items():
-        # Drop an existing column of that name: the renamed one replaces it.
-        rows = rows.remove_columns(new) if new in rows.column_names else rows
-        rows = rows.rename_column(old, new)
-    return Source(rows, named)
+    return dataclasses.replace(source, name=f"{name} ({split})", renamed=columns or {})
 
 
 def _load(name: str, config: str | None) -> dict[str, Source]:
     path = Path(name).expanduser()
     if path.is_file():
-        if path.suffix.lower() not in ENDINGS:
-            raise InputError(f"a dataset file must end in {', '.join(ENDINGS)}, got {path}; convert it to one of them")
+        if path.suffix.lower() not in ROW_FILES:
+            raise InputError(
+                f"a dataset file must end in {', '.join(ROW_FILES)}, got {path}; convert it to one of them"
+            )
         return {"train": _from_files([path])}
     if path.is_dir():
         return _read_folder(path, config)
-    if path.suffix.lower() in ENDINGS or name.startswith((".", "/", "~")):
+    if path.suffix.lower() in ROW_FILES or name.startswith((".", "/", "~")):
         raise InputError(f"dataset_name: {name}: no such file or folder")
     return _as_sources(_load_from_hub(name, config))
 
@@ -180,7 +178,7 @@ def _read_folder(path: Path, name: str | None) -> dict[str, Source]:
         with literal_folders(), tempfile.TemporaryDirectory() as cache:
             config = load_dataset_builder(str(path), name, cache_dir=cache).config
         files = {split: [Path(file) for file in found] for split, found in (config.data_files or {}).items()}
-        if _is_plain(config) and all(file.suffix.lower() in ENDINGS for names in files.values() for file in names):
+        if _is_plain(config) and all(file.suffix.lower() in ROW_FILES for names in files.values() for file in names):
             return {split: _from_files(names) for split, names in files.items()}
         _check_cache()
         with literal_folders():

@@ -90,7 +90,7 @@ def tokenize_rows(
     notices: list[str] = []
     unused: Counter[str] = Counter()
     left_out: list[Dataset] = []
-    row_format = _recognize(train, text_field).name
+    row_format = _recognize(train, text_field)
     encoder = RowEncoder(tokenizer, loss_on, text_field)
 
     def tokenize(source: Source) -> Dataset:
@@ -100,13 +100,14 @@ def tokenize_rows(
         return kept
 
     tokens = tokenize(train)
-    kept = None if held_out is None else _without_numbers(tokenize(held_out))
+    kept = None if held_out is None else tokenize(held_out).remove_columns("row")
     for name in read_elsewhere:
         del unused[name]
     notices += _unused_notices(unused, len(train.rows) + (0 if held_out is None else len(held_out.rows)))
-    if encoder.writes_date and row_format not in ("text", "input_ids"):
+    if encoder.writes_date and row_format.has_answers:
         notices.append(f"the chat template writes today's date: rows have {TODAY:%d %B %Y} instead, on any day")
-    data = TokenizedData(_without_numbers(tokens), kept, row_format, notices, dict(unused), tokens["row"][:], left_out)
+    numbers, tokens = tokens["row"][:], tokens.remove_columns("row")
+    data = TokenizedData(tokens, kept, row_format.name, notices, dict(unused), numbers, left_out)
     if kept is not None:
         return data
     # A conversation that became several rows is held out whole.
@@ -175,7 +176,7 @@ def _tokenize(
         given = _given_tokens(source)
         unused.update({name: len(given) for name in source.columns if name not in given.column_names})
         return given.add_column("row", list(range(len(given))))
-    if row_format.name == "text" and loss_on == "assistant":
+    if not row_format.has_answers and loss_on == "assistant":
         notices.append(f"{source.name} has texts without roles: every token is trained")
     examples = source.rows.map(
         _examples,
@@ -208,7 +209,7 @@ def _tokenize(
 def _given_tokens(source: Source) -> Dataset:
     """The tokens and labels of rows that hold them."""
     names = ["input_ids", "labels"]
-    if not source.is_text:
+    if not (source.holds_json or source.renamed):
         return source.rows.select_columns(names)
     features = Features(dict.fromkeys(names, List(Value("int64"))))
     try:
@@ -217,10 +218,6 @@ def _given_tokens(source: Source) -> Dataset:
         raise InputError(
             f"input_ids and labels of {source.name} must be lists of whole numbers: {first_line(error)}"
         ) from error
-
-
-def _without_numbers(examples: Dataset) -> Dataset:
-    return examples.select_columns(["input_ids", "labels"])
 
 
 def _drop_untrained(
@@ -260,10 +257,9 @@ def _examples(
     batch: Batch, numbers: list[int], read: Callable[[Batch], list[Row]], row_format: RowFormat, encoder: RowEncoder
 ) -> Batch:
     made: Batch = {name: [] for name in _MADE}
-    rated = row_format.name != "text"
     for row, number in zip(read(batch), numbers, strict=True):
         examples: list[Example] = [([0], [True])]
-        problem, rejected = None, row.rejected(rated=rated)
+        problem, rejected = None, row.rejected(rated=row_format.has_answers)
         try:
             if rejected is None:
                 assert row_format.convert is not None

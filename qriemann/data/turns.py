@@ -98,9 +98,14 @@ class Conversation:
     first_trained: int = 0
     labels: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def context(self) -> set[int]:
+        """Indices of the answers that are not trained."""
+        return self.marked | {i for i in range(self.first_trained) if self.messages[i]["role"] == "assistant"}
 
-def read_conversation(row: Row, style: AssistantTokenizer, parts: Sequence[tuple[str, Any]]) -> Conversation:
-    """The turns of a row, its system prompt first.
+
+def read_conversation(row: Row, tokenizer: AssistantTokenizer, parts: Sequence[tuple[str, Any]]) -> Conversation:
+    """The turns of a row, its system prompt first, and what else the chat template is to have.
 
     Args:
         parts: column and turns; the answers of the last one are trained.
@@ -112,9 +117,13 @@ def read_conversation(row: Row, style: AssistantTokenizer, parts: Sequence[tuple
         if not isinstance(turns, list) or not turns:
             raise RowError(f"no list of turns in {column}, or an empty one", "fill it or remove the row")
         for number, turn in enumerate(turns, 1):
-            _add_turn(talk, row, style, column, turn)
+            _add_turn(talk, row, tokenizer, column, turn)
             talk.sources.append(f"{column}, turn {number}")
     _add_system(talk, row)
+    template_kwargs = parse_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
+    if not isinstance(template_kwargs, dict | None):
+        raise RowError("chat_template_kwargs that are no mapping", "correct them")
+    talk.options = {"tools": _read_tools(row), **(template_kwargs or {})}
     return talk
 
 
@@ -136,7 +145,7 @@ def system_prompt(row: Row) -> str:
     return next((text for key in _SYSTEM if not _is_blank(dict.get(row, key)) and (text := row.string(key))), "")
 
 
-def read_tools(row: Row) -> list[Any] | None:
+def _read_tools(row: Row) -> list[Any] | None:
     """The tools that a row offers, from `tools` or from OpenAI's older `functions`."""
     tools = parse_json(row.get("tools"), "tools")
     if not tools and not _is_blank(dict.get(row, "functions")):
@@ -183,7 +192,7 @@ def _add_system(talk: Conversation, row: Row) -> None:
         talk.first_trained += bool(talk.first_trained)
 
 
-def _add_turn(talk: Conversation, row: Row, style: AssistantTokenizer, column: str, turn: Any) -> None:
+def _add_turn(talk: Conversation, row: Row, tokenizer: AssistantTokenizer, column: str, turn: Any) -> None:
     number = len(talk.messages) + 1
     if not isinstance(turn, dict):
         raise RowError(f"a {type(turn).__name__} as turn {number}, without role and content", "rewrite that turn")
@@ -198,7 +207,7 @@ def _add_turn(talk: Conversation, row: Row, style: AssistantTokenizer, column: s
     content = _content(turn)
     if role == "call":
         role = "assistant"
-        if style.writes_calls:
+        if tokenizer.writes_calls:
             message["tool_calls"], content = content, ""
         else:
             row.told.add("function calls are trained as text: the chat template writes no tool calls")
@@ -209,7 +218,7 @@ def _add_turn(talk: Conversation, row: Row, style: AssistantTokenizer, column: s
         if not all(learnt):
             talk.marked.add(len(talk.messages))
             row.told.add("answers that are marked as not to be learnt are context only")
-        _add_calls(message, style, number)
+        _add_calls(message, tokenizer, number)
         if not content.strip() and not ANSWERS & {key for key in message if not _is_blank(message[key])}:
             raise RowError("an empty assistant turn", "fill it or remove the row")
     talk.messages.append({**message, "role": role, "content": content})
@@ -217,7 +226,7 @@ def _add_turn(talk: Conversation, row: Row, style: AssistantTokenizer, column: s
         talk.labels.setdefault(key, f"{column}[].{key}")
 
 
-def _add_calls(message: Message, style: AssistantTokenizer, number: int) -> None:
+def _add_calls(message: Message, tokenizer: AssistantTokenizer, number: int) -> None:
     """Tool calls as a list of mappings, and their arguments as the template takes them; OpenAI's older key likewise."""
     older = message.pop("function_call", None)
     if not message.get("tool_calls") and not older:
@@ -226,21 +235,21 @@ def _add_calls(message: Message, style: AssistantTokenizer, number: int) -> None
     what = f"a tool call in turn {number}"
     calls = parse_json(message.get("tool_calls") or older, what)
     message["tool_calls"] = [
-        _call(parse_json(call, what), style, what) for call in (calls if isinstance(calls, list) else [calls])
+        _call(parse_json(call, what), tokenizer, what) for call in (calls if isinstance(calls, list) else [calls])
     ]
 
 
-def _call(call: Any, style: AssistantTokenizer, what: str) -> dict[str, Any]:
+def _call(call: Any, tokenizer: AssistantTokenizer, what: str) -> dict[str, Any]:
     if isinstance(call, dict) and "function" not in call:
         call = {"type": "function", "function": call}
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not function.get("name"):
         raise RowError(f"{what} without the name of a function", "correct it or remove the row")
     arguments = function.get("arguments")
-    if not (style.argument_text and isinstance(arguments, str)):
+    if not (tokenizer.argument_text and isinstance(arguments, str)):
         arguments = parse_json(arguments, f"arguments of {what}")
         arguments = {} if arguments is None else arguments
-        arguments = json.dumps(arguments, ensure_ascii=False) if style.argument_text else arguments
+        arguments = json.dumps(arguments, ensure_ascii=False) if tokenizer.argument_text else arguments
     return {**call, "function": {**function, "arguments": arguments}}
 
 

@@ -12,8 +12,8 @@ from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 from rich.table import Table
 
+from qriemann.adapters.attach import load_base
 from qriemann.adapters.saved import adapter_folder, read_adapter
-from qriemann.base.load import load_base
 from qriemann.device import compute_device, compute_dtype, describe_device, explaining_memory
 from qriemann.evaluation.reload import logits_of_rows
 from qriemann.evaluation.rows import Rows, load_rows
@@ -186,7 +186,7 @@ def _score(
     scorer: str,
     console: Console,
 ) -> Evaluation:
-    model, tokenizer = load_model(name, *base, console)
+    model, tokenizer = _load(name, *base, console)
     rows = load_rows(data, tokenizer, max_rows=max_rows)
     for notice in rows.notices:
         console.print(f"note: {notice}", highlight=False)
@@ -232,7 +232,7 @@ def greedy_answers(model: Any, tokenizer: Any, rows: Rows, limit: int | None = N
     return texts
 
 
-def load_model(name: str, base: str | None, quantize: str | None, console: Console) -> tuple[Any, Any]:
+def _load(name: str, base: str | None, quantize: str | None, console: Console) -> tuple[Any, Any]:
     """Model and tokenizer: an adapter on its base as in training, or a whole model as it is stored."""
     if not (adapter_folder(name) / "adapter_config.json").is_file():
         device = compute_device()

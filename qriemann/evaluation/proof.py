@@ -28,7 +28,7 @@ from qriemann.base.gguf import EMBEDDED_MODEL
 from qriemann.device import compute_device, explaining_memory
 from qriemann.errors import ShortMemoryError
 from qriemann.evaluation import reload
-from qriemann.evaluation.reload import Differences, Row
+from qriemann.evaluation.reload import Differences, ScoredRow
 from qriemann.evaluation.rows import Rows
 from qriemann.evaluation.trained import Trained, load_trained
 from qriemann.folder.contents import proof_rows
@@ -39,7 +39,7 @@ _WEIGHT_RTOL = {"float32": 1e-6, "float16": 1e-4, "bfloat16": 1e-4, "nf4": 1e-3}
 
 
 @dataclass(frozen=True)
-class Written:
+class Candidate:
     """A folder to be judged."""
 
     folder: Path
@@ -67,7 +67,7 @@ class Verdict:
         reasons: why it is rejected; empty if it is accepted.
     """
 
-    written: Written
+    candidate: Candidate
     found: Differences | None
     reasons: list[str]
 
@@ -77,13 +77,13 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """For the report."""
-        difference, tensor = self.written.weights
+        difference, tensor = self.candidate.weights
         return {
-            "into": self.written.into,
-            "dtype": self.written.dtype,
+            "into": self.candidate.into,
+            "dtype": self.candidate.dtype,
             "accepted": self.accepted,
             "reasons": self.reasons,
-            "max_kl": self.written.max_kl,
+            "max_kl": self.candidate.max_kl,
             **({"weights": {"largest_relative_difference": difference, "tensor": tensor}} if tensor else {}),
             **(self.found or {}),
         }
@@ -94,7 +94,7 @@ class Recording:
     """Logits of the trained model on the rows, in a file, and how far the untrained base is from them."""
 
     path: Path
-    rows: list[Row]
+    rows: list[ScoredRow]
     untrained: Differences
 
 
@@ -141,29 +141,29 @@ def worst_weight(
         if found is None or found.shape != right.shape:
             return float("inf"), name
         difference = (found.float() - right).norm().item() / max(right.norm().item(), 1e-30)
-        # Written so that a NaN counts as the worst.
+        # Candidate so that a NaN counts as the worst.
         if not difference <= worst[0]:
             worst = (difference, name)
     return worst
 
 
-def judge(written: list[Written], recording: Recording, console: Console) -> list[Verdict]:
+def judge(candidates: list[Candidate], recording: Recording, console: Console) -> list[Verdict]:
     """The verdict on each folder; those whose weights are right are loaded in a fresh process."""
-    found = iter(_reload([one for one in written if one.weights_are_right], recording, console))
-    return [_verdict(one, next(found) if one.weights_are_right else None) for one in written]
+    found = iter(_reload([one for one in candidates if one.weights_are_right], recording, console))
+    return [_verdict(one, next(found) if one.weights_are_right else None) for one in candidates]
 
 
-def _verdict(written: Written, found: dict[str, Any] | None) -> Verdict:
+def _verdict(candidate: Candidate, found: dict[str, Any] | None) -> Verdict:
     if found is None:
-        difference, tensor = written.weights
+        difference, tensor = candidate.weights
         reason = (
             f"{tensor} is not the base's plus the adapter's: relative difference {difference:.1e}, above "
-            f"{written.weights_bound:.0e}"
+            f"{candidate.weights_bound:.0e}"
         )
-        return Verdict(written, None, [reason])
+        return Verdict(candidate, None, [reason])
     if "failure" in found:
-        return Verdict(written, None, [found["failure"]])
-    return Verdict(written, found, far_from_trained(found, written.max_kl, "the trained model"))  # type: ignore[arg-type]
+        return Verdict(candidate, None, [found["failure"]])
+    return Verdict(candidate, found, far_from_trained(found, candidate.max_kl, "the trained model"))  # type: ignore[arg-type]
 
 
 def far_from_trained(found: Mapping[str, Any], max_kl: float, what: str) -> list[str]:
@@ -173,11 +173,11 @@ def far_from_trained(found: Mapping[str, Any], max_kl: float, what: str) -> list
     return [f"mean KL to {what} is {found['mean_kl']:.2e} nats a token, above {max_kl:.0e}"]
 
 
-def _reload(written: list[Written], recording: Recording, console: Console) -> list[dict[str, Any]]:
+def _reload(candidates: list[Candidate], recording: Recording, console: Console) -> list[dict[str, Any]]:
     """What a fresh process finds in each folder."""
-    if not written:
+    if not candidates:
         return []
-    models = [(str(one.folder.resolve()), *_compute_on(one.folder)) for one in written]
+    models = [(str(one.folder.resolve()), *_compute_on(one.folder)) for one in candidates]
     where = " and ".join(dict.fromkeys(f"on {device} in {dtype}" for _, dtype, device in models))
     console.print(f"Loading what was written in a fresh process, {where} ...", highlight=False)
     request, result = recording.path.with_name("request.json"), recording.path.with_name("result.json")
@@ -194,7 +194,7 @@ def _reload(written: list[Written], recording: Recording, console: Console) -> l
     if done.returncode != 0:
         # Killed for memory, most likely: the script reports what is wrong with a folder.
         why = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-        return [{"failure": f"the fresh process ended with status {done.returncode}: {why}"}] * len(written)
+        return [{"failure": f"the fresh process ended with status {done.returncode}: {why}"}] * len(candidates)
     return json.loads(result.read_text("utf-8"))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 _BATCH_BYTES = 2**28
 
 
-class Row(TypedDict):
+class ScoredRow(TypedDict):
     """Tokens of a row, the positions whose next token counts, and these next tokens."""
 
     ids: list[int]
@@ -42,7 +42,7 @@ class Differences(TypedDict):
     tokens: int
 
 
-def logits_of_rows(model: Any, rows: list[Row]) -> Iterator[tuple[int, Tensor]]:
+def logits_of_rows(model: Any, rows: list[ScoredRow]) -> Iterator[tuple[int, Tensor]]:
     """The index of each row and its float32 logits at the counted positions, rows of like length in one batch."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["ids"]))
     vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -63,7 +63,7 @@ def logits_of_rows(model: Any, rows: list[Row]) -> Iterator[tuple[int, Tensor]]:
         start = stop
 
 
-def differences(model: Any, rows: list[Row], recorded: Path) -> Differences:
+def differences(model: Any, rows: list[ScoredRow], recorded: Path) -> Differences:
     """The model against the logits that the file has under each row's index."""
     divergences, agreements, losses, recorded_losses = [], [], [], []
     with safe_open(recorded, "pt") as file:

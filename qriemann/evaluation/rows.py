@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from qriemann.data.row_formats import answer_as_completion, answer_of, answers_beside, text_to_score
 from qriemann.data.sources import Source, load_sources
 from qriemann.data.tokenized import IGNORED, tokenize_rows
-from qriemann.data.turns import Row
-from qriemann.evaluation.reload import Row as ScoredRow
+from qriemann.evaluation.reload import ScoredRow
 
 _EXTRA = ("question", "metadata")
 # What the scorers read.
@@ -57,12 +57,11 @@ def load_rows(
         max_tokens: rows after the one that reaches so many counted tokens are left out.
     """
     source = (_built_in(tokenizer) if data is None else _held_out_source(data)).first(max_rows)
-    text_field = "prompt" if "completion" not in source.columns else "text"
     prepared = tokenize_rows(
         source,
         None,
         tokenizer,
-        text_field=text_field,
+        text_field=text_to_score(source.columns),
         max_length=max_length,
         allow=["rejected-rows"],
         read_elsewhere=_READ,
@@ -80,34 +79,19 @@ def load_rows(
     if len(rows) < len(prepared.train):
         notices.append(f"the first {len(rows)} of {len(prepared.train)} rows are used, {counted} tokens")
     read = [row for row in source if not row.rejected(rated=True)] if "answer" in source.columns else []
-    answers = [_answer(row).strip() for row in read]
+    answers = [answer_of(row).strip() for row in read]
     extra = [{name: row[name] for name in _EXTRA if name in row} for row in read]
     return Rows(source.name, rows, answers, notices, extra)
 
 
 def _held_out_source(data: str) -> Source:
     train, held_out = load_sources(data)
-    source, columns = held_out or train, {*(held_out or train).columns}
+    source = held_out or train
     # The file's name without its folder: reports are published.
     name = source.name.replace("\\", "/").rpartition("/")[2]
-    if "answer" in columns and "completion" not in columns and columns & {"prompt", "messages"}:
-        return Source.of(map(_answer_as_completion, source), name)
+    if answers_beside(source.columns):
+        return Source.of(map(answer_as_completion, source), name)
     return dataclasses.replace(source, name=name)
-
-
-def _answer_as_completion(row: Row) -> dict[str, Any]:
-    """`prompt` and `completion`, both conversations or both plain texts; the answer takes the place of a last answer."""
-    rest = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
-    answer, prompt = _answer(row), row.get("messages") or row.get("prompt") or ""
-    if isinstance(prompt, str):
-        return {**rest, "prompt": prompt, "completion": answer}
-    turns = prompt[:-1] if prompt[-1].get("role") == "assistant" else prompt
-    return {**rest, "prompt": turns, "completion": [{"role": "assistant", "content": answer}]}
-
-
-def _answer(row: Row) -> str:
-    answer = row.get("answer")
-    return "" if answer is None else str(answer)
 
 
 def _built_in(tokenizer: PreTrainedTokenizerBase) -> Source:

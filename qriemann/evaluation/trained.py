@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from qriemann.adapters.attach import load_base
 from qriemann.adapters.saved import SavedAdapter, saved_tokenizer
-from qriemann.base.load import compute_in, load_base
+from qriemann.base.load import compute_in
 from qriemann.base.tensors import Tensors
 from qriemann.checkpoints.fingerprints import other_base
 from qriemann.device import compute_device, compute_dtype, describe_device

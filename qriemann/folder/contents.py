@@ -11,6 +11,7 @@ from typing import Any, Literal
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from qriemann.errors import InputError
+from qriemann.folder.files import ROW_FILES
 
 CURVE = "loss.png"
 PROOF = "merge_report.json"
@@ -182,7 +183,7 @@ def is_hub_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not name.endswith((".gguf", ".jsonl", ".json", ".csv", ".parquet"))
+    return not name.endswith((".gguf", *ROW_FILES))
 
 
 def read_json(path: Path) -> dict[str, Any]:

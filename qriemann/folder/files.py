@@ -10,6 +10,9 @@ from typing import Any
 
 from qriemann.errors import InputError
 
+#: The endings of files that hold rows; `data/row_files.py` has a reader for each.
+ROW_FILES = (".jsonl", ".json", ".csv", ".parquet")
+
 _LEAVES_FOLDER = re.compile(r"[/~]|\\\\|[A-Za-z]:[\\/]|\.\.\\|(.*/)?\.\.(/|$)", re.DOTALL)
 
 

@@ -6,6 +6,7 @@ No scan finds every secret. This one knows the usual shapes and the values of th
 import os
 import re
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -16,6 +17,9 @@ _CREDENTIAL = re.compile(
     r"|\bsk-(?:[a-z]+-)*[A-Za-z0-9_-]{24,}\b|\bAKIA[A-Z0-9]{16}\b|\bxox[abprs]-[A-Za-z0-9-]{20,}\b"
     r"|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"
 )
+# Names that end in "token" and are vocabulary entries, not credentials.
+PUBLIC_TOKEN_KEYS = {"eos_token", "pad_token", "bos_token"}
+_SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_?key|credentials?)$", re.IGNORECASE)
 _SECRET_NAME = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 # Shorter values of such variables ("1", "true", "default") are words that any file may hold.
 _SHORTEST_SECRET = 12
@@ -29,6 +33,19 @@ def hide_credentials(text: str) -> str:
     for _, value in _own_secrets():
         text = text.replace(value, REDACTED)
     return _CREDENTIAL.sub(REDACTED, text)
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """A JSON-ready copy in which the value of every key that names a credential is replaced."""
+    if value is not None and key not in PUBLIC_TOKEN_KEYS and _SECRET_KEY.search(key):
+        return REDACTED
+    if isinstance(value, dict):
+        return {str(name): redact(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [redact(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def find_private(text: str, *, paths: Iterable[Path] = ()) -> list[tuple[int, str]]:

@@ -68,11 +68,6 @@ def delete_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def write_run(folder: Path, described: Mapping[str, Any]) -> None:
-    """Replaces `run.json`."""
-    write_json(folder / RUN, described)
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replaces the file by the content, without credentials; numbers that JSON cannot express become strings."""
     replace_text(path, hide_credentials(json.dumps(finite(dict(content)), indent=2)) + "\n")

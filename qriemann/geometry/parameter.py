@@ -52,7 +52,7 @@ class Core(CountedWrites, Tensor):  # type: ignore[misc]
         return copied
 
 
-class Bases(NamedTuple):
+class Operands(NamedTuple):
     """The factors as a layer multiplies by them: s (X - X_0) = u[:, r:] v^T, with k = r, or 2 r with an offset.
 
     Attributes:
@@ -92,7 +92,7 @@ class FixedRankParameter:
         offset: FixedRankPoint | None = None,
     ) -> None:
         self.name, self.u, self.v_transposed, self.s, self.offset = name, u, v_transposed, s, offset
-        self._bases: Bases | None = None
+        self._operands: Operands | None = None
         #: False once writes happen that torch does not count: a captured CUDA graph makes them when it is replayed.
         self.counts_writes = True
         # The float32 tensors of U and V^T, which a cast of the model replaces.
@@ -101,14 +101,14 @@ class FixedRankParameter:
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("u", "v_transposed", "s", "offset"):
-            self._bases = None
+            self._operands = None
         if name == "s" and type(value) is Tensor:
             value = Tensor._make_subclass(Core, value)
         object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, object]:
-        # A copy makes bases of its own.
-        return self.__dict__ | {"_bases": None}
+        # A copy makes operands of its own.
+        return self.__dict__ | {"_operands": None}
 
     def mark_factors(self) -> None:
         """Makes this record the one that optimizers find on the factors, and counts every write to them."""
@@ -144,14 +144,14 @@ class FixedRankParameter:
             if self.offset is not None:
                 self.offset = FixedRankPoint(*(part.to(device) for part in self.offset))
 
-    def bases(self, scaling: float, dtype: torch.dtype) -> Bases:
+    def operands(self, scaling: float, dtype: torch.dtype) -> Operands:
         """The factors as a layer multiplies by them, folded and cast once for all passes between two writes.
 
         Every write counts: to factors, core and offset themselves, to their `.data`, and to the buffers that they are views
         of. Memory that is written outside torch must be reported by `torch.autograd.graph.increment_version`.
         """
         self.follow()
-        kept, versions = self._bases, self._versions()
+        kept, versions = self._operands, self._versions()
         if versions is None or kept is None or kept.v.dtype != dtype:
             kept = None
         elif kept.scaling != scaling or kept.versions[1] != versions[1]:
@@ -159,8 +159,8 @@ class FixedRankParameter:
             kept = None
         elif kept.versions == versions:
             return kept
-        made = self._make_bases(kept, scaling, dtype, versions or ())
-        self._bases = None if versions is None else made
+        made = self._make_operands(kept, scaling, dtype, versions or ())
+        self._operands = None if versions is None else made
         return made
 
     def _versions(self) -> tuple[object, ...] | None:
@@ -175,9 +175,9 @@ class FixedRankParameter:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _make_bases(
-        self, kept: Bases | None, scaling: float, dtype: torch.dtype, versions: tuple[object, ...]
-    ) -> Bases:
+    def _make_operands(
+        self, kept: Operands | None, scaling: float, dtype: torch.dtype, versions: tuple[object, ...]
+    ) -> Operands:
         """New ones, or `kept` brought up to date."""
         rank, offset = self.rank, self.offset
         if kept is not None:
@@ -193,7 +193,7 @@ class FixedRankParameter:
         torch.mul(self.v_transposed.mT, scaling, out=v[:, :rank])
         torch.mul(self.u, scaling, out=u[:, :rank])
         u[:, rank : 2 * rank] = _full_product(self.u, self.s)
-        return Bases(v, u, scaling, versions)
+        return Operands(v, u, scaling, versions)
 
     @property
     def rank(self) -> int:

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from transformers import PreTrainedTokenizerBase
 
 from qriemann.evaluation import proof
-from qriemann.evaluation.proof import Recording, Verdict, Written
+from qriemann.evaluation.proof import Candidate, Recording, Verdict
 from qriemann.gguf import compare
 from qriemann.gguf.architectures import Architecture
 from qriemann.gguf.compare import Seen
@@ -52,24 +52,24 @@ def prove(
     exact = measure(files.exact, files.adapter, talk=True)
     reasons = compare.far(exact, bound)
     rungs = [
-        (Written(path, path.name, kind, _UNREAD, max_kl), exact if path == files.exact else measure(path))
+        (Candidate(path, path.name, kind, _UNREAD, max_kl), exact if path == files.exact else measure(path))
         for kind, path in files.ladder.items()
     ]
     if files.adapter is not None:
-        rungs.append((Written(files.adapter, f"base in {precision}", "float32", _UNREAD, max_kl), exact))
+        rungs.append((Candidate(files.adapter, f"base in {precision}", "float32", _UNREAD, max_kl), exact))
         if own_base is not None:
-            named = Written(files.adapter, f"base in {own_base.name}", "float32", _UNREAD, float("inf"))
+            named = Candidate(files.adapter, f"base in {own_base.name}", "float32", _UNREAD, float("inf"))
             rungs.append((named, measure(own_base, files.adapter)))
     merged, verdicts = [], []
-    for written, seen in rungs:
+    for candidate, seen in rungs:
         far = [seen.failure]
         if seen.figures is not None:
-            far = proof.far_from_trained(seen.figures, written.max_kl, "the trained model")
-        verdict = Verdict(written, seen.figures, [*reasons, *far])
+            far = proof.far_from_trained(seen.figures, candidate.max_kl, "the trained model")
+        verdict = Verdict(candidate, seen.figures, [*reasons, *far])
         verdicts.append(verdict)
-        merged.append({**verdict.as_dict(), "bytes": written.folder.stat().st_size})
+        merged.append({**verdict.as_dict(), "bytes": candidate.folder.stat().st_size})
         if far and not reasons and files.adapter is None:
-            written.folder.rename(written.folder.with_name(f"{written.folder.name}.rejected"))
+            candidate.folder.rename(candidate.folder.with_name(f"{candidate.folder.name}.rejected"))
     engine = f"llama.cpp in {compare.ENGINE} {importlib.metadata.version(compare.ENGINE)}"
     found = {"dtype": precision, "reasons": reasons, "bound": bound, "asked": exact.asked, "ended": exact.ended}
     found.update(exact.figures or {})

@@ -1,6 +1,6 @@
 """Optimizers of adapters, as `torch.optim.Optimizer`s over a model's trainable parameters."""
 
-from qriemann.optim.plain import AdamW, Muon
+from qriemann.optim.baselines import AdamW, Muon
 from qriemann.optim.riemannion import Riemannion
 from qriemann.optim.riemannlora import RiemannLoRA
 from qriemann.optim.scaled import ScaledAdamW, ScaledGD

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qriemann.errors import InputError
 from qriemann.optim.adapter import AdapterOptimizer, adapter_and_rest
 from qriemann.optim.options import check_options
+from qriemann.upstream import protect_quantized_weights
 
 NamedParameter = tuple[str, nn.Parameter]
 
@@ -44,9 +45,7 @@ class FactorOptimizer(AdapterOptimizer):
             factor_pairs(member for group in groups for member in group["params"])
         if isinstance(params, nn.Module):
             # Not before the checks: a model that is refused stays as it was.
-            from qriemann.adapters.plain import prepare_plain
-
-            prepare_plain(params)
+            _prepare(params)
         return split
 
     def split(self, group: dict[str, Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
@@ -111,13 +110,34 @@ def factor_pairs(named: Iterable[NamedParameter]) -> list[tuple[nn.Parameter, nn
     return [(pair["A"][1], pair["B"][1]) for pair in sides.values()]
 
 
+def _prepare(model: nn.Module) -> None:
+    """Makes the trainable parameters of LoRA adapters float32, in place.
+
+    It comes after the last cast of the model: TRL's trainers cast the adapter of a 4-bit model to bf16 in their constructor,
+    and in bf16 a step of 1e-4 is lost beside a factor of 1e-2.
+    """
+    # Imported here: everything else in this folder needs parameters alone.
+    from qriemann.adapters.attach import report_low_precision
+
+    protect_quantized_weights(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_" in name:
+            parameter.data = parameter.data.to(torch.float32)
+    report_low_precision(model)
+
+
 def _named_groups(params: nn.Module | Iterable[Any]) -> list[dict[str, Any]]:
     """Param groups whose "params" are lists of (name, parameter), checked."""
     if isinstance(params, nn.Module):
-        # Imported here: everything else in this folder needs parameters alone.
-        from qriemann.adapters.plain import trainable_parameters
-
-        given: list[Any] = trainable_parameters(params)
+        for name, module in params.named_modules():
+            if getattr(module, "_fixed_rank_loaded", None):
+                raise InputError(
+                    f"{name} was saved with an offset, which plain LoRA has no place for; resume with the method that "
+                    "saved it"
+                )
+        given: list[Any] = [
+            (name, parameter) for name, parameter in params.named_parameters() if parameter.requires_grad
+        ]
     else:
         given = list(params)
     if not given:

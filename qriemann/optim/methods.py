@@ -1,4 +1,4 @@
-"""The methods by name: what each does, its defaults with their sources, and the scale that its learning rate lives on.
+"""The methods by name: the optimizer of each, and its defaults with their sources.
 
 A new method is a `FixedRankOptimizer` or a `FactorOptimizer` with its `lr_scale`, the ranges of its options in
 `optim.options`, and an entry in METHODS.
@@ -36,17 +36,13 @@ class Method:
 
     Attributes:
         optimizer: the class; called with the PEFT model and options.
-        does: one line on the step.
         state_blocks: blocks of a factor's size that the optimizer keeps of each factor.
-        take_when: one line on when to choose it.
         defaults: by option; an option that is not named here has the class's default.
         momentum_is_optional: whether a run with momentum 0 keeps no state at all.
     """
 
     optimizer: type[FixedRankOptimizer] | type[FactorOptimizer]
-    does: str
     state_blocks: int
-    take_when: str
     defaults: Mapping[str, Default]
     momentum_is_optional: bool = False
 
@@ -77,9 +73,7 @@ _NO_DECAY = Default(0.0, "decay of X moves the function away from the start's wh
 METHODS: dict[str, Method] = {
     "riemannion": Method(
         Riemannion,
-        does="Muon's orthogonalized momentum on the manifold of rank-r matrices",
         state_blocks=1,
-        take_when="the default; one rate for all layers and ranks, no dependence on how X is factored",
         defaults={
             "lr": Default(5e-3, "recipes/results/beds: 100 to 1,000 steps; few adapted layers take more"),
             "momentum": Default(0.9, _PAPER),
@@ -88,9 +82,7 @@ METHODS: dict[str, Method] = {
     ),
     "lora-tsd": Method(
         Riemannion,
-        does="riemannion with three rounds of polar and tangent projection a step",
         state_blocks=1,
-        take_when="its paper is to be compared with; at the default start it trains as riemannion does, loss for loss",
         defaults={
             "lr": Default(5e-3, "as riemannion: recipes/results/cpu, the same losses at the same rates"),
             "momentum": Default(0.9, "as riemannion"),
@@ -100,9 +92,7 @@ METHODS: dict[str, Method] = {
     ),
     "riemannlora": Method(
         RiemannLoRA,
-        does="averaged Riemannian gradient, each block divided by its root mean square norm",
         state_blocks=1,
-        take_when="the first version of the paper is to be reproduced",
         defaults={
             "lr": Default(
                 1e-2, "recipes/results/cpu: 3e-2 is the best of three over 60 steps, 1e-2 next; longer runs want less"
@@ -113,10 +103,8 @@ METHODS: dict[str, Method] = {
     ),
     "scaled-gd": Method(
         ScaledGD,
-        does="gradient descent on the factors, preconditioned by r x r Gram matrices",
         state_blocks=1,
         momentum_is_optional=True,
-        take_when="memory for any state is short, or the plainest step independent of the factors is wanted",
         defaults={
             "lr": Default(1e-2, f"{_SCALED}: the largest of the three that its training-loss figure compares"),
             "momentum": Default(0.0, f"{_SCALED}: none"),
@@ -125,9 +113,7 @@ METHODS: dict[str, Method] = {
     ),
     "scaled-adamw": Method(
         ScaledAdamW,
-        does="AdamW on the factors, its gradients preconditioned by r x r Gram matrices",
         state_blocks=2,
-        take_when="AdamW is wanted with less dependence on the scales of the two factors",
         defaults={
             "lr": Default(5e-5, f"{_SCALED}: Mistral-7B in NF4"),
             "betas": Default((0.9, 0.999), f"{_SCALED}: Mistral-7B in NF4"),
@@ -136,9 +122,7 @@ METHODS: dict[str, Method] = {
     ),
     "adamw": Method(
         AdamW,
-        does="torch's fused AdamW on the factors; lora_plus_ratio=16 is LoRA+",
         state_blocks=2,
-        take_when="a baseline is wanted, or the settings of a LoRA run are to be kept",
         defaults={
             "lr": Default(2e-4, "QLoRA, arXiv 2305.14314: NF4 models up to 13B"),
             "betas": Default((0.9, 0.999), "torch.optim.AdamW"),
@@ -148,9 +132,7 @@ METHODS: dict[str, Method] = {
     ),
     "muon": Method(
         Muon,
-        does="torch's Muon on each factor by itself",
         state_blocks=1,
-        take_when="a baseline is wanted for what the manifold adds to orthogonalization",
         defaults={
             "lr": Default(1e-3, "torch.optim.Muon"),
             "momentum": Default(0.95, "torch.optim.Muon"),

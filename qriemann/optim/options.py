@@ -26,8 +26,15 @@ _CHOICES = {
     "damping_form": get_args(DampingForm),
     "adjust_lr_fn": (None, *get_args(LearningRateAdjustment)),
 }
+# What a constructor takes beside them.
+_NO_OPTIONS = ("self", "__class__", "params", "use_triton", "capturable", "start", "alpha", "seed")
 # A rate copied from a method on another scale is off by 50 to 500; a rate tuned for a task, by less than 30.
 _FAR = 30.0
+
+
+def options_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a param group among the `locals()` of a constructor that does nothing before."""
+    return {key: value for key, value in arguments.items() if key not in _NO_OPTIONS}
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from qriemann.ops.core import MomentumForm
 from qriemann.optim.batch import StepRule
 from qriemann.optim.fixed_rank import FixedRankOptimizer
+from qriemann.optim.options import options_of
 
 
 class Riemannion(FixedRankOptimizer):
@@ -73,21 +74,9 @@ class Riemannion(FixedRankOptimizer):
         alpha: float | None = None,
         seed: int | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "momentum_form": momentum_form,
-            "tangent_iterations": tangent_iterations,
-            "adamw_lr": adamw_lr,
-            "adamw_betas": adamw_betas,
-            "adamw_eps": adamw_eps,
-            "adamw_weight_decay": adamw_weight_decay,
-        }
         super().__init__(
             params,
-            defaults,
+            options_of(locals()),
             attach_options={"start": start, "alpha": alpha, "seed": seed},
             use_triton=use_triton,
             capturable=capturable,

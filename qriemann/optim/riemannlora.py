@@ -13,6 +13,7 @@ from torch import nn
 
 from qriemann.optim.batch import StepRule
 from qriemann.optim.fixed_rank import FixedRankOptimizer
+from qriemann.optim.options import options_of
 
 
 class RiemannLoRA(FixedRankOptimizer):
@@ -64,19 +65,7 @@ class RiemannLoRA(FixedRankOptimizer):
         alpha: float | None = None,
         seed: int | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "simulate_adam": simulate_adam,
-            "beta2": beta2,
-            "norm_eps": norm_eps,
-            "adamw_lr": adamw_lr,
-            "adamw_betas": adamw_betas,
-            "adamw_eps": adamw_eps,
-            "adamw_weight_decay": adamw_weight_decay,
-        }
-        super().__init__(params, defaults, attach_options={"start": start, "alpha": alpha, "seed": seed})
+        super().__init__(params, options_of(locals()), attach_options={"start": start, "alpha": alpha, "seed": seed})
 
     def rule(self, group: dict[str, Any]) -> StepRule:
         """How the points of a param group move."""

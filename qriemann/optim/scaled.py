@@ -23,7 +23,7 @@ from torch.optim.sgd import sgd
 from qriemann.optim.adapter import ON_ADAPTER
 from qriemann.optim.batch import Workspace, full_float32
 from qriemann.optim.factors import FactorOptimizer, factor_pairs
-from qriemann.optim.options import DampingForm
+from qriemann.optim.options import DampingForm, options_of
 
 # Rounding of a float32 Gram matrix of up to 1e5 rows, relative to its trace: what it takes to make one definite that lost it.
 _GRAM_ROUNDING = 1e-6
@@ -201,18 +201,7 @@ class ScaledGD(_Scaled):
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "damping": damping,
-            "damping_form": damping_form,
-            "adamw_lr": adamw_lr,
-            "adamw_betas": adamw_betas,
-            "adamw_eps": adamw_eps,
-            "adamw_weight_decay": adamw_weight_decay,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, options_of(locals()))
 
     def move(self, group: dict[str, Any], parameters: list[Tensor], directions: list[Tensor]) -> None:
         if group["weight_decay"]:
@@ -275,8 +264,7 @@ class ScaledAdamW(_Scaled):
         damping: float = 1e-6,
         damping_form: DampingForm = "absolute",
     ) -> None:
-        rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**rates, "damping": damping, "damping_form": damping_form})
+        super().__init__(params, options_of(locals()))
 
     def move(self, group: dict[str, Any], parameters: list[Tensor], directions: list[Tensor]) -> None:
         self.adamw_step(group, parameters, directions)

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from qriemann.folder.contents import ModelFolder, is_hub_id, proof_rows
 from qriemann.folder.files import replace_text
 from qriemann.folder.private import without_paths
-from qriemann.release.templates import render
+from qriemann.release.templates import render_document
 
 CARD = "README.md"
 _BEGIN, _END = "<!-- begin: written by qriemann -->", "<!-- end: written by qriemann -->"
@@ -98,7 +98,7 @@ def _body(found: ModelFolder, base_id: str | None, repo: str | None) -> str:
     frozen = " in 4 bit (NF4)" if found.settings.get("quantize") == "nf4" else ""
     data = found.run.get("data") or {}
     dataset = found.settings.get("dataset_name")
-    return render(
+    return render_document(
         "card.md.jinja",
         found=found,
         base=base_id or (found.base and Path(found.base).name) or "an unnamed base",

@@ -10,7 +10,8 @@ from peft.utils import load_peft_weights
 from rich.console import Console
 from safetensors.torch import save_file
 
-from qriemann.adapters.saved import LoraFactors, read_adapter
+from qriemann.adapters.saved import read_adapter
+from qriemann.adapters.saved_tensors import LoraFactors
 from qriemann.adapters.spectrum import factored_svd
 from qriemann.errors import InputError
 from qriemann.evaluation import proof, reload
@@ -96,8 +97,8 @@ def export(
             smaller = read_adapter(partial, "export").put_on(trained.peft.unload(), trained.base)
             found = reload.differences(smaller, rows.rows, recording.path)
         bound = max(_KL_FLOOR, _KL_SHARE * recording.untrained["mean_kl"]) if max_kl is None else max_kl
-        written = proof.Written(partial, f"rank {rank}", "float32", (total, "all layers"), bound)
-        verdict = proof.Verdict(written, found, proof.far_from_trained(found, bound, "the whole adapter"))
+        candidate = proof.Candidate(partial, f"rank {rank}", "float32", (total, "all layers"), bound)
+        verdict = proof.Verdict(candidate, found, proof.far_from_trained(found, bound, "the whole adapter"))
         content = {
             **proof.describe(trained, rows, recording.untrained),
             "merged": [verdict.as_dict()],

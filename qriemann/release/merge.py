@@ -19,7 +19,7 @@ from qriemann.base.tensors import Tensors
 from qriemann.checkpoints.fingerprints import loaded_as
 from qriemann.errors import InputError
 from qriemann.evaluation import proof
-from qriemann.evaluation.proof import Written
+from qriemann.evaluation.proof import Candidate
 from qriemann.evaluation.trained import Trained
 from qriemann.folder.contents import PROOF, read_folder
 from qriemann.folder.files import check_output
@@ -102,21 +102,22 @@ def merge(
                     f"{saved.folder} was trained on an unquantized base: --into original or nf4, not nf4-dequantized"
                 )
             trained.check_mergeable()
-            written = {}
+            candidates = []
             for name in bases:
                 folder = partial if len(bases) == 1 else partial / name
                 console.print(f"Merging into {name} ...", highlight=False)
                 stored, worst = _write(trained, folder, name, dtype, int(shard_gb * 1e9))
                 kind = "other base" if name != trained.trained_on else "float32" if stored == "float32" else "half"
-                written[name] = Written(folder, name, stored, worst, _MAX_KL[kind] if max_kl is None else max_kl)
+                bound = _MAX_KL[kind] if max_kl is None else max_kl
+                candidates.append(Candidate(folder, name, stored, worst, bound))
             described = proof.describe(trained, rows, recording.untrained)
             # Another process is about to load a model, and needs what this one has on the card.
             del trained
             clear_device_cache(garbage_collection=True)
-            verdicts = proof.judge(list(written.values()), recording, console)
+            verdicts = proof.judge(candidates, recording, console)
         content = proof.conclude(described, verdicts)
         write_json(partial / PROOF, content)
-        for one in written.values():
+        for one in candidates:
             write_json(one.folder / PROOF, {**content, "into": one.into})
             write_card(read_folder(one.folder))
         folder = move_into_place(partial, out, accepted=content["accepted"])

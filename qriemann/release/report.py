@@ -14,7 +14,7 @@ from qriemann.errors import InputError
 from qriemann.folder.contents import ModelFolder, proof_rows, read_folder
 from qriemann.folder.files import replace_text
 from qriemann.release.charts import as_svg, draw_curves, spectrum_figure
-from qriemann.release.templates import render
+from qriemann.release.templates import render_document
 
 REPORT = "report.html"
 
@@ -39,7 +39,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         spectra = read_spectra(found.path) if found.kind == "adapter" else []
     except InputError:  # the page says what can be said
         spectra = []
-    page = render(
+    page = render_document(
         "report.html.jinja",
         found=found,
         name=found.path.resolve().name,

@@ -62,7 +62,7 @@ def original_weights(base: str, revision: str | None = None) -> Tensors:
     """The weights of a base that `load_base` takes, not quantized; those of a GGUF file as float32 in host memory."""
     path = Path(base).expanduser()
     if base == EMBEDDED_MODEL or path.is_file():
-        from qriemann.base.load import load_base
+        from qriemann.adapters.attach import load_base
         from qriemann.evaluation.trained import dequantized_weights
 
         return dequantized_weights(load_base(base, quantize=None, dtype="float32", device="cpu")[0])

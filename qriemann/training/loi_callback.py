@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from transformers import TrainerControl, TrainerState
 
@@ -76,24 +75,21 @@ class LocallyOptimalInit(FixedRankCallback):
         started = time.perf_counter()
         # At an offset start S = alpha I; a zero start has no scale.
         alpha = next((point.s[0, 0].item() for point in points if point.offset is not None), None)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task(_NAME, total=None)
 
-            def show(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total)
-                if not console.is_terminal and done % len(batches) == 0 and done < total:
-                    console.print(f"{_NAME}: pass {done // len(batches)} of {passes} done")
+        def show(done: int, total: int) -> None:
+            if done % len(batches) == 0 and done < total:
+                console.print(f"{_NAME}: pass {done // len(batches)} of {passes} done")
 
-            locally_optimal_(
-                model,
-                batches,
-                self._loss_fn or lean_loss,
-                start="zero" if alpha is None else "offset",
-                alpha=alpha or 1.0,
-                **self._options,
-                seed=seed,
-                progress=show,
-            )
+        locally_optimal_(
+            model,
+            batches,
+            self._loss_fn or lean_loss,
+            start="zero" if alpha is None else "offset",
+            alpha=alpha or 1.0,
+            **self._options,
+            seed=seed,
+            progress=show,
+        )
         console.print(f"{_NAME}: done in {time.perf_counter() - started:.0f} s")
 
 

@@ -10,8 +10,6 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from qriemann.checkpoints.fingerprints import loaded_as
-from qriemann.config.arguments import describe_settings
 from qriemann.folder import records
 from qriemann.folder.contents import CURVE, curve, read_json
 from qriemann.training.display import summary_table
@@ -51,15 +49,15 @@ class TrainResult:
     tokenizer: PreTrainedTokenizerBase
 
 
-def describe_run(prepared: Prepared) -> dict[str, Any]:
-    """The content of `run.json` when the run begins."""
+def describe_run(prepared: Prepared, folder: Path) -> dict[str, Any]:
+    """The content of `run.json` when the run begins, in a folder that may hold an earlier one's."""
     settings, data, model, found = prepared.settings, prepared.data, prepared.model, prepared.found
     return {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "status": "running",
         "resumed_from": found.path and str(found.path),
         "passed_over": found.passed_over,
-        "earlier": _earlier(Path(settings.output_dir)) if settings.resume else [],
+        "earlier": _earlier(folder) if settings.resume else [],
         "seed": prepared.args.seed,
         "written": sorted(settings.written),
         "data": {
@@ -74,11 +72,10 @@ def describe_run(prepared: Prepared) -> dict[str, Any]:
         "model": {
             "name_or_path": name_of(model),
             "parameters": model.num_parameters(),
-            "fingerprint": prepared.fingerprints["base"],
-            **loaded_as(model),
+            **prepared.fingerprints["loaded"],
             "dequantized": prepared.dense and asdict(prepared.dense),
         },
-        "config": describe_settings(settings, prepared.args),
+        "config": prepared.described,
     }
 
 
@@ -90,13 +87,13 @@ def _earlier(folder: Path) -> list[dict[str, Any]]:
     return [*(told if isinstance(told, list) else []), last] if before else []
 
 
-def summarize(prepared: Prepared, trainer: SFTTrainer, monitor: Monitor) -> TrainResult:
+def summarize(prepared: Prepared, folder: Path, trainer: SFTTrainer, monitor: Monitor) -> TrainResult:
     """The result of a training that has ended; evaluates once more where the last held-out loss is not the end's."""
     state, args = trainer.state, trainer.args
     best = args.load_best_model_at_end and state.best_model_checkpoint
     losses, drifts = curve(monitor.records, "loss"), curve(monitor.records, "orthonormality_drift")
     return TrainResult(
-        output_dir=Path(prepared.settings.output_dir),
+        output_dir=folder,
         steps=state.global_step,
         kept_step=state.best_global_step if best else state.global_step,
         train_loss=losses[-1][1] if losses else None,

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
+from qriemann.adapters.attach import load_base
 from qriemann.adapters.targets import adapter_config, check_targets, without_experts
 from qriemann.base.chat_template import adjust_tokenizer
-from qriemann.base.load import load_base
 from qriemann.checkpoints.fingerprints import check_same_run, fingerprints
 from qriemann.checkpoints.manifest import FoundCheckpoint
-from qriemann.checkpoints.starting_point import starting_point
+from qriemann.checkpoints.starting_point import OutputFolder, look_at_output
 from qriemann.config import Settings
 from qriemann.config.arguments import (
     check_schedule,
@@ -35,9 +35,7 @@ from qriemann.data.row_formats import RowEncoder
 from qriemann.data.sources import Source, load_sources
 from qriemann.data.tokenized import TokenizedData, fingerprint, tokenize_rows
 from qriemann.device import compute_device, describe_device, keep_freed_memory, refuse_unused_gpu
-from qriemann.distributed import run_on_main
 from qriemann.errors import InputError
-from qriemann.folder.lock import refuse_if_held
 from qriemann.memory.dry_run import much_padding, packing_mask
 from qriemann.optim.methods import find_method
 from qriemann.training.display import PlainView, make_view
@@ -57,6 +55,8 @@ class Prepared:
 
     Attributes:
         settings: as they were given.
+        described: every setting, credentials redacted, for the run's record.
+        output: the folder that the run writes into; None where a check alone was wanted.
         args: the trainer's arguments, fitted to the data: the learning rate, and when to evaluate.
         model: the base in its storage format, or a model that came with an adapter.
         tokenizer: with the chat template and the end token that the run uses.
@@ -75,6 +75,8 @@ class Prepared:
     """
 
     settings: Settings
+    described: dict[str, Any]
+    output: OutputFolder | None
     args: SFTConfig
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -99,6 +101,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase | None = None,
     train_dataset: Dataset | None = None,
     eval_dataset: Dataset | None = None,
+    output: OutputFolder | None = None,
     view: PlainView | None = None,
     to_train: bool = True,
 ) -> Prepared:
@@ -110,6 +113,7 @@ def prepare(
         tokenizer: of that model; required with it.
         train_dataset: rows in any accepted format; None loads `dataset_name`.
         eval_dataset: held-out rows, likewise.
+        output: from `look_at_output`, for a caller that has looked already; None looks first.
         view: where progress and notices go; None makes the one that the settings name.
         to_train: False leaves the output folder out of it: a check may look at a run whose folder is in use.
 
@@ -118,6 +122,8 @@ def prepare(
     """
     started = time.perf_counter()
     view = view or make_view(settings.display)
+    if to_train:
+        output = output or look_at_output(settings)
     with quiet(bars=view.console.is_terminal):
         if not settings.use_cpu:
             refuse_unused_gpu()
@@ -133,11 +139,7 @@ def prepare(
         view.note(f"computing on {describe_device(device, run_dtype(settings, device))}")
         if device.type == "cpu":
             keep_freed_memory()
-        found = FoundCheckpoint(None)
-        if to_train:
-            folder = Path(settings.output_dir)
-            run_on_main(lambda: refuse_if_held(folder))
-            found = starting_point(folder, resume=settings.resume, overwrite=settings.overwrite, allow=settings.allow)
+        found = FoundCheckpoint(None) if output is None else output.find_checkpoint(settings.allow)
         with view.doing("reading the rows"):
             sources = _read_rows(settings, train_dataset, eval_dataset)
         loads = model is None and settings.model_name_or_path
@@ -169,12 +171,15 @@ def prepare(
             if notice is not None:
                 view.note(str(notice))
         args = _fitted_arguments(args, optimizer[1]["lr"], data, resuming=found.path is not None)
-        prints = fingerprints(describe_settings(settings, args), model, data_print)
+        described = describe_settings(settings, args)
+        prints = fingerprints(described, model, data_print)
     if found.path is not None:
         for change in check_same_run(found.path, prints, settings.allow):
             view.note(f"going on with {change}")
     return Prepared(
         settings=settings,
+        described=described,
+        output=output,
         args=args,
         model=model,
         tokenizer=tokenizer,

@@ -19,7 +19,7 @@ from qriemann.data.tokenized import TokenizedData
 from qriemann.data.turns import Conversation, Row
 from qriemann.errors import InputError
 from qriemann.folder.files import replace_text
-from qriemann.release.templates import render
+from qriemann.release.templates import render_document
 
 SAMPLE_ROWS = 20
 # Of one row; longer stretches lose their middle.
@@ -62,7 +62,7 @@ def describe_rows(
 
 def write_page(path: Path, rows: dict[str, Any], said: Sequence[str]) -> None:
     """Replaces the file by an HTML page with what `describe_rows` found, below the notices and defects in `said`."""
-    replace_text(path, render("check.html.jinja", name=rows["name"], rows=rows, said=said))
+    replace_text(path, render_document("check.html.jinja", name=rows["name"], rows=rows, said=said))
 
 
 def preview(rows: dict[str, Any]) -> list[tuple[str, Text]]:

@@ -4,7 +4,6 @@ import errno
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -12,7 +11,7 @@ from transformers import TrainerCallback
 from qriemann.checkpoints.protect import protect
 from qriemann.checkpoints.saving import find_numeric_defect, is_failed_save, save_adapter, save_failed
 from qriemann.checkpoints.signals import GracefulStop
-from qriemann.checkpoints.starting_point import begin_run, refuse_changed
+from qriemann.checkpoints.starting_point import OutputFolder, look_at_output
 from qriemann.checkpoints.step_guard import StepEvent
 from qriemann.config import Settings
 from qriemann.data.defects import refuse
@@ -50,19 +49,19 @@ def train(
     Raises:
         InputError: for anything that the user can fix; before the first step, nothing has been written or overwritten.
     """
-    settings, folder = prepared.settings, Path(prepared.settings.output_dir)
+    settings, output = prepared.settings, prepared.output or look_at_output(prepared.settings)
     view = view or make_view(settings.display)
     with quiet(bars=view.console.is_terminal), ExitStack() as held:
         refuse(prepared.defects, settings.allow, view.note)
         # Nothing is written before this, and the lock takes with it what an error leaves empty.
-        run_on_main(lambda: held.enter_context(hold(folder)))
-        refuse_changed(prepared.found, folder, resume=settings.resume, overwrite=settings.overwrite)
+        run_on_main(lambda: held.enter_context(hold(output.path)))
+        output.refuse_changed()
         for line in prepared.found.passed_over:
             view.note(f"passed over {line}")
         if settings.resume is not None:
-            beginning = f"the beginning: {folder} holds no checkpoint"
+            beginning = f"the beginning: {output.path} holds no checkpoint"
             view.note(f"resuming from {prepared.found.path or beginning}")
-        result = _Recorder(prepared, folder, view).train(held.enter_context(GracefulStop()), callbacks)
+        result = _Training(prepared, output, view, held.enter_context(GracefulStop()), callbacks).run()
         if result.trainer.is_world_process_zero():
             publish(settings, prepared.push_to, view)
     return result
@@ -90,50 +89,56 @@ def publish(settings: Settings, repository: str | None, view: PlainView) -> None
         )
 
 
-class _Recorder:
-    """Keeps `run.json` up to date while the trainer works: the settings, the events, how the run ended."""
+class _Training:
+    """A trainer with all that a run adds to it, and the record of the run in `run.json`."""
 
-    def __init__(self, prepared: Prepared, folder: Path, view: PlainView) -> None:
-        self.prepared, self.folder, self.view = prepared, folder, view
-        self.described = describe_run(prepared)
-        self.monitor = Monitor(view, folder, prepared.args.device, self._begin)
-
-    def _begin(self, step: int) -> None:
-        settings = self.prepared.settings
-        begin_run(
-            self.folder, resume=settings.resume, overwrite=settings.overwrite, step=step, described=self.described
-        )
-        records.write_json(self.folder / ROWS, self.prepared.rows)
-
-    def train(self, stop: GracefulStop, callbacks: Sequence[TrainerCallback]) -> TrainResult:
-        prepared, settings = self.prepared, self.prepared.settings
+    def __init__(
+        self,
+        prepared: Prepared,
+        output: OutputFolder,
+        view: PlainView,
+        stop: GracefulStop,
+        callbacks: Sequence[TrainerCallback],
+    ) -> None:
+        self.prepared, self.output, self.folder, self.view, self.stop = prepared, output, output.path, view, stop
+        settings = prepared.settings
+        self.described = describe_run(prepared, self.folder)
+        self.monitor = Monitor(view, self.folder, prepared.args.device, self._begin)
         self.trainer = build_trainer(prepared, [*prepared.initialization, self.monitor, stop, *callbacks])
         if settings.dry_run:
             # AutoBatch measures the longest batch itself.
             fitted = settings.auto_batch
-            DryRun(self.trainer, prepared.data, allow=settings.allow, note=self.view.note, training_batch=not fitted)
+            DryRun(self.trainer, prepared.data, allow=settings.allow, note=view.note, training_batch=not fitted)
         self.guard = protect(
             self.trainer,
             max_skipped_steps=settings.max_skipped_steps,
             run=prepared.fingerprints,
             on_event=self._note_event,
-            note=self.view.note,
+            note=view.note,
         )
         if settings.auto_batch:
             AutoBatch(self.trainer, report=self._keep_fit)
+
+    def run(self) -> TrainResult:
+        """Trains, saves the adapter and completes the record; whatever ends the run is recorded too."""
+        checkpoint = self.prepared.found.path
         try:
             with explaining_memory("training", self._cheapest_change):
-                self.trainer.train(resume_from_checkpoint=prepared.found.path and str(prepared.found.path))
-            if not stop.saved:
+                self.trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            if not self.stop.saved:
                 self._save_adapter()
-            stop.stop_at_once()
-            result = summarize(prepared, self.trainer, self.monitor)
+            self.stop.stop_at_once()
+            result = summarize(self.prepared, self.folder, self.trainer, self.monitor)
             if self.trainer.is_world_process_zero():
                 self._finish(result)
         except BaseException as error:
             self._fail(error)
             raise
         return result
+
+    def _begin(self, step: int) -> None:
+        self.output.begin_run(step, self.described)
+        records.write_json(self.folder / ROWS, self.prepared.rows)
 
     def _cheapest_change(self) -> str:
         if not self.trainer.model.training:
@@ -152,7 +157,7 @@ class _Recorder:
     def _finish(self, result: TrainResult) -> None:
         plot_losses(self.folder / CURVE, records.read_metrics(self.folder))
         ended = {"status": "finished", "wall_clock_s": result.wall_clock_s, "result": figures(result)}
-        records.write_run(self.folder, {**self._record(), **ended})
+        records.write_json(self.folder / records.RUN, {**self._record(), **ended})
         if self.prepared.settings.display != "none":
             show_result(result, self.view.console)
 
@@ -164,7 +169,7 @@ class _Recorder:
             ended = {"status": status, "reason": str(error) or None, "wall_clock_s": since(self.prepared.started)}
             # The disk may be what failed.
             with suppress(OSError):
-                records.write_run(self.folder, {**self._record(), **ended})
+                records.write_json(self.folder / records.RUN, {**self._record(), **ended})
         if is_failed_save(error) or (isinstance(error, OSError) and error.errno in _DISK_FAILURES):
             raise save_failed(self.folder, error) from error
 
@@ -172,13 +177,13 @@ class _Recorder:
         if is_main_process():
             self.view.note(str(event))
             records.append_metrics(self.folder, event.as_record())
-            records.write_run(self.folder, self._record())
+            records.write_json(self.folder / records.RUN, self._record())
 
     def _keep_fit(self, fit: BatchFit) -> None:
         self.view.note(str(fit))
         self.described["auto_batch"] = asdict(fit)
         if self.monitor.begun:
-            records.write_run(self.folder, self._record())
+            records.write_json(self.folder / records.RUN, self._record())
 
     def _record(self) -> dict[str, Any]:
         """The content of `run.json` so far."""

@@ -5,9 +5,6 @@ that fails once upstream has changed, or that passes without the entry once it c
 used, so importing this module costs nothing; only `tuners`, PEFT's part, is imported by itself.
 """
 
-from qriemann.upstream.files import gguf_parsed_once as gguf_parsed_once
-from qriemann.upstream.files import literal_folders as literal_folders
-from qriemann.upstream.files import today_is as today_is
 from qriemann.upstream.models import attention_of as attention_of
 from qriemann.upstream.models import has_causal_lm as has_causal_lm
 from qriemann.upstream.models import is_4_bit as is_4_bit
@@ -21,6 +18,9 @@ from qriemann.upstream.models import was_conv1d as was_conv1d
 from qriemann.upstream.models import watching_quantization as watching_quantization
 from qriemann.upstream.noise import quiet as quiet
 from qriemann.upstream.noise import without_telemetry as without_telemetry
+from qriemann.upstream.readers import gguf_parsed_once as gguf_parsed_once
+from qriemann.upstream.readers import literal_folders as literal_folders
+from qriemann.upstream.readers import today_is as today_is
 from qriemann.upstream.trainers import TrainerCounts as TrainerCounts
 from qriemann.upstream.trainers import take_one_gpu as take_one_gpu
 from qriemann.upstream.trainers import token_sums as token_sums

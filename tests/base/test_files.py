@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from qriemann.base.load import load_base
+from qriemann import load_base
 from tests.base.test_load import refusal, tiny_tokenizer, write_gguf
 from tests.base.test_load import tiny_config as tied_config
 from tests.models import edit_json

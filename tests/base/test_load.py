@@ -19,7 +19,7 @@ from bitsandbytes.nn import Linear4bit
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qriemann.base.load import load_base
+from qriemann import load_base
 from qriemann.errors import InputError, MissingExtraError
 
 CHATML = (

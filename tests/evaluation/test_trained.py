@@ -82,7 +82,7 @@ def test_merge_prefers_the_base_that_was_trained_on(run, tmp_path):
     assert result.accepted
     (verdict,) = result.verdicts
     # Nothing but rounding is left, and no more is allowed.
-    assert (verdict.written.into, verdict.written.max_kl) == ("original", 1e-5)
+    assert (verdict.candidate.into, verdict.candidate.max_kl) == ("original", 1e-5)
     assert "the adapter was trained on it" in result.report["prefer"]["why"]
     assert verdict.found["loss"] == pytest.approx(run.eval_loss, rel=1e-4)
 

@@ -88,7 +88,7 @@ def make_with_offset() -> FixedRankParameter:
 
 def product(record: FixedRankParameter, scaling: float = 2.0) -> Tensor:
     """s (X - X_0) as a layer multiplies by it."""
-    bases = record.bases(scaling, torch.float32)
+    bases = record.operands(scaling, torch.float32)
     return bases.u[:, record.rank :].double() @ bases.v.double().mT
 
 
@@ -170,19 +170,19 @@ def test_what_a_layer_multiplies_by_follows_every_write(prepare):
 
 def test_between_two_writes_the_bases_are_made_once():
     record = make_with_offset()
-    first = record.bases(2.0, torch.bfloat16)
-    assert record.bases(2.0, torch.bfloat16) is first
+    first = record.operands(2.0, torch.bfloat16)
+    assert record.operands(2.0, torch.bfloat16) is first
     # What the point's own state, its optimizer or a save reads is not a write.
     record.point(), record.u.data.norm(), record.follow(), orthonormality_drift([record])
-    assert record.bases(2.0, torch.bfloat16) is first
+    assert record.operands(2.0, torch.bfloat16) is first
     with torch.inference_mode():
-        assert record.bases(2.0, torch.bfloat16) is first
+        assert record.operands(2.0, torch.bfloat16) is first
 
 
 def test_bases_that_are_made_in_inference_mode_can_be_trained_with():
     record = make()
     with torch.inference_mode():
-        bases = record.bases(1.0, torch.float32)
+        bases = record.operands(1.0, torch.float32)
     assert not any(part.is_inference() for part in bases[:2])
 
 

@@ -74,7 +74,7 @@ def make_case(tmp_path: Path) -> Callable[..., Case]:
         peft.save_pretrained(tmp_path / "adapter")
         ids = torch.randint(0, 260, (40,), generator=torch.Generator().manual_seed(0)).tolist()
         positions = [0, 5, 20, 38]
-        row = reload.Row(ids=ids, positions=positions, targets=[ids[place + 1] for place in positions])
+        row = reload.ScoredRow(ids=ids, positions=positions, targets=[ids[place + 1] for place in positions])
         path = tmp_path / "recorded.safetensors"
         save_file({str(index): logits for index, logits in reload.logits_of_rows(peft, [row])}, path)
         untrained = reload.differences(model, [row], path)

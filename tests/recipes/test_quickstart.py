@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from qriemann.base.load import load_base
+from qriemann import load_base
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "recipes" / "quickstart.py"

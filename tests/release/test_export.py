@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qriemann.adapters.saved import LoraFactors
+from qriemann.adapters.saved_tensors import LoraFactors
 from qriemann.cli import main
 from qriemann.release.export import export, truncate
 from tests.models import relative

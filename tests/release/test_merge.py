@@ -203,7 +203,7 @@ def test_experts_are_written_in_4_bit_as_the_model_holds_them(tmp_path):
     peft.save_pretrained(tmp_path / "adapter")
     result = merge(tmp_path / "adapter", tmp_path / "merged", into=["nf4", "nf4-dequantized"])
     assert result.accepted
-    assert all(verdict.written.weights_are_right for verdict in result.verdicts)
+    assert all(verdict.candidate.weights_are_right for verdict in result.verdicts)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")

@@ -10,7 +10,7 @@ _MARKS = (*range(9), *range(11, 32), *range(127, 160), 0x200E, 0x200F, *range(0x
 _SIGNS = {code: f"[U+{code:04X}]" for code in _MARKS}
 
 
-def render(template: str, /, **values: Any) -> str:
+def render_document(template: str, /, **values: Any) -> str:
     """The template's text with the values in it; in HTML nothing that a value holds is markup, unless it is `Markup`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -13,7 +13,7 @@ from torch import nn
 
 from qriemann.optim.adapter import ON_ADAPTER
 from qriemann.optim.factors import FactorOptimizer
-from qriemann.optim.options import LearningRateAdjustment
+from qriemann.optim.options import LearningRateAdjustment, options_of
 
 
 class AdamW(FactorOptimizer):
@@ -44,8 +44,7 @@ class AdamW(FactorOptimizer):
         *,
         lora_plus_ratio: float = 1.0,
     ) -> None:
-        rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**rates, "lora_plus_ratio": lora_plus_ratio})
+        super().__init__(params, options_of(locals()))
 
     def split(self, group: dict[str, Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
         # AdamW trains both groups.
@@ -93,18 +92,7 @@ class Muon(FactorOptimizer):
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "adjust_lr_fn": adjust_lr_fn,
-            "adamw_lr": adamw_lr,
-            "adamw_betas": adamw_betas,
-            "adamw_eps": adamw_eps,
-            "adamw_weight_decay": adamw_weight_decay,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, options_of(locals()))
         self._muon = torch.optim.Muon([{**group} for group in self.param_groups if group[ON_ADAPTER]])
 
     def step_adapter(self) -> None:

@@ -8,7 +8,7 @@ import codecs
 import csv
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 from pyarrow import parquet
 
-from qriemann.data.row_formats import find_format
+from qriemann.data.row_formats import is_row
 from qriemann.errors import InputError, first_line, listed
+from qriemann.folder.files import ROW_FILES
 
-#: The column of rows that are JSON text.
-TEXT = "row as JSON"
-#: The endings of files that are read here.
-ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+#: The column of rows that are JSON objects.
+JSON_COLUMN = "row as JSON"
 
 # A row after the last one: a quotation mark that is never closed swallows it.
 _LAST = "\x03end of the file"
@@ -42,17 +41,18 @@ def read_files(paths: Iterable[Path]) -> tuple[Dataset, list[str]]:
 
 def _read(path: Path, columns: dict[str, None]) -> Dataset:
     try:
-        if path.suffix.lower() == ".parquet":
-            rows = Dataset(parquet.ParquetFile(path).read())
-            columns.update(dict.fromkeys(rows.column_names))
-            return rows
-        read = {".jsonl": _json_lines, ".csv": _csv}.get(path.suffix.lower(), _json)
-        texts = read(path, columns)
+        rows = _READERS[path.suffix.lower()](path, columns)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except (pa.ArrowException, NotImplementedError) as error:
         raise InputError(f"{path} cannot be read as Parquet: {first_line(error)}; write it again") from error
-    return Dataset(pa.table({TEXT: pa.array(texts, pa.large_string())}))
+    return rows if isinstance(rows, Dataset) else Dataset(pa.table({JSON_COLUMN: pa.array(rows, pa.large_string())}))
+
+
+def _parquet(path: Path, columns: dict[str, None]) -> Dataset:
+    rows = Dataset(parquet.ParquetFile(path).read())
+    columns.update(dict.fromkeys(rows.column_names))
+    return rows
 
 
 def _json_lines(path: Path, columns: dict[str, None]) -> list[str]:
@@ -82,9 +82,12 @@ def _json(path: Path, columns: dict[str, None]) -> list[str]:
         content = json.loads(text)
         _refuse_half_characters(text, content)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError) and _is_object(text.lstrip().partition("\n")[0]):
-            return _json_lines(path, columns)
-        where = f"line {error.lineno}, " if isinstance(error, json.JSONDecodeError) else ""
+        where = ""
+        if isinstance(error, json.JSONDecodeError):
+            # More than one object, the first on a line of its own.
+            if error.msg == "Extra data" and "\n" not in text[: error.pos].strip():
+                return _json_lines(path, columns)
+            where = f"line {error.lineno}, "
         raise InputError(f"{path} is not valid JSON: {where}{_reason(error)}; correct it") from error
     rows = _rows_of(content) if isinstance(content, dict) else content
     if not isinstance(rows, list):
@@ -99,8 +102,7 @@ def _json(path: Path, columns: dict[str, None]) -> list[str]:
 def _rows_of(content: dict[str, Any]) -> list[Any]:
     """The one list of rows inside an object, such as {"version": 1, "data": [...]}; otherwise the object is one row."""
     lists = [value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    is_row = any(find_format([*content], text) for text in ("text", "prompt"))
-    if is_row or len(lists) != 1 or {"role", "from"} & {*lists[0][0]}:
+    if is_row(content) or len(lists) != 1 or {"role", "from"} & {*lists[0][0]}:
         return [content]
     return lists[0]
 
@@ -150,13 +152,6 @@ def _refuse_half_characters(text: str, value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
 
 
-def _is_object(text: str) -> bool:
-    try:
-        return bool(_object(text))
-    except (ValueError, RecursionError):
-        return False
-
-
 def _reason(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"column {error.colno}: {error.msg}"
@@ -165,3 +160,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, UnicodeEncodeError):
         return "half of a surrogate pair"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)[:80]
+
+
+_READERS: dict[str, Callable[[Path, dict[str, None]], list[str] | Dataset]] = dict(
+    zip(ROW_FILES, (_json_lines, _json, _csv, _parquet), strict=True)
+)
