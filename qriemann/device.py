@@ -1,4 +1,4 @@
-"""Where a process computes and in which dtype, and what it says when memory is short: decided here for every command."""
+"""Where a process computes and in which dtype, and what it says when memory is short."""
 
 import ctypes
 import os

@@ -108,7 +108,7 @@ class AssistantTokenizer:
         text = self._render(messages, options)
         ids = self._encode(text)
         if not whole and _GENERATION_MARKER.search(self.tokenizer.get_chat_template(tools=options.get("tools"))):
-            return ids, self._marked(messages, text, ids, context, options)
+            return ids, self._mask_by_markers(messages, text, ids, context, options)
         mask = [whole] * len(ids)
         for index, message in enumerate(messages):
             if message["role"] == "assistant" and (index in context) == whole:
@@ -137,7 +137,7 @@ class AssistantTokenizer:
         return removed
 
     def answers(self, messages: Sequence[Message], ids: list[int], options: dict[str, Any]) -> dict[int, range]:
-        """The tokens of each answer in one of the rows that a conversation became, but for those that it rewrites."""
+        """The tokens of each answer in one row made of a conversation; answers that this row rewrites are left out."""
         ends = range(len(messages), 0, -1)
         texts = ((end, self._text(messages[:end], options)) for end in ends)
         turns, text = next(((end, text) for end, text in texts if text and self._encode(text) == ids), (0, ""))
@@ -148,7 +148,7 @@ class AssistantTokenizer:
         return found
 
     def completion(self, prompt: str, completion: str) -> Example:
-        """The same for two plain strings; the end-of-sequence token is appended to the completion and trained."""
+        """Token ids and mask of two plain strings; the end-of-sequence token is appended to the completion and trained."""
         prompt_ids = self.tokenizer(prompt)["input_ids"] if prompt else []
         ids = self._with_end(self.tokenizer(prompt + completion)["input_ids"])
         # A tokenizer that appends its own end token does so to the prompt alone as well.
@@ -158,7 +158,7 @@ class AssistantTokenizer:
         return ids, [index >= start for index in range(len(ids))]
 
     def text(self, text: str) -> Example:
-        """The same for a text without roles: every token is trained, the appended end token included."""
+        """Token ids and mask of a text without roles: every token is trained, the appended end token included."""
         ids = self._with_end(self.tokenizer(text)["input_ids"])
         return ids, [True] * len(ids)
 
@@ -221,7 +221,7 @@ class AssistantTokenizer:
         stops = [match.end() for match in re.finditer(re.escape(self.end), turn[start:])][quoted.count(self.end) :]
         return turn[: start + stops[0]] if stops else turn
 
-    def _marked(
+    def _mask_by_markers(
         self,
         messages: Sequence[Message],
         text: str,

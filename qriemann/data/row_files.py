@@ -18,7 +18,6 @@ from pyarrow import parquet
 
 from qriemann.data.row_formats import is_row
 from qriemann.errors import InputError, first_line, listed
-from qriemann.folder.files import ROW_FILES
 
 #: The column of rows that are JSON objects.
 JSON_COLUMN = "row as JSON"
@@ -162,6 +161,10 @@ def _reason(error: BaseException) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)[:80]
 
 
-_READERS: dict[str, Callable[[Path, dict[str, None]], list[str] | Dataset]] = dict(
-    zip(ROW_FILES, (_json_lines, _json, _csv, _parquet), strict=True)
-)
+# By the ending, one for each of `ROW_FILES`.
+_READERS: dict[str, Callable[[Path, dict[str, None]], list[str] | Dataset]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

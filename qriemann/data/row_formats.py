@@ -36,7 +36,7 @@ class RowEncoder:
 
         Args:
             parts: column and turns; the answers of the last one are trained.
-            last: the columns that the last turns came from, where they were no turns.
+            last: the columns of the last turns, where each is a plain column (Alpaca) rather than one of a list of turns.
         """
         if not self.has_template:
             raise RowError(
@@ -89,7 +89,7 @@ class RowFormat:
     Attributes:
         columns: which a dataset must have; an empty name is the run's `text_field`.
         convert: makes the examples of a row; None where the rows hold tokens.
-        has_answers: whether its rows are written by somebody who asks and somebody who answers.
+        has_answers: whether a row has a side that asks and a side that answers.
     """
 
     name: str

@@ -86,7 +86,7 @@ class Conversation:
     Attributes:
         sources: for each of them the column that it came from, and which of its turns it is.
         spans: the tokens of a turn, where no chat template wrote it.
-        marked: indices of the answers that are marked as not to be learnt.
+        marked: indices of the answers that the row marks as not to be learnt.
         first_trained: answers before this index belong to the prompt.
     """
 

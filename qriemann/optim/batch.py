@@ -100,7 +100,7 @@ class FactorBatch:
 
     Args:
         points: the records.
-        use_triton: step by the Triton kernels where they are supported; a line says where they are not.
+        use_triton: step by the Triton kernels; where they are not supported, a warning says why.
 
     Attributes:
         points: the records, in order.
@@ -121,8 +121,8 @@ class FactorBatch:
         self._bind()
 
     @property
-    def never_synchronizes(self) -> bool:
-        """Whether a step runs without waiting for the device: the Triton path."""
+    def uses_triton(self) -> bool:
+        """Whether the Triton kernels take the steps, which then never wait for the device."""
         return self._kernels is not None
 
     def _tall(self) -> list[Tensor]:

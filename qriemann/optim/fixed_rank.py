@@ -74,7 +74,7 @@ class FixedRankOptimizer(AdapterOptimizer):
         self._batches = [FactorBatch(points, use_triton=use_triton or capturable) for points in by_batch.values()]
         for batch in self._batches:
             self._rebind(batch)
-            if capturable and not batch.never_synchronizes:
+            if capturable and not batch.uses_triton:
                 raise InputError(
                     "capturable must come with adapters that the Triton kernels take, got layers that need the batched "
                     "PyTorch path, which synchronizes; leave capturable out"

@@ -61,7 +61,7 @@ def measure_rate(
     Raises:
         NoSuchRateError: no rate that was tried makes such a change, or half or twice of it.
 
-    Cost: forward and backward, and at most eight forward passes, over the batches.
+    Cost: one pass forward and backward, and at most seven more forward, over the batches.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # In host memory, because a training that just fits a card has no room for a second adapter.

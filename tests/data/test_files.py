@@ -7,13 +7,19 @@ import pytest
 from datasets import Dataset
 from pyarrow import parquet
 
+from qriemann.data.row_files import _READERS
 from qriemann.data.sources import Source, load_sources
 from qriemann.errors import InputError
+from qriemann.folder.files import ROW_FILES
 from tests.recipe_fixtures import chat_rows
 
 
 def rows_of(path, **options):
     return [dict(row) for row in load_sources(str(path), **options)[0]]
+
+
+def test_every_ending_that_is_accepted_has_a_reader():
+    assert sorted(_READERS) == sorted(ROW_FILES)
 
 
 CELLS = [
