@@ -7,7 +7,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import psutil
 import torch
 
 from qriemann.errors import InputError, ShortMemoryError
@@ -19,6 +21,7 @@ LOSS_SCALE = 2.0**10
 
 # cuInit's answers on a machine without a usable card: none there or all hidden, and a stub in the place of the driver.
 _NO_DEVICE, _STUB = 100, 34
+_CGROUP = Path("/sys/fs/cgroup")
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _ON_CPU = "compute on the CPU with use_cpu: true (for other commands, set CUDA_VISIBLE_DEVICES=-1)"
@@ -121,6 +124,23 @@ def prefer_expandable_segments() -> None:
     """
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def free_bytes(device: torch.device) -> int:
+    """The bytes of a device that this process can still take; on the CPU within its container's limit (cgroup v2)."""
+    if device.type == "cuda":
+        # What torch's allocator has reserved and does not use is free, too.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    # No such files, or "max" for no limit.
+    except (OSError, ValueError):
+        return free
+    # Cached files, such as the weights that were just read, give way.
+    return min(free, limit - used + int(counts["inactive_file"]) + int(counts["active_file"]))
 
 
 def keep_freed_memory() -> None:

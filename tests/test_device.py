@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -198,3 +199,21 @@ def test_the_allocator_grows_its_blocks_unless_the_user_has_set_it(variables, ex
         [sys.executable, "-c", code], env=clean | variables, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"),
+    [("3000", 3000 - 2500 + 1200), ("max", None), (str(2**60), None)],
+    ids=["in it", "none", "larger"],
+)
+def test_free_memory_is_within_the_containers_limit_and_cached_files_count_as_free(limit, free, monkeypatch, tmp_path):
+    for name, content in {
+        "max": limit,
+        "current": "2500",
+        "stat": "anon 9\ninactive_file 1000\nactive_file 200\n",
+    }.items():
+        (tmp_path / f"memory.{name}").write_text(f"{content}\n")
+    monkeypatch.setattr(device, "_CGROUP", tmp_path)
+    machine = psutil.virtual_memory().available
+    found = device.free_bytes(torch.device("cpu"))
+    assert found == free if free is not None else found == pytest.approx(machine, rel=0.2)

@@ -8,16 +8,15 @@ fingerprinted. The products are the same to the bit; a float32 copy takes 4 byte
 import copyreg
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
-import psutil
 import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 
+from qriemann.device import free_bytes
 from qriemann.upstream import is_repacked
 
 # The share of the free memory that copies may take: activations, gradients and the optimizer need the rest.
@@ -110,7 +109,7 @@ def hold_dense(model: nn.Module) -> DenseWeights | None:
 
 def fits(needed: int) -> bool:
     """Whether copies of so many bytes leave enough of the memory that is free now to each process of this machine."""
-    return needed <= _SHARE * _free_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return needed <= _SHARE * free_bytes(torch.device("cpu")) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _can_be_held(layer: Any) -> bool:
@@ -127,15 +126,3 @@ def _can_be_held(layer: Any) -> bool:
 
 def _dense_bytes(layer: Any) -> int:
     return layer.in_features * layer.out_features * layer.compute_dtype.itemsize
-
-
-def _free_bytes() -> int:
-    """Memory that this process can still take, within the limit of its container if there is one (cgroup v2)."""
-    free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-    # No such files, or "max" for no limit.
-    except (OSError, ValueError):
-        return free
-    return min(free, limit - used)

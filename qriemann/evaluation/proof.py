@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache
 from rich import box
@@ -25,7 +24,7 @@ from torch import Tensor
 import qriemann
 from qriemann.adapters.saved import SavedAdapter
 from qriemann.base.gguf import EMBEDDED_MODEL
-from qriemann.device import compute_device, explaining_memory
+from qriemann.device import compute_device, explaining_memory, free_bytes
 from qriemann.errors import ShortMemoryError
 from qriemann.evaluation import reload
 from qriemann.evaluation.reload import Differences, ScoredRow
@@ -209,7 +208,7 @@ def _compute_on(folder: Path) -> tuple[str, str]:
     needed = 1.1 * stored * (1 if dtype == "float32" else 2) + 2**30
     if torch.cuda.is_available() and needed <= torch.cuda.mem_get_info()[0]:
         return "float32", "cuda"
-    fits = dtype == "float32" or needed <= psutil.virtual_memory().available
+    fits = dtype == "float32" or needed <= free_bytes(torch.device("cpu"))
     return "float32" if fits else dtype, "cpu"
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import psutil
+import torch
 from rich.console import Console
 from rich.filesize import decimal
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qriemann.adapters.saved import SavedAdapter
+from qriemann.device import free_bytes
 from qriemann.errors import InputError
 from qriemann.evaluation.trained import Trained
 from qriemann.gguf.architectures import Layout
@@ -148,7 +149,7 @@ def write_files(
     # A head that training has given values of its own.
     twin = dict([trained.tied]) if merged and trained.untied and trained.tied else {}
     shapes = {key: tensors[twin.get(key, key)].shape for key in [*tensors, *twin]}
-    exact_type = "f32" if size_of(layout, shapes, "f32") < psutil.virtual_memory().available else "f16"
+    exact_type = "f32" if size_of(layout, shapes, "f32") < free_bytes(torch.device("cpu")) else "f16"
     places = {exact_type: scratch, **dict.fromkeys(types or (), folder)}
     needed, free = sum(size_of(layout, shapes, kind) for kind in places), shutil.disk_usage(folder).free
     if free < needed:

@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qriemann.device import describe_shortage, is_out_of_memory
+from qriemann.device import GIB, describe_shortage, free_bytes, is_out_of_memory
 from qriemann.distributed import largest_over_processes, process_count
 from qriemann.errors import InputError, ShortMemoryError
 from qriemann.memory.dry_run import cheapest_change, longest_rows, measure
-from qriemann.memory.live_bytes import GIB, free_bytes
 from qriemann.upstream import TrainerCounts
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,12 +99,3 @@ def total_bytes(tensors: Iterable[Tensor]) -> int:
 def card_bytes(device: torch.device) -> int:
     """The most bytes of a GPU that this process has held at once, with torch's reserve and the CUDA context."""
     return torch.cuda.max_memory_reserved(device) + CONTEXT
-
-
-def free_bytes(device: torch.device) -> int:
-    """The bytes of a device that are free for a computation."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    # What torch's allocator has reserved and does not use is free, too.
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused

@@ -100,11 +100,11 @@ def test_the_copy_is_what_the_bytes_stand_for_and_neither_is_saved_differently(s
 
 def test_nothing_is_made_where_memory_is_short(stock, monkeypatch):
     needed = sum(4 * layer.in_features * layer.out_features for layer in quantized_layers(stock))
-    monkeypatch.setattr(dense_weights, "_free_bytes", lambda: 2 * needed - 1)
+    monkeypatch.setattr(dense_weights, "free_bytes", lambda device: 2 * needed - 1)
     described = hold_dense(stock)
     assert (described.held, described.layers, described.bytes) == (False, 14, needed)
     assert copied(stock) == 0
-    monkeypatch.setattr(dense_weights, "_free_bytes", lambda: 2 * needed)
+    monkeypatch.setattr(dense_weights, "free_bytes", lambda device: 2 * needed)
     assert hold_dense(stock).held
     # Processes that load beside each other share what is free.
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
