@@ -210,7 +210,7 @@ def test_free_memory_is_within_the_containers_limit_and_cached_files_count_as_fr
     for name, content in {
         "max": limit,
         "current": "2500",
-        "stat": "anon 9\ninactive_file 1000\nactive_file 200\n",
+        "stat": "anon 9\ninactive_file 1000\nactive_file 200",
     }.items():
         (tmp_path / f"memory.{name}").write_text(f"{content}\n")
     monkeypatch.setattr(device, "_CGROUP", tmp_path)
