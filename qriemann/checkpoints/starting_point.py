@@ -21,14 +21,15 @@ class OutputFolder:
         resume: `auto`, a checkpoint's folder, or None for a new run.
         overwrite: whether the run replaces the one that is there.
         unsaved: whether no run was there, or one that ended before its first checkpoint was complete.
-        seen: size and time of change, in ns, of every file of the run that is there and of the checkpoint that is named.
+        seen: the files of the run that is there and of the checkpoint that is named; those of checkpoints with size and time
+            of change in ns.
     """
 
     path: Path
     resume: str | None
     overwrite: bool
     unsaved: bool
-    seen: Mapping[Path, tuple[int, int]]
+    seen: Mapping[Path, tuple[int, int] | None]
 
     def find_checkpoint(self, allow: tuple[str, ...]) -> FoundCheckpoint:
         """The checkpoint to resume from, verified, if any.
@@ -106,10 +107,12 @@ def look_at_output(settings: Settings) -> OutputFolder:
     return OutputFolder(folder, resume, settings.overwrite, unsaved, _status(found, resume))
 
 
-def _status(found: list[Path], resume: str | None) -> dict[Path, tuple[int, int]]:
-    roots = [*found, *([] if resume in (None, "auto") else [Path(resume)])]
-    status = {path: path.stat() for root in roots for path in (root, *root.rglob("*")) if path.is_file()}
-    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in status.items()}
+def _status(found: list[Path], resume: str | None) -> dict[Path, tuple[int, int] | None]:
+    folders = [path for path in found if path.is_dir()] + ([] if resume in (None, "auto") else [Path(resume)])
+    status = {path: path.stat() for folder in folders for path in folder.rglob("*") if path.is_file()}
+    # Where a program resumes a run that it has just ended, the main process may still be writing the record of its end.
+    records_there: dict[Path, tuple[int, int] | None] = {path: None for path in found if not path.is_dir()}
+    return records_there | {path: (stat.st_size, stat.st_mtime_ns) for path, stat in status.items()}
 
 
 def _newest(folder: Path) -> FoundCheckpoint:
