@@ -140,7 +140,7 @@ def worst_weight(
         if found is None or found.shape != right.shape:
             return float("inf"), name
         difference = (found.float() - right).norm().item() / max(right.norm().item(), 1e-30)
-        # Candidate so that a NaN counts as the worst.
+        # Written so that a NaN counts as the worst.
         if not difference <= worst[0]:
             worst = (difference, name)
     return worst
