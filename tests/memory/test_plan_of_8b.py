@@ -83,7 +83,7 @@ def fill(model):
             point.s = empty(point.s)
             if point.offset is not None:
                 point.offset = type(point.offset)(*(empty(t) for t in point.offset))
-            # What torch does not count in fake tensors: the bases are made once, as in a run.
+            # Torch counts no writes to fake tensors; as in a run, the operands are made once.
             point._versions = lambda: ((), ())
             held += [point.s, *(point.offset or ())]
     return [*held, *model.parameters(), *model.buffers()]
