@@ -1,19 +1,26 @@
 """How a command ends: one line and an exit status for what the user can fix, a traceback for a bug, never a credential."""
 
 import io
+import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from types import TracebackType
 from typing import Any
 
 from qriemann.errors import InputError
 from qriemann.upstream import quiet
 
+# What the shell says of a program whose reader has gone: 128 + SIGPIPE.
+_NO_READER = 141
+
 
 class _WithoutCredentials:
-    """A stream that hides credentials in everything printed: a server's answer may repeat the token."""
+    """A stream that hides credentials in everything printed: a server's answer may repeat the token.
+
+    Where nobody reads it any more, as after `| head`, the program ends.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -21,7 +28,21 @@ class _WithoutCredentials:
     def write(self, text: str) -> int:
         from qriemann.folder.private import hide_credentials
 
-        return self._stream.write(hide_credentials(text))
+        with self._ending():
+            return self._stream.write(hide_credentials(text))
+
+    def flush(self) -> None:
+        with self._ending():
+            self._stream.flush()
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            # Where the interpreter's own last flush succeeds.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            raise SystemExit(_NO_READER) from None
 
     def writelines(self, lines: Iterable[str]) -> None:
         self.write("".join(lines))
@@ -48,7 +69,9 @@ def reporting(run: Callable[[], int], *, debug: bool = False) -> int:
 
 def _exit_status(run: Callable[[], int], *, debug: bool) -> int:
     try:
-        return run()
+        status = run()
+        sys.stdout.flush()
+        return status
     except SystemExit as end:  # argparse's --help
         return int(end.code or 0)
     except InputError as error:

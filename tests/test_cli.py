@@ -63,3 +63,14 @@ def test_no_credential_is_in_what_a_process_writes(code, status, tracebacks):
     assert BY_FORM not in written
     assert BY_NAME not in written
     assert "<redacted>" in written
+
+
+def test_a_command_whose_reader_has_gone_ends_without_a_word():
+    code = "import sys\nfrom qriemann.reporting import reporting\n"
+    # More than a pipe holds.
+    code += "sys.exit(reporting(lambda: [print(n) for n in range(100_000)] and 0))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"0\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
