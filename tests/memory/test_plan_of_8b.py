@@ -14,22 +14,12 @@ from bitsandbytes.functional import QuantState
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from transformers import LlamaConfig
 
 from qriemann.config import settings_from
-from qriemann.memory.footprint import read_run
+from qriemann.memory.footprint import _set_checkpointing, read_run
 from qriemann.memory.meta_step import QuantizedLinear, _TiledLogProb
 from qriemann.memory.plan import plan
-
-LLAMA_8B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    max_position_embeddings=131072,
-)
+from tests.recipes.test_cards import PUBLISHED
 
 
 class FourBitLinear(nn.Linear):
@@ -95,7 +85,7 @@ def fill(model):
     [(8, 2048, True, "zero"), (2, 1024, False, "offset")],
 )
 def test_the_plan_of_8b_is_what_torch_counts(batch, length, checkpointing, start, tmp_path):
-    LLAMA_8B.save_pretrained(tmp_path)
+    PUBLISHED["meta-llama/Llama-3.1-8B-Instruct"].save_pretrained(tmp_path)
     settings = settings_from(
         {
             "model_name_or_path": str(tmp_path),
@@ -115,9 +105,7 @@ def test_the_plan_of_8b_is_what_torch_counts(batch, length, checkpointing, start
     stored = sum(size for name, size in plan(settings).stored if "assumed" not in name and name != "optimizer state")
     model = footprint.model(workload)
     base = model.get_base_model()
-    if checkpointing:
-        base.activation_checkpointing_enable()
-        base.enable_input_require_grads()
+    _set_checkpointing(model, checkpointing)
     base.config._attn_implementation = "sdpa"
 
     with FakeTensorMode():
